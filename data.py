@@ -1,0 +1,1302 @@
+"""Files to tensors: the only file that knows a file format or a data set.
+
+    python data.py check --data X                    a table of volumes and reports; exits 1 if something is wrong
+    python data.py cache --data X --cache DIR        preprocess every volume once
+    python data.py demo --out DIR --n 64             write synthetic chest phantoms with reports
+
+X is a manifest .csv (`volume,report[,split][,patient][,label columns]`, paths relative to it), a CT-RATE folder or a
+CTRG-Chest .json. Letters: B patients, D H W voxels (z, y, x), L report tokens, S sentences.
+"""
+import argparse
+import csv
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import logging
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import uuid
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import nibabel as nib
+import numpy as np
+import SimpleITK as sitk
+import torch
+import torch.nn.functional as F
+from scipy.interpolate import make_interp_spline
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+log = logging.getLogger("mg3d")
+
+# --------------------------------------------------------------------------------------------------- constants
+
+LABELS = ("Medical material", "Arterial wall calcification", "Cardiomegaly", "Pericardial effusion",
+          "Coronary artery wall calcification", "Hiatal hernia", "Lymphadenopathy", "Emphysema", "Atelectasis",
+          "Lung nodule", "Lung opacity", "Pulmonary fibrotic sequela", "Pleural effusion",
+          "Mosaic attenuation pattern", "Peribronchial thickening", "Consolidation", "Bronchiectasis",
+          "Interlobular septal thickening")     # the columns of CT-RATE's label files, in their order
+SIZE = (128, 96, 128)                           # voxels (z, y, x) that the network sees
+CROP = (0.88, 0.66, 0.88)                       # part of the scan (z, y, x) that the centre crop keeps
+WINDOW = (-1000., 1000.)                        # HU that become 0 and 1. NOTE(paper): not given
+SPLITS = ("train", "valid", "test")
+DEMO_SIZE = 400                                 # phantoms of --data demo
+
+
+# ----------------------------------------------------------------------------------------------------- volumes
+
+def _pictures(folder):
+    """The PNG and JPEG files of a folder in natural order: slice 10 follows slice 9."""
+    files = [file for file in folder.iterdir() if file.suffix.lower() in (".png", ".jpg", ".jpeg")]
+    return sorted(files, key=lambda file: [int(part) if part.isdigit() else part
+                                           for part in re.split(r"(\d+)", file.name)])
+
+
+def _read_nifti(path):
+    image = nib.load(path)
+    with image.file_map["image"].get_prepare_fileobj("rb") as file:
+        pixdim = type(image.header).from_fileobj(file, check=False)["pixdim"][1:4]
+    affine = image.affine * [*(pixdim > 0), 1]              # nibabel reads a spacing of 0 as 1: put the 0 back
+    xyz, slope, inter = image.dataobj.get_unscaled(), image.dataobj.slope, image.dataobj.inter
+    if (slope, inter) != (1, 0):
+        xyz = xyz.astype(np.float32) * np.float32(slope) + np.float32(inter)    # nibabel itself would use float64
+    return xyz, affine
+
+
+def _read_itk(path):
+    pictures = _pictures(path) if path.is_dir() else []
+    if pictures:
+        image = sitk.ReadImage([str(file) for file in pictures], sitk.sitkUInt16)   # colour becomes grey
+    elif path.is_dir():
+        series = {i: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(path), i)
+                  for i in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(path))}
+        if not series:
+            raise ValueError("neither a DICOM series nor PNG or JPEG slices in this folder")
+        image = sitk.ReadImage(max(series.values(), key=len))
+    else:
+        image = sitk.ReadImage(str(path))
+    if image.GetDimension() == 4 and image.GetSize()[3] == 1:
+        image = image[:, :, :, 0]
+    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
+        raise ValueError(f"it is {image.GetDimension()}D of size {image.GetSize()} with "
+                         f"{image.GetNumberOfComponentsPerPixel()} values a voxel, expected 3D with one")
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+    affine[:3, 3] = image.GetOrigin()
+    affine = np.diag([-1, -1, 1, 1]) @ affine               # ITK's world is LPS, ours is RAS
+    xyz = sitk.GetArrayFromImage(image).T
+    if pictures:
+        if xyz.max() > 255:
+            raise ValueError(f"grey values up to {xyz.max()}, expected 8-bit pictures, 0 to 255")
+        # Pictures hold no HU: grey 0..255 is laid over the window, so that scaling gives grey / 255 back.
+        # They hold no geometry either: 1 mm, rows front to back, columns right to left, slices feet to head.
+        xyz = xyz.astype(np.float32) / 255 * (WINDOW[1] - WINDOW[0]) + WINDOW[0]
+    return xyz, affine
+
+
+def _read_npz(path):
+    with np.load(path, allow_pickle=False) as file:
+        array = file["arr_0"] * np.float32(1000)            # CT-RATE's preprocessing stores HU / 1000
+    # NOTE(compat): these files come as (z, y, x) and, from other versions of the same script, as (z, x, y), square in
+    # plane and without a header. A body is alike left and right and not front and back: that tells which is which.
+    few = array[::8]
+    one_sided = [np.abs(few - np.flip(few, axis)).mean() for axis in (1, 2)]
+    if one_sided[0] < 0.8 * one_sided[1]:
+        array = array.transpose(0, 2, 1)                                            # (z, x, y) -> (z, y, x)
+    return array.T, np.diag([-0.75, -0.75, 1.5, 1])         # x to the left and y to the back, as CT-RATE stores them
+
+
+def read_stored(path):
+    """Read any volume as it is stored: array (x, y, z) in file units and its affine 4×4, voxel index -> RAS world mm.
+
+    NIfTI; .mha, .mhd, .nrrd; a folder of DICOM or of PNG/JPEG slices; CT-RATE .npz. Raises ValueError naming the file.
+    """
+    path = Path(path)
+    name = path.name.lower()
+    if not path.exists():
+        raise ValueError(f"{path}: found nothing there, expected a volume")
+    if path.is_dir() or name.endswith((".mha", ".mhd", ".nrrd", ".nhdr")):
+        read = _read_itk
+    elif name.endswith((".nii", ".nii.gz")):
+        read = _read_nifti
+    elif name.endswith(".npz"):
+        read = _read_npz
+    else:
+        raise ValueError(f"{path}: found a file of unknown kind, expected .nii, .nii.gz, .mha, .mhd (with its .raw), "
+                         ".nrrd, .npz, or a folder of DICOM, PNG or JPEG slices")
+    try:
+        return read(path)
+    except Exception as error:                              # the libraries raise a dozen kinds for a broken file
+        reason = re.sub(r".*ITK ERROR: \w+\(\w+\): ", "", " ".join(str(error).split())) or type(error).__name__
+        raise ValueError(f"{path}: cannot be read: {reason}; expected a whole volume"
+                         f"{' with its .raw beside it' if name.endswith('.mhd') else ''}") from error
+
+
+def to_ras(path, xyz, affine):
+    """Turn a stored array (x, y, z) so that x runs to the right, y to the front, z to the head.
+
+    Returns array (z, y, x) float32, spacing (z, y, x) mm, affine 4×4 of the turned (x, y, z) index -> world mm.
+    Raises ValueError, naming `path`, for what is no scan: not 3D, no geometry, NaN, constant.
+    """
+    if xyz.ndim > 3:
+        xyz = xyz.reshape(xyz.shape[:3] + tuple(n for n in xyz.shape[3:] if n != 1))
+    if xyz.ndim != 3 or min(xyz.shape) < 2 or xyz.dtype.kind not in "biuf":
+        raise ValueError(f"{path}: found an image of shape {xyz.shape} and type {xyz.dtype}, expected 3D and one real "
+                         "number a voxel")
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.isfinite(affine).all() or spacing.min() <= 0 or abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-3:
+        raise ValueError(f"{path}: found spacing {spacing.tolist()} and affine {affine[:3].tolist()}, expected finite "
+                         "numbers, spacing above 0 and three independent axes")
+    orientation = nib.io_orientation(affine)
+    affine = affine @ nib.orientations.inv_ornt_aff(orientation, xyz.shape)
+    array = np.ascontiguousarray(nib.apply_orientation(xyz, orientation).T, dtype=np.float32)    # (z, y, x)
+    low, high = array.min(), array.max()
+    if not np.isfinite([low, high]).all() or low == high:
+        raise ValueError(f"{path}: found values from {low} to {high}, expected finite ones that differ")
+    return array, tuple(np.linalg.norm(affine[:3, 2::-1], axis=0).tolist()), affine
+
+
+def read_volume(path):
+    """Any supported volume -> array (z, y, x) float32 in file units, spacing (z, y, x) mm, affine 4×4; RAS-oriented.
+
+    `affine` maps the (x, y, z) index of the returned array to world mm, as nibabel's do. Raises ValueError.
+    """
+    return to_ras(path, *read_stored(path))
+
+
+def _likeness(values):
+    """How much a sample of a chest scan looks like Hounsfield units; 0 or less is impossible."""
+    def part(low, high):
+        return ((values > low) & (values < high)).mean()
+    air_and_lung, soft_tissue = part(-1150, -400), part(-200, 300)
+    return air_and_lung + soft_tissue - 2 * part(-np.inf, -1200) - 2 * part(700, np.inf)
+
+
+def to_hounsfield(array, path, hu="auto", rescale=None):
+    """Values of a file -> (array in HU, a note in words on what was done).
+
+    `hu`: "header" takes the values as read, "csv" applies `rescale`, "auto" decides from the values.
+    rescale: (slope, intercept) of the metadata CSV or None. CT-RATE v1 files need it, v2 files have it applied.
+    Raises ValueError naming `path` if no reading gives Hounsfield units of a chest.
+    """
+    if hu == "csv" and rescale is None:
+        raise ValueError(f"{path}: found no RescaleSlope and RescaleIntercept for it, expected them for --hu csv")
+    if Path(path).is_dir() and _pictures(Path(path)):
+        return array, "pictures: grey laid over the window"
+    low, high = float(array.min()), float(array.max())
+    if high - low <= 255:
+        raise ValueError(f"{path}: found values from {low:g} to {high:g}, expected a CT in Hounsfield units; is it a "
+                         "mask, a label map or a picture?")
+    readings = {"as stored": (1, 0), "rescale of the metadata applied": rescale, "offset -1024 applied": (1, -1024)}
+    if hu == "header":
+        readings = {"as stored": (1, 0)}
+    elif hu == "csv":
+        readings = {"rescale of the metadata applied": rescale}
+    elif rescale is None:
+        del readings["rescale of the metadata applied"]
+    else:
+        del readings["offset -1024 applied"]
+    sample = array.reshape(-1)[::array.size // 200_000 | 1]         # an odd stride does not follow one column
+    sample = sample[sample > low]                                   # the lowest value may be padding: -1024 … -3024
+    likeness = {note: _likeness(sample * slope + inter) for note, (slope, inter) in readings.items()}
+    note = max(likeness, key=likeness.get)                          # the first, "as stored", wins a tie
+    if likeness[note] <= 0:
+        raise ValueError(f"{path}: found values from {low:g} to {high:g} that are no Hounsfield units when taken as "
+                         f"{' or '.join(readings)}; expected air near -1000 and soft tissue near 0")
+    slope, inter = readings[note]
+    return (array, note) if (slope, inter) == (1, 0) else (array * np.float32(slope) + np.float32(inter), note)
+
+
+def preprocess(array, spacing, size=SIZE, crop=CROP, window=WINDOW):
+    """HU array (z, y, x) -> float32 tensor (1, D, H, W) in [0, 1]: centre crop, clip to `window`, scale, resize.
+
+    Sec. IV.B of the paper. Raises ValueError if a spacing (z, y, x) is not above 0.
+    """
+    if not all(side > 0 for side in spacing):
+        raise ValueError(f"found spacing {spacing}, expected numbers above 0")
+    # NOTE(paper): the crop is a part of the field of view whatever its millimetres, the resize ignores the spacing,
+    # its kind is not stated: trilinear on voxel centres, without smoothing. Cropping first only saves work.
+    keep = [max(1, round(n * part)) for n, part in zip(array.shape, crop)]
+    array = array[tuple(slice((n - k) // 2, (n - k) // 2 + k) for n, k in zip(array.shape, keep))]
+    volume = (np.clip(array, *window) - window[0]) / (window[1] - window[0])
+    volume = torch.from_numpy(volume.astype(np.float32))[None, None]                # (1, 1, z, y, x)
+    return F.interpolate(volume, size=tuple(size), mode="trilinear", align_corners=False)[0]     # (1, D, H, W)
+
+
+# ----------------------------------------------------------------------------------------------------- reports
+
+_NEVER_LAST = {"e.g", "eg", "i.e", "ie", "cf", "dr", "prof", "assist", "vs", "approx", "fig"}
+_SELDOM_LAST = {"al", "ca", "cm", "etc", "im", "ima", "img", "lab", "max", "min", "mm", "no", "nr", "resp", "se"}
+_SENTENCE_END = re.compile(
+    r"""(?<![.;?!])[.;?!]+["'”’]*(?=\s|$)   # punctuation before a blank, with the quotes that it closes
+      | [;?!](?=\w) | \.(?=[A-Z][a-z])      # a forgotten blank
+      | [。；？！]["”]* | [\r\n]""", re.VERBOSE)
+_COMMA = re.compile(r"""((?<!\d)[,，]|[,，](?!\s*\d))["”]*""")
+_LONGEST_PARENTHESIS = 300      # the longest in 2,804 reports has 280 letters; a longer one was never closed
+
+
+def _is_abbreviation(text, match):
+    """Is the full stop that `match` found part of an abbreviation or an ordinal ("approx. 5 mm", "T12. vertebra")?"""
+    word = re.split(r"[\s(,;]", text[max(0, match.start() - 12):match.start()])[-1].lower()
+    following = text[match.end():match.end() + 2].strip()[:1]
+    if match[0] != "." or not following:
+        return False
+    single_letter, number = len(word) == 1 and word.isalpha(), word[-1:].isdigit()
+    return (word in _NEVER_LAST
+            or (word in _SELDOM_LAST or single_letter) and (following.islower() or following.isdigit())
+            or number and following.islower())
+
+
+def _words(text):
+    return sum(any(letter.isalnum() for letter in word) for word in text.split())
+
+
+def split_sentences(text):
+    """Split a report into sentences, as concise as possible while complete (Sec. III.B of the paper).
+
+    Cuts at . ; ? ! and line ends, then at commas between two parts of at least 3 words; never within numbers,
+    abbreviations or parentheses. Without white space, the sentences in a row are the text. No letter or digit: [].
+    """
+    # NOTE(paper): "when separating a report using punctuation" is all the paper says; the rules are ours.
+    inside = [0] * (len(text) + 1)                          # +1 where a closed parenthesis opens, -1 where it ends
+    opened = []
+    for i, letter in enumerate(text):
+        if letter in "(（":
+            opened.append(i)
+        elif letter in ")）" and opened and i - (start := opened.pop()) <= _LONGEST_PARENTHESIS:
+            inside[start] += 1
+            inside[i] -= 1
+    inside = list(itertools.accumulate(inside))
+
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)
+            if not inside[match.start()] and not _is_abbreviation(text, match)]
+    pieces = []
+    for start, end in zip([0] + ends, ends + [len(text)]):
+        commas = [match.end() for match in _COMMA.finditer(text, start, end) if not inside[match.start()]]
+        parts = [text[a:b] for a, b in zip([start] + commas, commas + [end])]
+        long = [_words(part) >= 3 for part in parts]
+        pieces.append(parts[0])
+        for part, both_long in zip(parts[1:], map(all, zip(long, long[1:]))):
+            if both_long:
+                pieces.append(part)
+            else:
+                pieces[-1] += part
+
+    sentences, opening = [], ""                             # opening: what stands before its sentence, such as "2."
+    for piece in pieces:
+        if any(map(str.isalpha, piece)):
+            sentences.append(opening + piece)
+            opening = ""
+        elif sentences and not opening and not any(map(str.isalnum, piece)):
+            sentences[-1] += piece
+        else:
+            opening += piece
+    if sentences:
+        sentences[-1] += opening
+    elif any(map(str.isalnum, opening)):
+        sentences = [opening]
+    return [" ".join(sentence.split()) for sentence in sentences]
+
+
+def tokenize_report(tokenizer, sentences, max_sentences=32, max_tokens=250):
+    """Tokenise the sentences of one report in a row and know which token belongs to which sentence and word.
+
+    tokenizer: a fast Hugging Face tokenizer, BERT- or RoBERTa-like. Whole sentences are kept as long as they fit into
+    max_tokens, special tokens counted; only a first sentence that alone is too long is cut itself. Returns a dict:
+    input_ids, sentence_ids, word_ids (L,) int64, the latter two -1 at special tokens; sentences, the S kept ones;
+    single_ids, a list of S int64 arrays, each sentence tokenised alone; cut, the number of words that were not kept.
+    Raises ValueError if there is no sentence.
+    """
+    if not sentences:
+        raise ValueError("found a report without a sentence, expected at least one")
+    kept = list(sentences[:max_sentences])
+    text = " ".join(kept)
+    encoding = tokenizer(text, return_offsets_mapping=True, verbose=False)
+    input_ids = np.array(encoding["input_ids"])                                     # (L,)
+    word_ids = np.array([-1 if word is None else word for word in encoding.word_ids()])         # (L,)
+    # A RoBERTa token may begin at the blank before its word: its last letter tells the sentence.
+    last_letter = np.array(encoding["offset_mapping"])[:, 1] - 1                    # (L,)
+    starts = np.cumsum([0] + [len(sentence) + 1 for sentence in kept[:-1]])         # (S,)
+    sentence_ids = np.searchsorted(starts, last_letter.clip(0), side="right") - 1
+    sentence_ids[word_ids < 0] = -1
+
+    content = np.flatnonzero(sentence_ids >= 0)
+    room = max_tokens - (len(input_ids) - len(content))
+    if len(content) > room:
+        whole = sentence_ids[content[room]]                 # the first sentence that does not fit
+        content = content[:room] if whole == 0 else content[sentence_ids[content] < whole]
+        kept = kept[:whole] or [text[:last_letter[content[-1]] + 1]]
+        keep = np.sort(np.concatenate([np.flatnonzero(sentence_ids < 0), content]))
+        input_ids, sentence_ids, word_ids = input_ids[keep], sentence_ids[keep], word_ids[keep]
+    single_ids = tokenizer(kept, truncation=True, max_length=max_tokens)["input_ids"]
+    return {"input_ids": input_ids, "sentence_ids": sentence_ids, "word_ids": word_ids, "sentences": kept,
+            "single_ids": [np.array(ids) for ids in single_ids],
+            "cut": len(" ".join(sentences).split()) - len(" ".join(kept).split())}
+
+
+def mask_words(input_ids, word_ids, tokenizer, generator, prob=0.15):
+    """Whole-word masking: -> masked_ids, labels, both (L,); labels are -100 where no word was chosen.
+
+    prob of the words, at least one, are chosen; 80 % of them become the mask token, 10 % random tokens that are not
+    special, 10 % stay (BERT). generator: numpy.random.Generator.
+    """
+    words = np.unique(word_ids[word_ids >= 0])
+    chosen = generator.choice(words, size=max(1, round(prob * len(words))), replace=False)
+    fate = np.ones(word_ids.max() + 1)                      # per word: < 0.8 mask, < 0.9 random, else as it is
+    fate[chosen] = generator.random(len(chosen))
+    labels = np.full_like(input_ids, -100)
+    is_chosen = np.isin(word_ids, chosen)
+    labels[is_chosen] = input_ids[is_chosen]
+    masked_ids = input_ids.copy()
+    masked_ids[is_chosen & (fate[word_ids] < 0.8)] = tokenizer.mask_token_id
+    at_random = is_chosen & (fate[word_ids] >= 0.8) & (fate[word_ids] < 0.9)
+    ordinary = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
+    masked_ids[at_random] = generator.choice(ordinary, size=at_random.sum())
+    return masked_ids, labels
+
+
+def mask_volume(size, mask_size, mask_ratio, generator):
+    """-> bool tensor (1, D, H, W), True = masked: round(mask_ratio · n) of the n sub-volumes of mask_size³ voxels.
+
+    generator: numpy.random.Generator. Raises ValueError if a side is not a multiple of mask_size.
+    """
+    if any(side % mask_size for side in size):
+        raise ValueError(f"found size {tuple(size)}, expected multiples of mask_size {mask_size}")
+    grid = [side // mask_size for side in size]
+    mask = generator.permutation(math.prod(grid)) < round(mask_ratio * math.prod(grid))
+    return torch.from_numpy(np.kron(mask.reshape(grid), np.ones((mask_size,) * 3, dtype=bool)))[None]
+
+
+# -------------------------------------------------------------------------------------------------------- sets
+
+class Item(NamedTuple):
+    """One volume with its report."""
+    id: str
+    volume: Path
+    report: str
+    split: str                      # one of SPLITS
+    patient: str
+    labels: np.ndarray | None       # (18,) float32, NaN where one is unknown
+    rescale: tuple | None           # (slope, intercept) of the metadata
+
+
+def _utf8(path):
+    data = Path(path).read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line}: found the byte 0x{data[error.start]:02x}, which is not UTF-8; expected "
+                         "a text file in UTF-8") from error
+
+
+def _rows(path, required=()):
+    """The rows of a CSV, a list of (line number, {column: text}). ValueError if a column of `required` is missing."""
+    reader = csv.DictReader(io.StringIO(_utf8(path), newline=""), restval="")
+    missing = [column for column in required if column not in (reader.fieldnames or [])]
+    if missing:
+        raise ValueError(f"{path}: found the columns {reader.fieldnames}, expected also {missing}")
+    rows = [(reader.line_num, row) for row in reader]
+    for line, row in rows:
+        if None in row:
+            raise ValueError(f"{path}, line {line}: found {len(row) + len(row[None]) - 1} fields, expected "
+                             f"{len(row) - 1}; a report that holds commas stands in quotes")
+    return rows
+
+
+def _labels(path, line, row):
+    """The 18 labels of a row, (18,) with NaN for unknown ones; None if it has none of the columns."""
+    if not any(name in row for name in LABELS):
+        return None
+    try:
+        return np.array([float(row.get(name) or "nan") for name in LABELS], dtype=np.float32)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {line}: found a label that is no number ({error}), expected 0, 1 or "
+                         "nothing") from error
+
+
+def _manifest_items(path):
+    items = []
+    for line, row in _rows(path, required=("volume", "report")):
+        split = row.get("split") or "train"
+        if split not in SPLITS or not row["volume"]:
+            raise ValueError(f"{path}, line {line}: found volume {row['volume']!r} and split {split!r}, expected a "
+                             f"path and one of {SPLITS}")
+        items.append(Item(row["volume"], path.parent / row["volume"], row["report"], split,
+                          row.get("patient") or row["volume"], _labels(path, line, row), None))
+    return items
+
+
+def _ctrg_items(path):
+    try:
+        splits = json.loads(_utf8(path))
+        rows = [(row, split) for split in ("train", "test", "val") for row in splits.get(split, [])]
+        # The released file lists the same volumes as val and as test: they are test.
+        tested = {row["image_path"] for row, split in rows if split == "test"}
+        return [Item(str(row["id"]), path.parent / row["image_path"], row["report"] or "",
+                     "valid" if split == "val" else split, str(row["id"]), None, None)
+                for row, split in rows if split != "val" or row["image_path"] not in tested]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: found {type(error).__name__}: {error}; expected CTRG-Chest's {{train, val, test: "
+                         "[{id, report, image_path}]}") from error
+
+
+def _ct_rate_items(folder):
+    def volume_name(name):
+        return Path(name).name.removesuffix(".gz").removesuffix(".nii").removesuffix(".npz")
+
+    volumes, reports, labels, rescale, left_out = {}, {}, {}, {}, set()
+    for file in sorted(folder.rglob("*")):
+        if file.name.endswith((".nii.gz", ".npz")):
+            first = volumes.setdefault(volume_name(file), file)
+            if first != file:
+                raise ValueError(f"{folder}: found {first} and {file}, expected each volume once")
+        elif file.name.startswith("no_chest") and file.suffix == ".txt":
+            left_out |= {volume_name(line.strip()) for line in _utf8(file).splitlines()}
+        elif file.suffix == ".csv":
+            for line, row in _rows(file):                   # a file is what its columns say
+                name = volume_name(row.get("VolumeName", ""))
+                if "Findings_EN" in row:
+                    if name in reports:
+                        raise ValueError(f"{file}, line {line}: found a second report of {name}, expected one")
+                    parts = (row["Findings_EN"], row.get("Impressions_EN", ""))
+                    reports[name] = "\n".join(part for part in parts if part.strip() not in ("", "Not given."))
+                if (found := _labels(file, line, row)) is not None:
+                    labels[name] = found
+                if row.get("RescaleSlope") and row.get("RescaleIntercept"):
+                    try:
+                        rescale[name] = (float(row["RescaleSlope"]), float(row["RescaleIntercept"]))
+                    except ValueError as error:
+                        raise ValueError(f"{file}, line {line}: found a rescale that is no number ({error})") from error
+    if not reports:
+        raise ValueError(f"{folder}: found no CSV with the columns VolumeName, Findings_EN, Impressions_EN, expected a "
+                         f"CT-RATE folder. {_KINDS}")
+    names = [name for name in volumes if name in reports and name not in left_out]
+    if len(names) < len(reports):       # most people have a part of CT-RATE on disk, with the CSVs of the whole
+        log.warning("%s: %d of %d reports have a volume here that no_chest_*.txt does not leave out",
+                    folder, len(names), len(reports))
+    if unknown := [name for name in names if not name.startswith(("train", "val"))]:
+        raise ValueError(f"{folder}: found the volume {unknown[0]}, expected names train_… and valid_…")
+    return [Item(name, volumes[name], reports[name], "train" if name.startswith("train") else "valid",
+                 "_".join(name.split("_")[:2]), labels.get(name), rescale.get(name)) for name in names]
+
+
+_KINDS = ("Data are one of: a manifest .csv (volume,report[,split][,patient][,label columns]); a CT-RATE folder "
+          "(train/…/*.nii.gz or .npz, reports, labels and metadata CSVs); a CTRG-Chest .json")
+
+
+def _all_items(data, cache):
+    data = write_demo(Path(cache) / "demo", DEMO_SIZE) if str(data) == "demo" else Path(data)
+    if data.is_dir():
+        return _ct_rate_items(data)
+    if not data.is_file():
+        raise ValueError(f"{data}: found nothing there, expected data. {_KINDS}")
+    return (_ctrg_items if _utf8(data).lstrip().startswith("{") else _manifest_items)(data)
+
+
+def load_items(data, cache="cache"):
+    """A manifest .csv, a CT-RATE folder or a CTRG-Chest .json -> list of Item. What it is, is told from the content.
+
+    "demo" stands for DEMO_SIZE phantoms, which are written to CACHE/demo at first.
+
+    Items without a report, and up to 5 % without a file, are logged and left out. Raises ValueError for all else that
+    is wrong: another thing, not UTF-8, a missing column, a volume twice, a patient in train and elsewhere, no item.
+    """
+    items = _all_items(data, cache)
+    seen, split_of = {}, {}
+    for item in items:
+        if seen.setdefault(os.path.normpath(item.volume), item) is not item:
+            raise ValueError(f"{data}: found the volume {item.volume} twice, expected it once")
+        if (split_of.setdefault(item.patient, item.split) == "train") != (item.split == "train"):
+            raise ValueError(f"{data}: found the patient {item.patient} in {split_of[item.patient]} and in "
+                             f"{item.split}, expected train and the rest to share nobody")
+    absent = [item for item in items if not item.volume.exists()]
+    if len(absent) > 0.05 * len(items):
+        raise ValueError(f"{data}: found no file for {len(absent)} of {len(items)} volumes, the first are "
+                         f"{', '.join(str(item.volume) for item in absent[:3])}; expected at most 5 % to be missing")
+    silent = [item for item in items if not any(map(str.isalnum, item.report))]
+    for fault, faulty in (("no file", absent), ("an empty report", silent)):
+        if faulty:
+            log.warning("%s: left out %d of %d items that have %s: %s", data, len(faulty), len(items), fault,
+                        ", ".join(item.id for item in faulty[:3]) + (" …" if len(faulty) > 3 else ""))
+    left_out = {item.volume for item in absent + silent}
+    items = [item for item in items if item.volume not in left_out]
+    if not items:
+        raise ValueError(f"{data}: found no item with a volume and a report, expected at least one. {_KINDS}")
+    return items
+
+
+# ------------------------------------------------------------------------------------------------------- cache
+
+def cache_path(cache, item, size=SIZE, hu="auto"):
+    """Where the preprocessed volume of an item lies: it changes with the file and with every setting."""
+    stat = item.volume.stat()
+    key = (str(item.volume.resolve()), stat.st_size, stat.st_mtime_ns, tuple(size), CROP, WINDOW, hu, item.rescale)
+    return Path(cache) / f"{hashlib.sha1(repr(key).encode()).hexdigest()}.npy"
+
+
+def load_volume(item, cache=None, size=SIZE, hu="auto"):
+    """The preprocessed volume of an item, float32 (1, D, H, W) in [0, 1], from the cache or made and put there.
+
+    It is rounded to float16 with and without a cache, so that both give the same numbers. Raises ValueError.
+    """
+    path = cache_path(cache, item, size, hu) if cache and item.volume.exists() else None
+    if path and path.exists():
+        return torch.from_numpy(np.load(path, mmap_mode="r", allow_pickle=False).astype(np.float32))
+    array, spacing, _ = read_volume(item.volume)
+    array, _ = to_hounsfield(array, item.volume, hu, item.rescale)
+    volume = preprocess(array, spacing, size).half()
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                np.save(file, volume.numpy())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return volume.float()
+
+
+# ------------------------------------------------------------------------------------------- training examples
+
+class VolumeReports(torch.utils.data.Dataset):
+    """Masked volumes and masked reports; asked for (index, step), as `Batches` does.
+
+    What is random comes from (seed, step, index) alone: neither the worker nor the number of processes matters.
+    """
+
+    def __init__(self, items, tokenizer, cache=None, size=SIZE, hu="auto", mask_size=16, mask_ratio=0.5,
+                 mlm_prob=0.15, max_sentences=32, max_tokens=250, seed=0):
+        self.items, self.tokenizer, self.cache, self.size, self.hu = items, tokenizer, cache, size, hu
+        self.mask_size, self.mask_ratio, self.mlm_prob = mask_size, mask_ratio, mlm_prob
+        self.max_sentences, self.max_tokens, self.seed = max_sentences, max_tokens, seed
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index_and_step):
+        index, step = index_and_step
+        generator = np.random.default_rng((self.seed, step, index))
+        skipped = []
+        for k in range(len(self.items)):                    # the next one stands in for a volume that is not readable
+            item = self.items[(index + k) % len(self.items)]
+            try:
+                volume = load_volume(item, self.cache, self.size, self.hu)
+                break
+            except ValueError as error:
+                log.warning("skipped %s: %s", item.id, error)
+                skipped.append(item.id)
+        else:
+            raise ValueError(f"found none of {len(self.items)} volumes readable, expected at least one")
+        report = tokenize_report(self.tokenizer, split_sentences(item.report), self.max_sentences, self.max_tokens)
+        masked_ids, mlm_labels = mask_words(report["input_ids"], report["word_ids"], self.tokenizer, generator,
+                                            self.mlm_prob)
+        example = {
+            "id": item.id,
+            "skipped": skipped,
+            "volume": volume,                                                       # (1, D, H, W)
+            "volume_mask": mask_volume(self.size, self.mask_size, self.mask_ratio, generator),     # (1, D, H, W)
+            "input_ids": torch.from_numpy(report["input_ids"]),                     # (L,)
+            "sentence_ids": torch.from_numpy(report["sentence_ids"]),               # (L,)
+            "masked_ids": torch.from_numpy(masked_ids),                             # (L,)
+            "mlm_labels": torch.from_numpy(mlm_labels),                             # (L,)
+            "single_ids": [torch.from_numpy(ids) for ids in report["single_ids"]],  # S of (L_s,)
+        }
+        if item.labels is not None:
+            example["labels"] = torch.from_numpy(item.labels)                       # (18,)
+        return example
+
+
+def collate(batch, pad_id):
+    """B examples -> one batch. Sentences encoded one by one come flat, those of patient 0 first: (ΣS, L_s)."""
+    def padded(sequences, value):
+        return pad_sequence(list(sequences), batch_first=True, padding_value=value)
+
+    def column(name):
+        return [example[name] for example in batch]
+
+    single_ids = [ids for example in batch for ids in example["single_ids"]]
+    out = {
+        "ids": column("id"),
+        "skipped": [i for skipped in column("skipped") for i in skipped],
+        "volume": torch.stack(column("volume")),                                    # (B, 1, D, H, W)
+        "volume_mask": torch.stack(column("volume_mask")),                          # (B, 1, D, H, W)
+        "input_ids": padded(column("input_ids"), pad_id),                           # (B, L)
+        "attention_mask": padded(map(torch.ones_like, column("input_ids")), 0),     # (B, L)
+        "sentence_ids": padded(column("sentence_ids"), -1),                         # (B, L)
+        "masked_ids": padded(column("masked_ids"), pad_id),                         # (B, L)
+        "mlm_labels": padded(column("mlm_labels"), -100),                           # (B, L)
+        "sentence_mask": padded([torch.ones(len(ids), dtype=torch.bool) for ids in column("single_ids")], False),
+        "single_ids": padded(single_ids, pad_id),                                   # (ΣS, L_s)
+        "single_mask": padded(map(torch.ones_like, single_ids), 0),                 # (ΣS, L_s)
+    }
+    if all("labels" in example for example in batch):
+        out["labels"] = torch.stack(column("labels"))                               # (B, 18)
+    return out
+
+
+class Batches:
+    """Batch sampler without end: lists of (index, step) for one of `world` processes, from step `start` on.
+    NOTE(paper): several reconstructions of one scan are volumes like others; in one batch they are negatives of each other.
+
+    An epoch is a permutation seeded by (seed, epoch), cut into global batches of batch_size · world; what is left
+    over is dropped. W processes with batch B see, together and in rank order, what one sees with W·B.
+    """
+
+    def __init__(self, n, batch_size, rank=0, world=1, seed=0, start=0):
+        if batch_size * world > n:
+            raise ValueError(f"found {n} volumes for a global batch of {batch_size} x {world} = {batch_size * world}, "
+                             "expected at least as many volumes")
+        self.n, self.batch_size, self.rank, self.world, self.seed, self.start = n, batch_size, rank, world, seed, start
+
+    def __iter__(self):
+        order, order_epoch = None, None
+        for step in itertools.count(self.start):
+            epoch, batch = divmod(step, self.n // (self.batch_size * self.world))
+            if epoch != order_epoch:
+                order, order_epoch = np.random.default_rng((self.seed, epoch)).permutation(self.n), epoch
+            first = (batch * self.world + self.rank) * self.batch_size
+            yield [(int(index), step) for index in order[first:first + self.batch_size]]
+
+
+# ------------------------------------------------------------------------------------------------ demo phantoms
+# A chest in its own frame: millimetres of a standard patient from the middle of the thorax, points as (x, y, z),
+# x to the patient's right, y forward, z up. p (a namespace) holds one patient: its grid, voxels and random source.
+
+PREVALENCE = (.18, .28, .25, .18, .28, .20, .25, .25, .30, .35, .33, .25, .28, .20, .22, .28, .22, .20)
+LOBES = ((), ("right", "upper"), ("right", "middle"), ("right", "lower"), ("left", "upper"), ("left", "lower"))
+SIDES = {"right": (1, 2, 3), "left": (4, 5), "bilateral": (1, 2, 3, 4, 5)}
+ORDER = (2, 3, 13, 7, 10, 12, 17, 15, 8, 11, 14, 16, 9, 5, 6, 1, 4, 0)     # of drawing: from large to small and bright
+BULKY = (15, 10, 8, 16, 9)                                 # each in a lobe of its own
+BRONCHUS = np.tile(np.linspace(3.6, 2.2, 30), 4)           # mm, inner radius along the four bronchi of a lobe
+STORED = ("LPS", "LAS", "RPS", "PIR")                      # orientations of the quarter that is not stored as RAS
+
+
+def curve(points, step=2.5):
+    """Points (P, 3) every `step` mm along the smooth line through `points`."""
+    points = np.asarray(points, np.float32)
+    at = np.r_[0, np.cumsum(np.linalg.norm(np.diff(points, axis=0), axis=1))]
+    return make_interp_spline(at, points, k=min(3, len(points) - 1))(np.arange(0, at[-1], step)).astype(np.float32)
+
+
+def fan(start, ends, bend):
+    """Curved lines from one point to many: 30 points each, of one line after the other (number of ends * 30, 3)."""
+    t = np.linspace(0, 1, 30, dtype=np.float32)[:, None]
+    middle = (start + ends) / 2 + bend
+    return ((1 - t) ** 2 * start + 2 * t * (1 - t) * middle[:, None] + t ** 2 * ends[:, None]).reshape(-1, 3)
+
+
+def apart(points, centre):
+    """Distances (P,) of points (P, 3) from one point."""
+    d = points - np.float32(centre)
+    return np.sqrt(np.einsum("ij,ij->i", d, d))
+
+
+def to_index(p, points):
+    """Points (P, 3) of the patient's frame -> fractional voxel indices (P, 3) as (z, y, x)."""
+    x, y, z = np.asarray(points, np.float32).T
+    return np.stack([z, p.sin * x + p.cos * y, p.cos * x - p.sin * y], 1) / p.step + p.middle
+
+
+def soft(p, distance):
+    """Signed distance in mm, positive inside -> share of the voxel that is inside (partial volume)."""
+    return np.clip(distance / p.step.mean() + .5, 0, 1)
+
+
+def tube(p, points, radius):
+    """Box of voxels around a dense line of points (P, 3), and the share (z, y, x) of each voxel inside its radius."""
+    f, radius = to_index(p, points), np.broadcast_to(np.float32(radius), len(points))
+    base = np.rint(f).astype(np.int32)
+    reach = np.ceil(radius.max() / p.step).astype(int)
+    low = np.maximum(base.min(0) - reach, 0)
+    high = np.minimum(base.max(0) + reach + 1, p.vol.shape)
+    square, place = [], []
+    for a in range(3):
+        i = base[:, a, None] + np.arange(-reach[a], reach[a] + 1, dtype=np.int32)
+        d = ((i - f[:, a, None]) * p.step[a]) ** 2
+        square.append(np.where((i >= low[a]) & (i < high[a]), d, 1e9).astype(np.float32))
+        place.append(np.clip(i, low[a], high[a] - 1) - low[a])
+    d = square[0][:, :, None, None] + square[1][:, None, :, None] + square[2][:, None, None, :]
+    n, h, w = high - low
+    i = (place[0][:, :, None, None] * h + place[1][:, None, :, None]) * w + place[2][:, None, None, :]
+    near = d < (radius[:, None, None, None] + p.step.mean() / 2) ** 2
+    share = np.zeros(n * h * w, np.float32)
+    radius = np.broadcast_to(radius[:, None, None, None], d.shape)
+    np.maximum.at(share, i[near], soft(p, radius[near] - np.sqrt(d[near])))
+    return tuple(slice(a, b) for a, b in zip(low, high)), share.reshape(n, h, w)
+
+
+def ellipsoid(p, centre, radii, margin=4):
+    """Box of voxels around an ellipsoid, and the signed distance (z, y, x) in mm to its surface, positive inside."""
+    reach = np.max(radii) + margin
+    at = to_index(p, [centre])[0]
+    low = np.maximum(at - reach / p.step, 0).astype(int)
+    high = np.minimum(np.ceil(at + reach / p.step).astype(int) + 1, p.vol.shape)
+    box = tuple(slice(a, b) for a, b in zip(low, high))
+    x, y, z = p.x[box[1:]] - centre[0], p.y[box[1:]] - centre[1], p.z[box[0]] - centre[2]
+    q = np.sqrt((x / radii[0]) ** 2 + (y / radii[1]) ** 2 + (z / radii[2]) ** 2)
+    return box, (1 - q) * np.min(radii)
+
+
+def paint(p, box, share, value, low=-2000, high=4000):
+    """Blends `value` HU into the voxels of a box whose HU lie in [low, high]."""
+    v = p.vol[box]
+    v += share * ((v >= low) & (v <= high)) * (value - v)
+
+
+def ball(p, centre, radii, value, low=-2000, high=4000):
+    """Paints an ellipsoid."""
+    box, d = ellipsoid(p, centre, radii)
+    paint(p, box, soft(p, d), value, low, high)
+
+
+def paint_lung(p, share, value):
+    """The same for the list of lung voxels, of which only those that still hold air change."""
+    v = p.flat[p.lung]
+    p.flat[p.lung] = v + share * (v < -200) * (value - v)
+
+
+def along(p, direction):
+    """Positions (K,) in mm of the lung voxels along a direction (3,); no matrix product, whose threads would fight."""
+    return sum(p.at[:, i] * np.float32(direction[i]) for i in range(3))
+
+
+def waves(p, length):
+    """A smooth random texture (K,) over the lung voxels, about normal, with details of `length` mm."""
+    turn = 2 * math.pi / length
+    directions = [one / np.linalg.norm(one) for one in p.rng.standard_normal((6, 3))]
+    return sum(np.cos(turn * along(p, one) + p.rng.uniform(0, 6.3)) for one in directions) / 3 ** .5
+
+
+def spot(p, lobe, room=12.0):
+    """A random point of a lobe that still holds air, `room` mm from walls and fissures if possible; and its room."""
+    inside = np.flatnonzero((p.lobe == lobe) & (p.flat[p.lung] < -200))
+    clear = p.clear[inside]
+    i = p.rng.choice(inside[clear >= min(room, np.quantile(clear, .93))])
+    return p.at[i], p.clear[i]
+
+
+def draw_heart(p, size):
+    """Heart with its fat, four chambers and coronary arteries; `size` 1 is normal. Sets p.heart and p.coronaries."""
+    p.heart = np.array([-20, 18, -36]) + (size - 1) * np.array([-24, -8, -6]), np.array([48, 39, 44]) * size
+    centre, radii = p.heart
+    ball(p, centre, radii + 4, -90, high=0)
+    ball(p, centre, radii, 65, high=0)
+    for shift, r in (((-16, 0, -8), (21, 18, 24)), ((16, 16, -6), (19, 14, 25)), ((4, -22, 16), (25, 11, 15)),
+                     ((28, -2, 4), (14, 17, 20))):
+        ball(p, centre + np.multiply(shift, size), np.multiply(r, size), p.blood, low=0, high=p.blood)
+    lines = np.array([[(.1, .6, .8), (-.25, .85, .45), (-.5, .85, 0), (-.7, .6, -.45)],     # left anterior descending
+                      [(-.1, .3, .95), (-.65, .1, .75), (-.95, -.2, .2), (-.85, -.4, -.3)], # circumflex
+                      [(.3, .6, .75), (.7, .7, .2), (.8, .45, -.4), (.5, .1, -.85)]])       # right
+    lines /= np.linalg.norm(lines, axis=2, keepdims=True)
+    p.coronaries = [curve(centre + line * (radii + 1)) for line in lines]
+    paint(p, *tube(p, np.concatenate(p.coronaries), 1.5), p.blood, high=100)
+
+
+def anatomy(rng):
+    """A healthy patient: p.vol (z, y, x) float32 HU without noise, and everything that the findings need to know."""
+    p = SimpleNamespace(rng=rng)
+    size = rng.uniform(.94, 1.05)                                       # standard mm -> mm
+    spacing = np.array([rng.uniform(3.6, 4.1), *[rng.uniform(3.6, 4.1)] * 2])               # (z, y, x)
+    shape = tuple(np.rint(rng.uniform(322, 334, 3)[[0, 1, 1]] / spacing).astype(int))
+    p.spacing, p.size, p.step = spacing, size, (spacing / size).astype(np.float32)
+    p.middle = ((np.array(shape) - 1) / 2 + rng.uniform(-4, 4, 3) / spacing).astype(np.float32)
+    z, y, x = ((np.arange(n, dtype=np.float32) - m) * s for n, m, s in zip(shape, p.middle, p.step))
+    turn = rng.uniform(-.08, .08)
+    p.cos, p.sin = np.float32(math.cos(turn)), np.float32(math.sin(turn))
+    p.x, p.y, p.z = p.cos * x + p.sin * y[:, None], p.cos * y[:, None] - p.sin * x, z[:, None, None]
+    x, y, z = p.x, p.y, p.z                                             # (H, W), (H, W), (D, 1, 1)
+    p.blood = rng.uniform(130, 190)                                     # contrast medium
+    # outer shape: skin, fat, muscle, mediastinal fat
+    wide, deep, fat = rng.uniform(60, 68), rng.uniform(82, 90), rng.uniform(6, 16)
+    u = np.abs(x) - wide + 4
+    body = 1 - (np.abs(x / (wide * 2 + 22 + fat)) ** 2.5 + np.abs(y / (deep + 16 + fat * .6)) ** 2.5) ** .4
+    body *= deep + 16
+    flat = np.where(body > fat, 45, -100) + np.where((body > 0) & (body < 3), 90, 0)
+    flat = np.where((np.abs(x) < 34) & (np.abs(y - 15) < 62), -85, flat)
+    flat = flat * soft(p, body) - 1000 * (1 - soft(p, body))
+    flat = np.where(np.abs(np.hypot(x, y + 330) - 208) < 3, -500, flat)                                 # table
+    p.vol = np.ascontiguousarray(np.broadcast_to(flat.astype(np.float32), shape))
+    p.flat = p.vol.reshape(-1)
+    # diaphragm with liver and spleen under it, then the lungs: depth is the distance in mm to the lung surface
+    oval = (u / wide) ** 2 + (y / deep) ** 2
+    dome = rng.uniform(-104, -94) + rng.uniform(32, 44) * (1 - oval) + np.where(x > 0, np.float32(8), 0)
+    q = np.sqrt(oval + (np.maximum(z - 15, 0) / 95) ** 2)
+    abdomen = np.where(x + .3 * y > -22, 105, np.where(y < -10, 120, 40)).astype(np.float32)
+    share = soft(p, np.minimum(dome - z, (1.03 - np.sqrt(oval)) * wide))
+    p.vol += share * (abdomen - p.vol)
+    depth = np.minimum((1 - q) * wide, np.abs(x) - 22 - 6 * np.cos(y / 40))
+    np.minimum(depth, z - dome, out=depth)
+    air = rng.uniform(-835, -805)
+    p.vol += soft(p, depth) * (air - .25 * y - p.vol)
+    # ribs wind around the lungs, falling towards the front
+    i, j, k = np.unravel_index(np.flatnonzero((q > 1.02) & (q < 1.13) & (u > -48) & (np.abs(z + 25) < 95)), shape)
+    bone = np.abs((z[i, 0, 0] + .5 * y[j, k] + rng.uniform(0, 23)) % 23 - 11.5) < 5.5
+    p.vol[i[bone], j[bone], k[bone]] = 420
+    # spine and sternum: flat shapes with a profile along z
+    level = np.where((z[:, 0] + rng.uniform(0, 24)) % 24 < 19, 190, 70)           # vertebrae and discs
+    body = np.hypot(x / 19, (y + 60) / 16)
+    canal, process = np.hypot(x, y + 84), (np.abs(x) < 4) & (np.abs(y + 100) < 6)
+    for where, value in ((body < 1, level), ((body > .8) & (body < 1), level * 2), (canal < 13, 330), (canal < 8, 25),
+                         (process, level * 1.6), ((np.abs(np.abs(x) - 20) < 9) & (np.abs(y + 82) < 4), level * 1.5)):
+        p.vol[:, where] = value
+    paint(p, (slice(None),) * 3, (np.hypot(x / 19, (y - deep - 1) / 6) < 1) * (np.abs(z - 30) < 65), 200)
+    draw_heart(p, rng.uniform(.88, 1.0))
+    # great vessels
+    top = rng.uniform(56, 66)
+    p.aorta = curve([(0, 20, -10), (10, 24, 20), (4, 14, top - 12), (-10, -6, top), (-21, -28, top - 12),
+                     (-23, -40, 20), (-20, -42, -60), (-12, -40, -165)])
+    p.wide = rng.uniform(11.5, 13.5)
+    paint(p, *tube(p, p.aorta, p.wide), p.blood)
+    for radius, *line in ((10, (-14, 30, 0), (-18, 16, 18), (-26, -4, 24), (-40, -14, 14)),         # pulmonary arteries
+                          (9, (-18, 14, 20), (4, 0, 22), (24, -4, 16), (40, -10, 8)),
+                          (8, (20, 12, 120), (19, 12, 50), (20, 10, -8)),                           # superior vena cava
+                          (5.5, (6, 10, top), (14, 12, 165)), (4.5, (-10, 4, top), (-14, 2, 165)),  # to head and arms
+                          (4.5, (-18, -8, top), (-26, -6, 165))):
+        paint(p, *tube(p, curve(line), radius), p.blood)
+    for radius, value in ((7, 35), (2, -600)):                          # oesophagus
+        paint(p, *tube(p, curve([(-2, -24, 165), (-4, -34, 20), (-6, -34, -50), (-14, -20, -110)]), radius), value)
+    # the lung voxels as one list: position, lobe, room to the next wall or fissure
+    p.lung = np.flatnonzero((depth > -2) & (p.vol < -200))
+    i, j, k = np.unravel_index(p.lung, shape)
+    p.at = np.stack([x[j, k], y[j, k], z[i, 0, 0]], 1)                  # (K, 3)
+    oblique = p.at[:, 2] + rng.uniform(.75, .95) * p.at[:, 1] + rng.uniform(0, 12) + 2e-3 * p.at[:, 1] ** 2
+    across = p.at[:, 2] - rng.uniform(8, 16) + .05 * p.at[:, 1]
+    right = p.at[:, 0] > 0
+    p.lobe = np.where(oblique < 0, np.where(right, 3, 5), np.where(right, np.where(across < 0, 2, 1), 4))
+    fissure = np.minimum(np.abs(oblique) * .75, np.where(right & (oblique > 0), np.abs(across), 99))
+    heart = apart(p.at, p.heart[0]) - p.heart[1].mean()
+    p.deep = depth.reshape(-1)[p.lung]
+    p.clear = np.minimum(np.minimum(p.deep, heart), fissure)
+    p.flat[p.lung] += 130 * np.clip(1.5 - fissure / 2, 0, 1)
+    # vessels and airways from the hila to random places of each lobe
+    vessels, p.bronchi = [], {}
+    for lobe in range(1, 6):
+        side = 1 if lobe < 4 else -1
+        ends = p.at[rng.choice(np.flatnonzero((p.lobe == lobe) & (p.clear > 7)), 26)]
+        vessels.append(fan((side * 36, -8, 10), ends[:22], rng.standard_normal((22, 3)) * 7))
+        p.bronchi[lobe] = fan((side * 34, -16, 14), ends[22:], rng.standard_normal((4, 3)) * 6)
+    paint(p, *tube(p, np.concatenate(vessels), np.tile(np.linspace(3.4, 1, 30), 110)), 40, high=-200)
+    for radius, value in ((1.2, -350), (-.3, -970)):
+        paint(p, *tube(p, np.concatenate([*p.bronchi.values()]), np.tile(BRONCHUS + radius, 5)), value, high=-100)
+    for radius, value in ((2, 40), (0, -985)):
+        for r, *line in ((8.5, (1, -2, 165), (2, -8, 90), (1, -14, 34)),
+                         (6.5, (1, -14, 36), (16, -16, 22), (36, -16, 14)),
+                         (6, (1, -14, 36), (-18, -16, 22), (-38, -17, 14))):
+            paint(p, *tube(p, curve(line), r + radius), value)
+    return p
+
+
+def lesion(side=None, lobe=None, mm=None, kind=None):
+    """What a report may say of a lesion; kind: of medical material."""
+    return {"side": side, "lobe": lobe, "size_mm": mm, "kind": kind}
+
+
+def draw(p, k, lobe, side):
+    """Draws finding k into p.vol, in `lobe` (1 to 5) or on `side` where it has one of these; returns its lesions."""
+    rng, (x, y, z) = p.rng, p.at.T
+    mine, where = np.isin(p.lobe, SIDES[side]), LOBES[lobe]
+    name = LABELS[k]
+    if name == "Medical material":
+        kind, s, wide = (("pacemaker", -1, 22), ("port chamber", 1, 16))[rng.integers(2)]
+        ball(p, (s * 74, 76, 78), (wide, 8, wide), 3000)
+        line = curve([(s * 70, 72, 80), (s * 42, 50, 96), (s * 12, 24, 92), (19, 12, 50), (20, 12, 0),
+                      p.heart[0] + ((-14, 4, -14) if s < 0 else (24, 2, 6))])
+        paint(p, *tube(p, line, 2.6), 2600)
+        return [lesion("left" if s < 0 else "right", kind=kind)]
+    if name == "Arterial wall calcification":
+        points = []
+        for start in rng.integers(12, 76, 5):
+            part = p.aorta[start:start + 10]
+            a = np.cross(part[-1] - part[0], (1, .2, .3))
+            b = np.cross(part[-1] - part[0], a)
+            turn = rng.uniform(0, 6.3) + np.linspace(0, 2.6, 16)[:, None]
+            ring = np.cos(turn) * a / np.linalg.norm(a) + np.sin(turn) * b / np.linalg.norm(b)
+            points.append((part[:, None] + ring * p.wide).reshape(-1, 3))
+        paint(p, *tube(p, np.concatenate(points), 2.4), 1100)
+        return [lesion()]
+    if name == "Cardiomegaly":
+        draw_heart(p, rng.uniform(1.28, 1.4))
+        return [lesion()]
+    if name == "Pericardial effusion":
+        mm = rng.uniform(12, 18)
+        box, d = ellipsoid(p, p.heart[0], p.heart[1] + 3, margin=mm + 4)
+        paint(p, box, soft(p, d + mm) * soft(p, -d), 8, high=0)
+        return [lesion(mm=mm * p.size)]
+    if name == "Coronary artery wall calcification":
+        part = [line[a:a + 11] for line in p.coronaries for a in (rng.integers(1, 5), rng.integers(14, 18))]
+        paint(p, *tube(p, np.concatenate(part), 3.0), 1300)
+        return [lesion()]
+    if name == "Hiatal hernia":
+        r, c = rng.uniform(24, 31), np.array([rng.uniform(-12, 2), -28, -64])
+        ball(p, c, (r * 1.15, r * .9, r), 50, high=100)
+        ball(p, c + (0, r * .3, r * .15), (r * .7, r * .42, r * .6), -960, high=100)
+        return [lesion(mm=2 * r * p.size)]
+    if name == "Lymphadenopathy":
+        r = rng.uniform(13, 16.5)
+        for c in rng.permutation([(26, 4, 56), (4, -24, 14), (-32, 8, 42), (6, 44, 58), (38, 0, 6), (-40, -4, 2)])[:5]:
+            ball(p, c + rng.uniform(-2, 2, 3), (r, r, r * 1.3), 75, low=-940, high=70)
+        return [lesion(mm=2 * r * p.size)]
+    if name == "Emphysema":
+        paint_lung(p, mine * np.isin(p.lobe, (1, 4)) * (waves(p, 34) > -.45), -998)
+        return [lesion(side, "upper")]
+    if name == "Atelectasis":
+        c, _ = spot(p, lobe)
+        n = np.array([*rng.uniform(-.35, .35, 2), .95])
+        off = along(p, n) - c @ n + 3 * waves(p, 90)
+        near = np.hypot(x - c[0], y - c[1]) < 46
+        paint_lung(p, (p.lobe == lobe) * near * (np.abs(off) < 26) * soft(p, 3.6 - np.abs((off + 8.5) % 17 - 8.5)), 40)
+        return [lesion(*where)]
+    if name == "Lung nodule":
+        found = []
+        for one in [lobe] + [lobe % 5 + 1] * (rng.random() < .3):
+            r = rng.uniform(7.5, 15) / p.size
+            c, room = spot(p, one, r + 1)
+            r = min(r, max(room, 7))
+            ball(p, c, (r, r, r), 80, high=70)
+            found.append(lesion(*LOBES[one], 2 * r * p.size) | {"centre": to_index(p, [c])[0]})
+        return found
+    if name == "Lung opacity":
+        c = [spot(p, one)[0] for one in ((3, 5) if side == "bilateral" else (lobe, lobe))]
+        d = np.minimum(*[apart(p.at, one) for one in c]) + 6 * waves(p, 40)
+        part = np.isin(p.lobe, (3, 5)) if side == "bilateral" else p.lobe == lobe
+        paint_lung(p, part * soft(p, (rng.uniform(33, 42) - d) / 2), p.flat[p.lung] + 330)
+        return [lesion("bilateral", "lower") if side == "bilateral" else lesion(*where)]
+    if name == "Pulmonary fibrotic sequela":
+        apex = mine & (z > 62)
+        paint_lung(p, apex * soft(p, np.minimum(14, (z - 60) * .4) + 3 * waves(p, 30) - p.deep), 20)
+        for s in (1, -1):
+            ends = p.at[apex & (x * s > 0) & (p.deep < 8)]
+            if len(ends):
+                line = fan((s * 42, -8, 40), rng.choice(ends, 12), rng.standard_normal((12, 3)) * 5)
+                paint(p, *tube(p, line, 2.6), 30, high=-200)
+        return [lesion(side, "upper")]
+    if name == "Pleural effusion":
+        thick = rng.uniform(34, 60)
+        level = y.min() + thick * np.clip((rng.uniform(45, 75) - z) / 110, 0, 1.15) + .5 * np.maximum(np.abs(x) - 90, 0)
+        share = mine * soft(p, level - y)
+        paint_lung(p, share, 8)
+        column = np.unravel_index(p.lung[share > .5], p.vol.shape)
+        column = np.bincount(column[0] * p.vol.shape[2] + column[2])                        # voxels from back to front
+        return [lesion(side, mm=column.max() * p.spacing[1])]
+    if name == "Mosaic attenuation pattern":
+        paint_lung(p, mine, p.flat[p.lung] + np.where(waves(p, 70) > 0, 210, -130))
+        return [lesion(side)]
+    if name == "Peribronchial thickening":
+        for part in SIDES[side]:
+            for more, value in ((5.5, 30), (.6, -985)):
+                paint(p, *tube(p, p.bronchi[part], BRONCHUS + more), value, high=60)
+        return [lesion(side)]
+    if name == "Consolidation":
+        (c, _), r, line = spot(p, lobe), rng.uniform(32, 42), p.bronchi[lobe]
+        paint_lung(p, (p.lobe == lobe) * soft(p, r - apart(p.at, c) - 5 * waves(p, 35)), 45)
+        near = apart(line, c) < r
+        if near.any():                                      # air bronchograms
+            paint(p, *tube(p, line[near], BRONCHUS[near]), -940, high=60)
+        return [lesion(*where)]
+    if name == "Bronchiectasis":
+        c, _ = spot(p, lobe)
+        inside = p.at[(p.lobe == lobe) & (apart(p.at, c) < 44) & (p.deep > 4)]
+        line = fan(c, rng.choice(inside, 9), rng.standard_normal((9, 3)) * 5).reshape(9, 30, 3)[:, 8:].reshape(-1, 3)
+        for radius, value in ((8, 60), (4.8, -1000)):
+            paint(p, *tube(p, line, radius), value, high=70)
+        return [lesion(*where)]
+    share, bend = np.zeros(len(p.lung), np.float32), 2.5 * waves(p, 60)       # Interlobular septal thickening
+    for n in np.linalg.qr(rng.standard_normal((3, 3)))[0]:
+        share = np.maximum(share, soft(p, 1.6 - np.abs((along(p, n) + bend) % 19 - 9.5)))
+    paint_lung(p, share * (p.deep < 32) * np.isin(p.lobe, (3, 5)) * mine, -150)
+    return [lesion(side, "lower")]
+
+
+# Of each label: its name where it is denied | what a report says where it is present (`at` a place, `on` a side).
+WORDS = """
+medical device | A {kind} is seen on the {side} chest wall | There is a {kind} in the {side} anterior chest wall
+aortic wall calcification | Calcific plaques are observed in the aorta | There are wall calcifications in the aorta
+cardiomegaly | Heart size is increased | The heart is larger than normal | Cardiomegaly is present
+pericardial effusion | Pericardial effusion of {mm} mm is observed | There is pericardial effusion up to {mm} mm thick
+coronary calcification | Calcifications are observed in the coronary arteries | There are coronary calcific plaques
+hiatal hernia | A hiatal hernia measuring {mm} mm is observed | There is a hiatal hernia with a diameter of {mm} mm
+lymphadenopathy | Enlarged lymph nodes with a short axis of {mm} mm are seen | There is lymphadenopathy of {mm} mm
+emphysema | Emphysematous changes are observed {at} | There is emphysema {at} | Centrilobular emphysema is seen {at}
+atelectasis | Linear atelectasis is observed {at} | There are bands of atelectasis {at} | Plate atelectasis is seen {at}
+pulmonary nodule | A nodule measuring {mm} mm is observed {at} | There is a {mm} mm solid nodule {at}
+ground glass opacity | Ground glass opacity is observed {at} | There is an area of ground glass opacity {at}
+fibrotic sequela | Pleuroparenchymal fibrotic sequela changes are observed {at} | There are fibrotic bands {at}
+pleural effusion | Pleural effusion reaching {mm} mm is observed {on} | There is free pleural effusion of {mm} mm {on}
+mosaic attenuation | Mosaic attenuation pattern is observed {at} | There is a mosaic attenuation pattern {at}
+peribronchial thickening | Peribronchial thickening is observed {at} | There is peribronchial wall thickening {at}
+consolidation | Consolidation with air bronchograms is observed {at} | There is an area of consolidation {at}
+bronchiectasis | Bronchiectasis is observed {at} | There are bronchiectatic changes {at} | Bronchiectasis is seen {at}
+interlobular septal thickening | Interlobular septal thickening is seen {at} | There is interlobular thickening {at}
+""".strip().splitlines()
+DENIALS = "no {} was detected | there is no {} | {} was not detected | no {} is seen"
+BEFORE = ("Trachea and both main bronchi are open | The trachea is in the midline and both main bronchi are open",
+          "Mediastinal vascular structures were evaluated with contrast | The caliber of the aorta is normal",
+          "The esophagus is normal | The esophagus shows a normal course")
+AFTER = ("The upper abdominal organs in the sections are normal | The liver and spleen are normal in the sections",
+         "Bone structures in the study area are natural | Vertebral body heights are preserved")
+MEDIASTINUM, LUNGS = (0, 2, 3, 1, 4, 6, 5), (15, 10, 9, 7, 8, 11, 13, 14, 16, 17, 12)      # order of the report
+
+
+def write_report(lesions, rng):
+    """A report (str) that names every lesion with its place and size and denies some of what is absent."""
+    def pick(phrases):
+        return rng.choice(phrases.split(" | "))
+
+    absent = [k for k, label in enumerate(LABELS) if label not in [one["label"] for one in lesions]]
+    denied = rng.permutation(absent)[:max(0, rng.integers(3, 11) - len(lesions))]
+    text = [pick(phrases) for phrases in BEFORE]          # with AFTER 5 sentences; between them 3 to 10 or all lesions
+    for order in (MEDIASTINUM, LUNGS):
+        for k in np.array(order)[np.argsort(np.arange(len(order)) + rng.uniform(0, 2.5, len(order)))]:
+            name, phrases = WORDS[k].split(" | ", 1)
+            for one in lesions:
+                if one["label"] == LABELS[k]:
+                    side, lobe, both = one["side"], one["lobe"], one["side"] == "bilateral"
+                    whole = "in both lungs" if both else f"in the {side} lung"
+                    part = f"in both {lobe} lobes | in the {lobe} lobes of both lungs" if both else \
+                        f"in the {side} {lobe} lobe | in the {lobe} lobe of the {side} lung"
+                    text.append(pick(phrases).format(
+                        at=pick(part) if lobe else whole, on="on both sides" if both else f"on the {side}", side=side,
+                        mm=one["size_mm"] and round(one["size_mm"]), kind=one["kind"]))
+            if k in denied:
+                text.append(pick(DENIALS).format(name))
+    text += [pick(phrases) for phrases in AFTER]
+    return " ".join(one[0].upper() + one[1:] + "." for one in text)
+
+
+def phantom(seed, index, findings=None, with_healthy=False):
+    """One synthetic patient with a chest CT; the same arguments give the same voxels and words.
+
+    findings: label numbers to draw, or None for a random set. Returns a dict: volume int16 HU (z, y, x) in RAS;
+    spacing (z, y, x) mm; affine (4, 4) of the voxel indices (x, y, z); mask uint8 (z, y, x), k + 1 where finding k
+    changed the voxels (the later in ORDER wins); labels float32 (18,); report; lesions: dicts of label, side, lobe,
+    size_mm, kind and centre (z, y, x) in voxels; stored: the orientation in which `write_demo` writes it. with_healthy
+    adds `healthy`, the volume of the same patient and noise without any finding.
+    """
+    anatomist, fate, noise, writer = (np.random.default_rng([seed, index, n]) for n in range(4))
+    p = anatomy(anatomist)
+    drawn = np.flatnonzero(fate.random(18) < PREVALENCE)
+    lobes = 1 + fate.permutation(5)                         # so that the great lesions of one lobe do not meet
+    grain = noise.standard_normal(p.vol.shape, dtype=np.float32) * np.float32(noise.uniform(12, 28))
+
+    def scan():
+        outside = 9000 * (np.hypot(p.x, p.y) > 172)         # the scanner's round field of view
+        return np.clip(p.vol + grain - outside.astype(np.float32), -1024, 3071).astype(np.int16)
+    healthy = scan() if with_healthy else None
+    mask, lesions = np.zeros(p.vol.shape, np.uint8), []
+    for k in ORDER:
+        if k not in (drawn if findings is None else findings):
+            continue
+        p.rng = np.random.default_rng([seed, index, 4 + k])
+        before = p.vol.copy()
+        side = ("right", "left", "bilateral")[p.rng.choice(3, p=(.3, .3, .4))]
+        found = draw(p, k, int(lobes[BULKY.index(k) if k in BULKY else 0]), side)
+        changed = np.abs(p.vol - before) > 60
+        mask[changed] = k + 1
+        middle = np.mean(np.unravel_index(np.flatnonzero(changed), changed.shape), 1)
+        lesions += [one | {"label": LABELS[k], "centre": one.get("centre", middle)} for one in found]
+    labels = np.zeros(18, np.float32)
+    labels[[LABELS.index(one["label"]) for one in lesions]] = 1
+    affine = np.diag([*p.spacing[::-1], 1])
+    affine[:3, 3] = np.round(writer.uniform((-170, -190, -900), (-150, -130, 200)), 1)
+    out = dict(volume=scan(), spacing=p.spacing, affine=affine, mask=mask, labels=labels, lesions=lesions,
+               report=write_report(lesions, writer), stored=STORED[index % 4] if fate.random() < .25 else "RAS")
+    return out | {"healthy": healthy} if with_healthy else out
+
+
+def write_phantom(out, seed, index):
+    """Writes volume and mask of one phantom under `out`, in its stored orientation; returns its row of the manifest."""
+    p = phantom(seed, index)
+    names = f"volumes/demo_{index:04d}.nii.gz", f"masks/demo_{index:04d}.nii.gz"
+    for name, array in zip(names, (p["volume"], p["mask"])):
+        image = nib.Nifti1Image(array.transpose(2, 1, 0), p["affine"])
+        image.header.set_xyzt_units("mm")
+        start, end = (nib.orientations.axcodes2ornt(codes) for codes in ("RAS", p["stored"]))
+        image = image.as_reoriented(nib.orientations.ornt_transform(start, end))
+        part = Path(out, name + ".part")
+        part.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))     # no time: the same bytes
+        os.replace(part, Path(out, name))
+    return [names[0], p["report"], "train" if index % 10 < 7 else "test", f"demo-{seed}-{index:04d}",
+            *p["labels"].astype(int).tolist(), names[1]]
+
+
+def write_demo(out, n=64, seed=0, workers=None):
+    """Writes n phantoms as NIfTI with masks and, last, the manifest; returns the path of OUT/manifest.csv.
+
+    A complete folder of the same n and seed is left as it is. The bytes depend on seed and index only, not on n or
+    `workers` (processes; default: one a core).
+    """
+    manifest, part = Path(out, "manifest.csv"), Path(out, "manifest.csv.part")
+    if manifest.exists():
+        with manifest.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        # the last report, too: another version of these functions would have written another
+        if len(rows) == n and (rows[-1]["patient"], rows[-1]["report"]) == (
+                f"demo-{seed}-{n - 1:04d}", phantom(seed, n - 1)["report"]) \
+                and all(Path(out, row[key]).exists() for row in rows for key in ("volume", "mask")):
+            return manifest
+        manifest.unlink()
+    for folder in ("volumes", "masks"):
+        Path(out, folder).mkdir(parents=True, exist_ok=True)
+    with multiprocessing.Pool(workers) as pool:
+        rows = list(tqdm(pool.imap(partial(write_phantom, out, seed), range(n), chunksize=4), total=n, desc="phantoms"))
+    with part.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["volume", "report", "split", "patient", *LABELS, "mask"], *rows])
+    os.replace(part, manifest)
+    return manifest
+
+
+# ---------------------------------------------------------------------------------------------------- commands
+
+def report_table(reports):
+    """Print how many sentences and words the reports have, and what the limits of pre-training cut."""
+    sentences = [split_sentences(report) for report in reports]
+    rows = {"sentences a report": [len(split) for split in sentences],
+            "words a report": [len(report.split()) for report in reports],
+            "words a sentence": [len(sentence.split()) for split in sentences for sentence in split]}
+    print(f"\n{'':20}{'min':>7}{'25 %':>7}{'median':>7}{'75 %':>7}{'max':>7}")
+    for name, counts in rows.items():
+        print(f"{name:20}" + "".join(f"{value:7.0f}" for value in np.quantile(counts or [0], (0, 0.25, 0.5, 0.75, 1))))
+    pieces = [len(re.findall(r"\w+|[^\w\s]", report)) for report in reports]
+    print(f"{len(reports)} reports: {sum(not split for split in sentences)} empty, "
+          f"{sum(len(split) > 32 for split in sentences)} with more than 32 sentences, {sum(n > 248 for n in pieces)} "
+          "with more than 250 tokens even if each word is one: there the last sentences are left out.")
+
+
+def save_picture(volume, path):
+    """Axial, coronal and sagittal middle slice of a volume (1, D, H, W) as PNG; the patient's right is on the left."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    volume = volume[0].numpy()[:, :, ::-1]
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3.4))
+    for k, (axis, name) in enumerate(zip(axes, ("axial", "coronal", "sagittal"))):
+        axis.imshow(volume.take(volume.shape[k] // 2, k), cmap="gray", vmin=0, vmax=1, origin="lower", aspect="auto")
+        axis.set_title(name)
+        axis.axis("off")
+    figure.savefig(path, bbox_inches="tight")
+    plt.close(figure)
+
+
+def check(args):
+    """Print the table of `data.py check`; the exit code is 1 if there is a problem."""
+    if args.reports:
+        text = _utf8(args.reports)
+        if text.lstrip().startswith("{"):
+            rows = [row for split, rows in json.loads(text).items() if split != "val" for row in rows]
+        else:
+            rows = [row for _, row in _rows(args.reports)]
+        columns = [name for name in ("report_text", "report", "Findings_EN") if rows and name in rows[0]]
+        if not columns:
+            raise ValueError(f"{args.reports}: found no report, expected a column report_text, report or Findings_EN")
+        report_table([row[columns[0]] for row in rows])
+        return 0
+
+    items = load_items(args.data, args.cache)
+    problems = left_out = len(_all_items(args.data, args.cache)) - len(items)
+    print(f"{'volume':32} {'z, y, x':>13} {'spacing (mm)':>17} {'axes':4} {'HU':>13} {'words':>5} {'sent.':>5}  note")
+    for item in tqdm(items[:args.limit], unit="volume", disable=None):
+        text = f"{len(item.report.split()):5} {len(split_sentences(item.report)):5}"
+        try:
+            xyz, stored_affine = read_stored(item.volume)
+            array, spacing, _ = to_ras(item.volume, xyz, stored_affine)
+            array, note = to_hounsfield(array, item.volume, args.hu, item.rescale)
+            volume = preprocess(array, spacing, args.size)
+        except ValueError as error:
+            problems += 1
+            tqdm.write(f"{item.id[-32:]:32} {'':50} {text}  PROBLEM {error}")
+            continue
+        tqdm.write(f"{item.id[-32:]:32} {'x'.join(map(str, array.shape)):>13} "
+                   f"{' '.join(f'{side:.2f}' for side in spacing):>17} {''.join(nib.aff2axcodes(stored_affine)):4} "
+                   f"{f'{array.min():.0f}..{array.max():.0f}':>13} {text}  {note}")
+        if args.pictures:
+            args.pictures.mkdir(parents=True, exist_ok=True)
+            save_picture(volume, args.pictures / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', item.id)}.png")
+    report_table([item.report for item in items])
+    counts = ", ".join(f"{sum(item.split == split for item in items)} {split}" for split in SPLITS)
+    print(f"{len(items)} volumes ({counts}) of {len({item.patient for item in items})} patients, "
+          f"{sum(item.labels is not None for item in items)} with labels; {len(items[:args.limit])} read, "
+          f"{problems - left_out} of them with a problem; {left_out} left out for want of a report or a file.")
+    return int(problems > 0)
+
+
+def _fill_cache(job):
+    torch.set_num_threads(1)
+    item, cache, size, hu = job
+    try:
+        load_volume(item, cache, size, hu)
+    except ValueError as error:
+        return f"{item.id}: {error}"
+
+
+def fill_cache(args):
+    """Preprocess all volumes that the cache lacks; the exit code is 1 if more than 5 % cannot be read."""
+    items = load_items(args.data, args.cache)
+    todo = [item for item in items if not cache_path(args.cache, item, args.size, args.hu).exists()]
+    args.cache.mkdir(parents=True, exist_ok=True)
+    needed, free = len(todo) * math.prod(args.size) * 2, shutil.disk_usage(args.cache).free
+    print(f"{len(items)} volumes, {len(items) - len(todo)} of them in {args.cache}; the rest takes "
+          f"{needed / 1e9:.2f} GB of {free / 1e9:.2f} GB free")
+    if needed > free:
+        raise ValueError(f"{args.cache}: found {free / 1e9:.2f} GB free, expected {needed / 1e9:.2f} GB")
+    failed = []
+    with multiprocessing.Pool(args.workers) as pool:
+        jobs = [(item, args.cache, args.size, args.hu) for item in todo]
+        for failure in tqdm(pool.imap_unordered(_fill_cache, jobs), total=len(jobs), unit="volume"):
+            if failure:
+                failed.append(failure)
+                tqdm.write(f"PROBLEM {failure}")
+    print(f"{len(todo) - len(failed)} made, {len(failed)} cannot be read")
+    return int(len(failed) > 0.05 * len(items))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    defaults_shown = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--data", type=Path, help="manifest .csv, CT-RATE folder or CTRG-Chest .json")
+    shared.add_argument("--cache", type=Path, default=Path("cache"), metavar="DIR", help="where preprocessed volumes go (float16 .npy)")
+    shared.add_argument("--size", type=int, nargs=3, default=SIZE, metavar=("D", "H", "W"), help="voxels (z, y, x)")
+    shared.add_argument("--hu", choices=("auto", "header", "csv"), default="auto",
+                        help="Hounsfield units: told from the values, as stored, or rescaled by the metadata CSV")
+
+    command = commands.add_parser("check", parents=[shared], help="a table of volumes and reports; exits 1 on problems",
+                                  **defaults_shown)
+    command.add_argument("--reports", type=Path, help="instead of --data: a CSV or JSON with reports alone")
+    command.add_argument("--pictures", type=Path, metavar="DIR", help="write the middle slices of each volume as PNG")
+    command.add_argument("--limit", type=int, metavar="N", help="read only the first N volumes")
+    command.set_defaults(run=check)
+
+    command = commands.add_parser("cache", parents=[shared], help="preprocess all volumes once", **defaults_shown)
+    command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    command.set_defaults(run=fill_cache)
+
+    command = commands.add_parser("demo", help="write synthetic chest phantoms, reports and a manifest",
+                                  **defaults_shown)
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
+    command.add_argument("--n", type=int, default=64, help="number of phantoms")
+    command.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes")
+    command.set_defaults(run=lambda args: print(write_demo(args.out, args.n, args.seed)))
+
+    args = parser.parse_args()
+    if args.command != "demo" and not args.data and not getattr(args, "reports", None):
+        parser.error("--data is required")
+    try:
+        sys.exit(args.run(args))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""The losses of MG-3D, one function for each equation of the paper: tensors in, a scalar out.
+
+B patients, S sentences, L report tokens, E embedding, V vocabulary, D H W voxels; masks are True (or 1) at real entries.
+
+Under torch.distributed every loss is the loss of the *global* batch, the same number on every process: features are
+gathered with their gradients, sums and counts are added up. Averaging the parameters' gradients over processes, as
+DistributedDataParallel does, then gives exactly the gradient of one process with the whole batch.
+"""
+import functools
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+
+# ------------------------------------------------------------------------------------------- the global batch
+
+class _Gather(torch.autograd.Function):
+    """Concatenate a tensor of all processes along dim 0; backward adds the gradients that all processes have for it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather(x):
+    """(B, ...) of this process -> (W·B, ...) of all W processes, in rank order and with gradients; itself if W = 1."""
+    return _Gather.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
+
+
+def _global_sum(x):
+    return gather(x.sum().reshape(1)).sum()
+
+
+def _gather_padded(*tensors):
+    """Gather tensors (B, S, ...), padded with zeros to the longest S of all processes."""
+    if not dist.is_initialized():
+        return tensors
+    length = torch.tensor(tensors[0].shape[1], device=tensors[0].device)
+    dist.all_reduce(length, dist.ReduceOp.MAX)
+    return [gather(torch.cat([x, x.new_zeros(x.shape[0], int(length) - x.shape[1], *x.shape[2:])], dim=1)) for x in tensors]
+
+
+def _in_float32(loss):
+    """Under autocast a loss still computes in float32: half-precision inputs are raised, autocast is off inside."""
+    @functools.wraps(loss)
+    def wrapped(*args, **kwargs):
+        def raised(x):
+            return x.float() if torch.is_tensor(x) and x.dtype in (torch.float16, torch.bfloat16) else x
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            return loss(*map(raised, args), **{name: raised(x) for name, x in kwargs.items()})
+    return wrapped
+
+
+# --------------------------------------------------------------------------- inside a patient: reconstruction
+# NOTE(paper): some equations sum over the batch, others average over patients. Here every loss is a mean over what it is
+# counted in (voxels, words, sentences, patients, pairs), so that the weights λ do not depend on the batch size.
+
+@_in_float32
+def mim_loss(recon, volume, mask):
+    """Masked image modelling, Eq. (2): mean squared error over masked voxels. All (B, 1, D, H, W), mask 1 = masked."""
+    mask = mask.to(recon.dtype)
+    squared_error = (recon - volume.detach()).square() * mask                       # (B, 1, D, H, W)
+    return _global_sum(squared_error) / _global_sum(mask).clamp(min=1)              # Eq. (2)
+
+
+@_in_float32
+def mlm_loss(logits, labels):
+    """Masked language modelling, Eq. (4): cross entropy over masked tokens.
+
+    logits (B, L, V), labels (B, L) with -100 where a token is not masked. Any leading shape will do: the model passes
+    the masked tokens alone, (M, V) and (M,).
+    """
+    negative_log_likelihood = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
+    masked_tokens = (labels != -100).sum().to(logits.dtype)
+    return _global_sum(negative_log_likelihood) / _global_sum(masked_tokens).clamp(min=1)    # Eq. (4)
+
+
+@_in_float32
+def sfr_loss(rebuilt, sentences, sentence_mask):
+    """Sentence feature reconstruction, Eq. (5, 6): mean of 1 - cos over real sentences.
+
+    rebuilt, sentences (B, S, E), sentence_mask (B, S). The target `sentences` gets no gradient.
+    """
+    similarity = F.cosine_similarity(rebuilt, sentences.detach(), dim=-1)           # (B, S)  Eq. (5)
+    distance = (1 - similarity).masked_fill(~sentence_mask.bool(), 0)
+    return _global_sum(distance) / _global_sum(sentence_mask.to(distance.dtype)).clamp(min=1)    # Eq. (6)
+
+
+# -------------------------------------------------------------------------------------- contrast of patients
+# NOTE(paper): no temperature is given; 0.1. Features are normalised, similarities are cosines.
+
+def _info_nce(rows, columns, temperature):
+    """Row i must find column i among all columns: mean of -log softmax. (B, E) each, of this process."""
+    rows, columns = F.normalize(gather(rows), dim=-1), F.normalize(gather(columns), dim=-1)
+    logits = rows @ columns.T / temperature                                         # (B, B)
+    return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+
+
+@_in_float32
+def cml_loss(f_i, h_i, f_t, h_t, temperature=0.1):
+    """Cross-modal learning, Eq. (7-9): each global feature finds its version informed by the other modality.
+
+    f_i, h_i: volume features alone and informed by sentences; f_t, h_t: report features alone and informed by the
+    volume; (B, E) each. A batch of one has nobody to be told from: the loss is 0.
+    """
+    report_to_volume = _info_nce(f_i, h_i, temperature)                             # Eq. (7)
+    volume_to_report = _info_nce(f_t, h_t, temperature)                             # Eq. (8)
+    return report_to_volume + volume_to_report                                      # Eq. (9)
+
+
+@_in_float32
+def dfa_loss(h_s, f_i, temperature=0.1):
+    """Disentangled feature aggregation, Eq. (13): the pooled sentence-specific visual features find their volume.
+
+    h_s, f_i (B, E).
+    """
+    return _info_nce(h_s, f_i, temperature)                                         # Eq. (13)
+
+
+@_in_float32
+def clip_loss(f_i, f_t, temperature=0.1):
+    """The CT-CLIP baseline, no part of MG-3D: symmetric InfoNCE of volume and report features, (B, E) each."""
+    return (_info_nce(f_i, f_t, temperature) + _info_nce(f_t, f_i, temperature)) / 2
+
+
+# --------------------------------------------------------------------------------- sentences across patients
+
+@_in_float32
+def ssm_loss(text_sentences, visual_sentences, sentence_mask):
+    """Semantics similarity matching, Eq. (12): sentences alike across patients should look alike.
+
+    For every pair of patients i < j the matrix of cosines between the sentences of i and of j is computed twice, from
+    text and from vision; the loss is the mean absolute difference of the two, averaged over pairs.
+
+    text_sentences (B, S, E_t): sentences encoded one by one by the frozen encoder; no gradient.
+    visual_sentences (B, S, E): H_S of Eq. (11). sentence_mask (B, S). 0 for a batch of one.
+    """
+    mask, text, visual = _gather_padded(sentence_mask.to(visual_sentences.dtype), text_sentences.detach(), visual_sentences)
+    text, visual = F.normalize(text, dim=-1), F.normalize(visual, dim=-1)           # (B, S, E_t), (B, S, E)
+
+    difference = torch.einsum("ise,jte->ijst", text, text) - torch.einsum("ise,jte->ijst", visual, visual)
+    both_real = mask[:, None, :, None] * mask[None, :, None, :]                     # (B, B, S, S)
+    per_pair = (difference.abs() * both_real).sum((2, 3)) / both_real.sum((2, 3)).clamp(min=1)   # (B, B)
+    pairs = torch.ones_like(per_pair).triu(diagonal=1)                              # 1 where i < j
+    return (per_pair * pairs).sum() / pairs.sum().clamp(min=1)                      # Eq. (12)

@@ -1,0 +1,919 @@
+"""data.py: files, Hounsfield units, reports, sets, cache, sampler, commands. Real scans are looked for in ../shared."""
+import collections
+import csv
+import gzip
+import itertools
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+
+import data
+from data import split_sentences
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL = Path(os.environ.get("MG3D_REAL_DATA", ROOT.parent / "shared" / "data"))
+real_data = pytest.mark.skipif(not REAL.exists(), reason=f"no real data at {REAL}")
+SMALL = (32, 32, 32)
+
+
+def chest(shape=(20, 24, 28), seed=0):
+    """A little chest in HU, int16 (z, y, x): air, body, two unequal lungs, a spine at the back (low y), noise."""
+    z, y, x = np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij")
+    array = np.where((x / 0.9) ** 2 + (y / 0.7) ** 2 < 1, 40., -1000.)
+    array[((x - 0.4) / 0.3) ** 2 + ((y + 0.2) / 0.4) ** 2 + (z / 0.9) ** 2 < 1] = -850
+    array[((x + 0.4) / 0.27) ** 2 + ((y + 0.2) / 0.37) ** 2 + ((z - 0.1) / 0.8) ** 2 < 1] = -820
+    array[(x / 0.15) ** 2 + ((y + 0.5) / 0.15) ** 2 < 1] = 400
+    return (array + np.random.default_rng(seed).normal(0, 12, shape)).astype(np.int16)
+
+
+AFFINE = np.array([[1.5, 0, 0, -20], [0, 2, 0, 7], [0, 0, 3, 100], [0, 0, 0, 1.]])      # x right, y front, z head
+
+
+def save_nifti(path, array, affine=AFFINE):
+    nib.save(nib.Nifti1Image(array.T if array.ndim == 3 else array, affine), path)
+    return path
+
+
+def itk_image(array):
+    """The chest with AFFINE as an ITK image: ITK's world is LPS, so the x and y axes point backwards."""
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing((1.5, 2, 3))
+    image.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))
+    image.SetOrigin((20, -7, 100))
+    return image
+
+
+# ----------------------------------------------------------------------------------------------------- volumes
+
+ORIENTATIONS = ("RAS", "LPS", "LAS", "RPI", "PIR", "SAR", "ASL", "IRP")
+
+
+def test_eight_orientations_and_mha_give_one_tensor(tmp_path):
+    array, tensors = chest(), []
+    for codes in ORIENTATIONS:
+        image = nib.Nifti1Image(array.T, AFFINE)
+        turn = nib.orientations.ornt_transform(nib.io_orientation(AFFINE), nib.orientations.axcodes2ornt(codes))
+        nib.save(image.as_reoriented(turn), tmp_path / f"{codes}.nii.gz")
+        assert "".join(nib.aff2axcodes(nib.load(tmp_path / f"{codes}.nii.gz").affine)) == codes
+    sitk.WriteImage(itk_image(array), str(tmp_path / "itk.mha"))
+    for path in sorted(tmp_path.iterdir()):
+        got, spacing, affine = data.read_volume(path)
+        np.testing.assert_array_equal(got, array)
+        assert got.dtype == np.float32 and spacing == pytest.approx((3, 2, 1.5))
+        np.testing.assert_allclose(affine, AFFINE, atol=1e-5)
+        tensors.append(data.preprocess(got, spacing, SMALL))
+    assert len(tensors) == 9 and all(torch.equal(tensor, tensors[0]) for tensor in tensors)
+
+
+def test_oblique_affine_goes_to_the_nearest_axes(tmp_path):
+    angle = np.deg2rad(20)
+    turned = AFFINE.copy()
+    turned[:3, :3] = [[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]] @ AFFINE[:3, :3]
+    mirror = np.array([[-1, 0, 0, 27], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    image = nib.Nifti1Image(chest().T[::-1], turned @ mirror)
+    nib.save(image, tmp_path / "a.nii")
+    array, spacing, affine = data.read_volume(tmp_path / "a.nii")
+    np.testing.assert_array_equal(array, chest())
+    np.testing.assert_allclose(affine, turned, atol=1e-5)
+    assert spacing == pytest.approx((3, 2, 1.5))
+
+
+@pytest.mark.parametrize("name", ["a.mha", "a.mhd", "a.nrrd", "a.nii", "a.nii.gz"])
+def test_formats_written_by_itk(tmp_path, name):
+    sitk.WriteImage(itk_image(chest()), str(tmp_path / name))
+    array, spacing, affine = data.read_volume(str(tmp_path / name))
+    np.testing.assert_array_equal(array, chest())
+    assert spacing == pytest.approx((3, 2, 1.5))
+    np.testing.assert_allclose(affine, AFFINE, atol=1e-4)
+
+
+def test_nifti_with_slope_and_trailing_axis(tmp_path):
+    image = nib.Nifti1Image(chest().T[..., None].astype(np.float32), AFFINE)
+    image.header.set_data_dtype(np.uint8)                       # nibabel then writes a slope and an intercept
+    nib.save(image, tmp_path / "a.nii.gz")
+    array, _, _ = data.read_volume(tmp_path / "a.nii.gz")
+    assert array.dtype == np.float32
+    np.testing.assert_allclose(array, nib.load(tmp_path / "a.nii.gz").get_fdata()[..., 0].T, atol=1e-3)
+    assert abs(array - chest()).max() < 8
+
+
+def test_dicom_folder(tmp_path):
+    array = chest()
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    for z in range(len(array)):
+        piece = sitk.GetImageFromArray(array[z])
+        piece.SetSpacing((1.5, 2))
+        for tag, value in {"0008|0060": "CT", "0020|000e": "1.2.3.4", "0020|000d": "1.2.3", "0028|1053": "1",
+                           "0028|1052": "0", "0020|0037": "-1\\0\\0\\0\\-1\\0", "0020|0032": f"20\\-7\\{100 + 3 * z}",
+                           "0018|0050": "3", "0020|0013": str(z), "0008|0018": f"1.2.3.5.{z}"}.items():
+            piece.SetMetaData(tag, value)
+        writer.SetFileName(str(tmp_path / f"{(z * 7) % 20}.dcm"))       # the order of names is not that of slices
+        writer.Execute(piece)
+    got, spacing, affine = data.read_volume(tmp_path)
+    np.testing.assert_array_equal(got, array)
+    assert spacing == pytest.approx((3, 2, 1.5))
+    np.testing.assert_allclose(affine, AFFINE, atol=1e-4)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_picture_folder_in_natural_order(tmp_path, suffix):
+    for z in range(12):
+        grey = np.full((6, 8), 20 * z, dtype=np.uint8)
+        picture = sitk.GetImageFromArray(np.stack([grey] * 3, -1) if z % 2 else grey, isVector=bool(z % 2))
+        sitk.WriteImage(picture, str(tmp_path / f"slice{z}.{suffix}"))
+    array, spacing, _ = data.read_volume(tmp_path)
+    assert array.shape == (12, 6, 8) and spacing == (1, 1, 1)
+    np.testing.assert_allclose(array[:, 3, 4], np.arange(12) * 20 / 255 * 2000 - 1000, atol=9)
+    array, note = data.to_hounsfield(array, tmp_path)
+    assert "picture" in note
+    grey = data.preprocess(array, spacing, (12, 6, 8), crop=(1, 1, 1))      # scaling gives grey / 255 back
+    np.testing.assert_allclose(grey[0, :, 3, 4], np.arange(12) * 20 / 255, atol=0.005)
+
+
+def test_sixteen_bit_pictures_are_refused(tmp_path):
+    for z in range(3):
+        sitk.WriteImage(sitk.GetImageFromArray(np.full((4, 5), 1000 + z, np.uint16)), str(tmp_path / f"{z}.png"))
+    with pytest.raises(ValueError, match="8-bit"):
+        data.read_volume(tmp_path)
+
+
+@pytest.mark.parametrize("axes", ["zyx", "zxy"])
+def test_npz_of_ct_rate(tmp_path, axes):
+    array = chest((24, 32, 32))
+    stored = array[:, ::-1, ::-1]                               # x to the left, y to the back
+    stored = stored if axes == "zyx" else stored.transpose(0, 2, 1)
+    np.savez(tmp_path / "train_1_a_1.npz", (stored / 1000).astype(np.float32))
+    got, spacing, _ = data.read_volume(tmp_path / "train_1_a_1.npz")
+    np.testing.assert_allclose(got, array, atol=1e-3)           # in HU
+    assert spacing == (1.5, 0.75, 0.75)
+
+
+@real_data
+@pytest.mark.parametrize("axes", ["zyx", "zxy"])
+@pytest.mark.parametrize("name", ["lung2_half.nii.gz", "thorax_4dct_half.nii.gz", "cip_ct-64.nrrd"])
+def test_npz_axes_are_told_on_real_scans(tmp_path, name, axes):
+    array, _, _ = data.read_volume(REAL / "ct" / name)
+    stored = array[:, ::-1, ::-1].clip(-1000, 1000) / 1000
+    np.savez(tmp_path / "a.npz", stored if axes == "zyx" else stored.transpose(0, 2, 1))
+    got, _, _ = data.read_volume(tmp_path / "a.npz")
+    np.testing.assert_allclose(got, array.clip(-1000, 1000), atol=1e-3)
+
+
+def broken_files(folder):
+    """name -> (path, words of its error)"""
+    whole = save_nifti(folder / "whole.nii.gz", chest()).read_bytes()
+    (folder / "truncated.nii.gz").write_bytes(whole[:len(whole) // 2])
+    (folder / "plain.nii.gz").write_bytes(gzip.decompress(whole))
+    (folder / "text.nii.gz").write_text("hello")
+    (folder / "empty.nii.gz").write_bytes(b"")
+    save_nifti(folder / "flat.nii", chest()[0][None])
+    save_nifti(folder / "four.nii", np.stack([chest().T] * 2, -1))
+    bad = chest().astype(np.float32)
+    bad[3, 4, 5] = np.nan
+    save_nifti(folder / "nan.nii", bad)
+    bad[3, 4, 5] = np.inf
+    save_nifti(folder / "inf.nii", bad)
+    save_nifti(folder / "constant.nii", np.full((5, 6, 7), -1000, np.int16))
+    save_nifti(folder / "rgb.nii", np.zeros((4, 5, 6), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")]))
+    header = nib.Nifti1Image(chest().T, AFFINE).header
+    for name, fields in {"affine": {"sform_code": 1, "srow_x": 0, "srow_y": 0, "srow_z": 0},
+                         "spacing": {"sform_code": 0, "qform_code": 1, "pixdim": [1, 1, 0, 1, 1, 1, 1, 1]}}.items():
+        for key, value in fields.items():
+            header[key] = value
+        (folder / f"{name}.nii").write_bytes(header.binaryblock + bytes(4) + chest().tobytes())
+    sitk.WriteImage(itk_image(chest()), str(folder / "raw.mhd"))
+    (folder / "raw.raw").unlink(missing_ok=True)
+    (folder / "raw.zraw").unlink(missing_ok=True)
+    sitk.WriteImage(sitk.GetImageFromArray(chest()[0]), str(folder / "two.mha"))
+    sitk.WriteImage(itk_image(chest()), str(folder / "short.mha"), useCompression=False)
+    (folder / "short.mha").write_bytes((folder / "short.mha").read_bytes()[:2000])
+    np.savez(folder / "key.npz", other=chest())
+    np.savez(folder / "code.npz", arr_0=np.array([print], dtype=object))
+    (folder / "none").mkdir()
+    (folder / "a.txt").write_text("hello")
+    return {"missing.nii.gz": "nothing there", "truncated.nii.gz": "whole", "plain.nii.gz": "whole",
+            "text.nii.gz": "whole", "empty.nii.gz": "whole", "flat.nii": "3D", "four.nii": "3D", "nan.nii": "finite",
+            "inf.nii": "finite", "constant.nii": "differ", "rgb.nii": "one real number", "affine.nii": "affine",
+            "spacing.nii": "spacing", "raw.mhd": r"\.raw", "two.mha": "3D", "short.mha": "whole", "key.npz": "arr_0",
+            "code.npz": "allow_pickle", "none": "DICOM", "a.txt": "unknown kind"}
+
+
+def test_broken_volumes_name_the_file(tmp_path):
+    for name, words in broken_files(tmp_path).items():
+        with pytest.raises(ValueError, match=words) as error:
+            data.read_volume(tmp_path / name)
+        assert str(tmp_path / name) in str(error.value) and "expected" in str(error.value), error.value
+
+
+def test_large_scan_is_read_about_as_fast_as_by_nibabel(tmp_path):
+    array = np.random.default_rng(0).integers(-1000, 1000, (64, 256, 256)).astype(np.int16)
+    path = save_nifti(tmp_path / "a.nii.gz", array)
+    def seconds(read):
+        start = time.perf_counter()
+        read(path)
+        return time.perf_counter() - start
+    seconds(data.read_volume)
+    assert min(seconds(data.read_volume) for _ in range(3)) < 0.2 + 2 * seconds(
+        lambda path: np.asarray(nib.load(path).dataobj))
+
+
+# -------------------------------------------------------------------------------------------- Hounsfield units
+
+CTS = ("ct/lung1_full.nii.gz", "ct/lung2_half.nii.gz", "ct/thorax_4dct_half.nii.gz", "ct/totalsegmentator_ct.nii.gz",
+       "ct/totalsegmentator_chest_crop.nii.gz", "ct/totalsegmentator_ct_small.nii.gz", "ct/cip_ct-64.nrrd",
+       "ct/elastix_lung_small.mha", "dicom", "luna/LIDC-IDRI-0001_slab.nii.gz", "luna/LIDC-IDRI-0003_slab.nii.gz")
+MASKS = ("ct/lung1_full_nodule.nii.gz", "ct/lung2_half_mass.nii.gz", "ct/totalsegmentator_ct_small_seg.nii.gz",
+         "ct/cip_wholeLung-64.nrrd", "ct/elastix_lung_mask.mha")
+
+
+def hounsfield_cases(hu, path):
+    """Every way in which `hu` can lie in a file, and what each setting must make of it."""
+    for rescale in ((1, -1024), (1, -8192), (1, 0), None):
+        got, note = data.to_hounsfield(hu, path, "auto", rescale)               # v2: applied, must not be twice
+        assert got is hu and note == "as stored"
+    for slope, inter in ((1, -1024), (1, -8192), (0.5, -1000)):                 # v1: not applied
+        stored = (hu - inter) / slope
+        for mode in ("auto", "csv"):
+            got, note = data.to_hounsfield(stored, path, mode, (slope, inter))
+            np.testing.assert_allclose(got, hu, atol=0.01)
+            assert "metadata" in note and got.dtype == np.float32
+    got, note = data.to_hounsfield(hu + 1024, path)                             # no metadata: air at 24
+    np.testing.assert_allclose(got, hu, atol=0.01)
+    assert "-1024" in note
+    for wrong, mode, rescale in ((hu, "csv", (1, -1024)), (hu + 1024, "header", None), (hu + 8192, "auto", None),
+                                 (hu - 1024, "header", None), (hu / 1000, "auto", None)):
+        with pytest.raises(ValueError, match="Hounsfield") as error:
+            data.to_hounsfield(wrong, path, mode, rescale)
+        assert str(path) in str(error.value)
+    with pytest.raises(ValueError, match="RescaleSlope"):
+        data.to_hounsfield(hu, path, "csv", None)
+
+
+@pytest.mark.parametrize("padding", [None, -1024, -2048, -3024])
+def test_hounsfield_check(padding):
+    hu = chest((40, 48, 56)).astype(np.float32)
+    if padding:
+        hu[:, :10] = padding
+    hounsfield_cases(hu, "scan.nii.gz")
+
+
+@real_data
+@pytest.mark.parametrize("name", CTS)
+def test_hounsfield_check_on_real_scans(name):
+    array, spacing, _ = data.read_volume(REAL / name)
+    hounsfield_cases(array, REAL / name)
+    volume = data.preprocess(array, spacing, SMALL)
+    assert volume.shape == (1, *SMALL) and 0 <= volume.min() < volume.max() <= 1
+
+
+@real_data
+@pytest.mark.parametrize("name", MASKS)
+def test_real_masks_are_no_ct(name):
+    array, _, _ = data.read_volume(REAL / name)
+    with pytest.raises(ValueError, match="mask"):
+        data.to_hounsfield(array, REAL / name)
+
+
+@real_data
+def test_real_header_without_its_raw():
+    with pytest.raises(ValueError, match=r"header_only.mhd.*\.raw"):
+        data.read_volume(REAL / "luna" / "header_only.mhd")
+
+
+# -------------------------------------------------------------------------------------------------- preprocess
+
+def naive_resize(array, size):
+    out = np.zeros(size)
+    def taps(i, n_in, n_out):
+        place = min(max((i + 0.5) * n_in / n_out - 0.5, 0), n_in - 1)
+        low = int(place)
+        return ((low, 1 - (place - low)), (min(low + 1, n_in - 1), place - low))
+    for index in np.ndindex(*size):
+        for (z, a), (y, b), (x, c) in itertools.product(*map(taps, index, array.shape, size)):
+            out[index] += a * b * c * array[z, y, x]
+    return out
+
+
+@pytest.mark.parametrize("size", [(5, 9, 4), (12, 6, 10)])
+def test_preprocess_against_a_loop(size):
+    array = np.random.default_rng(0).uniform(-3000, 3000, (10, 15, 9)).astype(np.float32)
+    got = data.preprocess(array, (3, 1, 1), size)
+    cropped = array[0:9, 2:12, 0:8]                             # round(8.8), round(9.9), round(7.92) in the middle
+    want = naive_resize((cropped.clip(-1000, 1000) + 1000) / 2000, size)
+    assert got.dtype == torch.float32 and got.shape == (1, *size)
+    np.testing.assert_allclose(got[0], want, atol=1e-5)
+
+
+def test_preprocess_window_and_spacing():
+    array = chest().astype(np.float32)
+    same = data.preprocess(array, (1, 1, 1), array.shape, crop=(1, 1, 1), window=(-500, 500))
+    np.testing.assert_allclose(same[0], (array.clip(-500, 500) + 500) / 1000, atol=1e-6)
+    assert data.preprocess(array, (1, 1, 1)).shape == (1, 128, 96, 128)
+    for spacing in ((0, 1, 1), (1, -1, 1), (1, 1, float("nan"))):
+        with pytest.raises(ValueError, match="spacing"):
+            data.preprocess(array, spacing)
+
+
+# --------------------------------------------------------------------------------------------------- sentences
+
+@pytest.mark.parametrize("text, want", [
+    ("Heart is normal. No effusion.", ["Heart is normal.", "No effusion."]),
+    ("One; two? Three! four", ["One;", "two?", "Three!", "four"]),
+    ("Line one\nline two\r\nline three", ["Line one", "line two", "line three"]),
+    ("A nodule of 0.8 × 1.0 cm is seen.", ["A nodule of 0.8 × 1.0 cm is seen."]),
+    ("A 13x9.3 mm lymph node.", ["A 13x9.3 mm lymph node."]),
+    ("CT examination dated 03.02.2020. Trachea is open.", ["CT examination dated 03.02.2020.", "Trachea is open."]),
+    ("Seen in the CT of January 7, 2020 as it was.", ["Seen in the CT of January 7, 2020 as it was."]),
+    ("A nodule of 3,5 mm was seen in the right lung.", ["A nodule of 3,5 mm was seen in the right lung."]),
+    ("In the 7th-8th intercostal space. No more.", ["In the 7th-8th intercostal space.", "No more."]),
+    ("Nodule (SE6, IM225) in the lower lobe of the right lung.",
+     ["Nodule (SE6, IM225) in the lower lobe of the right lung."]),
+    ("Attenuation (small airway disease?, small vessel disease?). No mass.",
+     ["Attenuation (small airway disease?, small vessel disease?).", "No mass."]),
+    ("Wide (see note. It is old) aorta. No mass.", ["Wide (see note. It is old) aorta.", "No mass."]),
+    ("Nodule (3 mm in the lung. No effusion. Fine.", ["Nodule (3 mm in the lung.", "No effusion.", "Fine."]),
+    ("Nodule 3 mm) in the lung. No effusion.", ["Nodule 3 mm) in the lung.", "No effusion."]),
+    ("Some nodules, e.g. on the left, approx. 5 mm. Dr. Smith saw them vs. None.",
+     ["Some nodules, e.g. on the left,", "approx. 5 mm.", "Dr. Smith saw them vs. None."]),
+    ("Node, no. 3, img. 12, max. 1.7 cm. long. No mass.", ["Node, no. 3, img. 12, max. 1.7 cm. long.", "No mass."]),
+    ("Collapse of the T12. vertebra. It measures 5 mm. The lung is free.",
+     ["Collapse of the T12. vertebra.", "It measures 5 mm.", "The lung is free."]),
+    ("Both lungs are clear, no nodule is seen, and the heart is normal.",
+     ["Both lungs are clear,", "no nodule is seen,", "and the heart is normal."]),
+    ("Trachea, both main bronchi are open.", ["Trachea, both main bronchi are open."]),
+    ("Mediastinal main vascular structures, heart contour, size are normal.",
+     ["Mediastinal main vascular structures, heart contour, size are normal."]),
+    ("Normal lungs. . Heart ... is fine. ?", ["Normal lungs. .", "Heart ...", "is fine. ?"]),
+    (" .. Heart is fine.", [".. Heart is fine."]),
+    ("1. Fatty liver. 2. Gallstone.", ["1. Fatty liver.", "2. Gallstone."]),
+    ('Bones are normal. " Normal CT." "Cyst."', ["Bones are normal.", '" Normal CT."', '"Cyst."']),
+    ("Lungs are clear.Heart is normal.", ["Lungs are clear.", "Heart is normal."]),
+    ("大小 about 6.6cm。Dotted shadow。", ["大小 about 6.6cm。", "Dotted shadow。"]),
+    ("Pneumonia", ["Pneumonia"]), ("12.", ["12."]), ("", []), (" \n ", []), (" .,;?! - () ...", []),
+])
+def test_sentences(text, want):
+    assert split_sentences(text) == want
+
+
+def squeezed(text):
+    return "".join(text.split())
+
+
+def check_sentences(text):
+    sentences = split_sentences(text)
+    alive = any(map(str.isalnum, text))
+    assert squeezed("".join(sentences)) == (squeezed(text) if alive else "")    # nothing glued, lost or moved
+    assert all(any(map(str.isalnum, sentence)) for sentence in sentences)
+    return sentences
+
+
+def test_sentences_of_random_text_lose_nothing():
+    letters = random.Random(0)
+    for _ in range(2000):
+        check_sentences("".join(letters.choices("ab1 2.,;?!()\n\"-。 mm。Dr", k=letters.randrange(60))))
+
+
+@pytest.mark.parametrize("unit", ["word ", "a, ", "(", ".", "?(", "one two three, ", "\n", "x. ", "\"", "( a ) "])
+def test_ten_thousand_words_take_linear_time(unit):
+    start = time.perf_counter()
+    check_sentences(unit * 10_000)
+    assert time.perf_counter() - start < 2
+
+
+def real_reports():
+    reports = []
+    for name in ("ct_rate_800.csv", "ct_rate_200.csv"):
+        with open(REAL / "reports" / name, newline="", encoding="utf-8") as file:
+            reports += [row["report_text"] for row in csv.DictReader(file)]
+    ctrg = json.loads((REAL / "reports" / "ctrg_chest.json").read_text(encoding="utf-8"))
+    return reports + [row["report"] for split in ("train", "test") for row in ctrg[split]]
+
+
+@real_data
+def test_sentences_of_all_real_reports():
+    reports = real_reports()
+    assert len(reports) == 2804
+    counts = []
+    for report in reports:
+        sentences = check_sentences(report)
+        counts.append(len(sentences))
+        assert sentences
+        for left in sentences[:-1]:
+            assert left.rstrip("\"”’'")[-1] in ".;?!,。", left
+        for whole in re.findall(r"\([^()]*\)|\d+\.\d+ ?[x×X*] ?\d+(?:\.\d+)?", report):
+            assert any(" ".join(whole.split()) in sentence for sentence in sentences), whole
+    assert 12 <= np.median(counts) <= 20 and np.mean(np.array(counts) > 32) < 0.15
+
+
+# ---------------------------------------------------------------------------------------- tokens and masking
+
+REPORT = ("Trachea and both main bronchi are open. A 13x9.3 mm lymph node (SE6, IM225) is seen in the right lung; "
+          "no pleural effusion was detected. Heart size is increased, and the aorta is calcified. Fatty liver.")
+
+
+def tiny_tokenizer(kind, trim_offsets=True):
+    """A small BERT- or RoBERTa-like fast tokenizer, trained here on REPORT."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+    cls, sep, pad, unk, mask = ("[CLS]", "[SEP]", "[PAD]", "[UNK]", "[MASK]") if kind == "bert" else (
+        "<s>", "</s>", "<pad>", "<unk>", "<mask>")
+    special = [cls, pad, sep, unk, mask]
+    if kind == "bert":
+        tokenizer = Tokenizer(models.WordPiece(unk_token=unk))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        trainer = trainers.WordPieceTrainer(vocab_size=90, special_tokens=special, show_progress=False)
+    else:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, show_progress=False,
+                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator([REPORT] * 3, trainer)
+    ends = (sep, tokenizer.token_to_id(sep)), (cls, tokenizer.token_to_id(cls))
+    tokenizer.post_processor = (processors.BertProcessing(*ends) if kind == "bert" else
+                                processors.RobertaProcessing(*ends, trim_offsets=trim_offsets, add_prefix_space=False))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, cls_token=cls, sep_token=sep, pad_token=pad,
+                                   unk_token=unk, mask_token=mask)
+
+
+@pytest.fixture(params=["bert", "roberta", "roberta with blanks"])
+def tokenizer(request):
+    return tiny_tokenizer(request.param.split()[0], trim_offsets="blanks" not in request.param)
+
+
+def decoded(tokenizer, ids):
+    return squeezed(tokenizer.decode(ids, skip_special_tokens=True).replace("##", "")).lower()
+
+
+def test_tokens_know_their_sentence_and_word(tokenizer):
+    sentences = split_sentences(REPORT)
+    out = data.tokenize_report(tokenizer, sentences)
+    assert len(sentences) == 6 and out["sentences"] == sentences and out["cut"] == 0
+    assert out["input_ids"].tolist() == tokenizer(" ".join(sentences))["input_ids"]
+    assert out["sentence_ids"][0] == out["sentence_ids"][-1] == out["word_ids"][0] == out["word_ids"][-1] == -1
+    assert (np.diff(out["sentence_ids"][1:-1]) >= 0).all()
+    for s, sentence in enumerate(sentences):
+        assert decoded(tokenizer, out["input_ids"][out["sentence_ids"] == s]) == squeezed(sentence).lower()
+        assert out["single_ids"][s].tolist() == tokenizer(sentence)["input_ids"]
+    words = [decoded(tokenizer, out["input_ids"][out["word_ids"] == w]) for w in range(out["word_ids"].max() + 1)]
+    assert {"trachea", "bronchi", "lymph", "calcified", "effusion"} <= set(words)       # whole, of several pieces
+    assert len(out["input_ids"]) > len(words) + 2
+
+
+def test_tokens_are_cut_at_sentences(tokenizer):
+    sentences = split_sentences(REPORT)
+    lengths = [(data.tokenize_report(tokenizer, sentences)["sentence_ids"] == s).sum() for s in range(6)]
+    for kept in range(1, 6):
+        for spare in (0, lengths[kept] - 1):
+            out = data.tokenize_report(tokenizer, sentences, max_tokens=sum(lengths[:kept]) + 2 + spare)
+            assert out["sentences"] == sentences[:kept] and len(out["single_ids"]) == kept
+            assert len(out["input_ids"]) == sum(lengths[:kept]) + 2
+            assert out["input_ids"][-1] == tokenizer.sep_token_id and set(out["sentence_ids"]) == {-1, *range(kept)}
+            assert out["cut"] == len(" ".join(sentences[kept:]).split())
+    out = data.tokenize_report(tokenizer, sentences, max_sentences=2)
+    assert out["sentences"] == sentences[:2] and out["cut"] == len(" ".join(sentences[2:]).split())
+
+
+@pytest.mark.parametrize("report", ["word " * 10_000, "pneumonia", REPORT * 200])
+def test_tokens_of_extreme_reports(tokenizer, report):
+    sentences = split_sentences(report)
+    out = data.tokenize_report(tokenizer, sentences, max_tokens=20)
+    assert len(out["input_ids"]) <= 20 and max(map(len, out["single_ids"])) <= 20
+    assert set(out["sentence_ids"]) == {-1, *range(len(out["sentences"]))}
+    kept, whole = " ".join(out["sentences"]), " ".join(sentences)
+    assert whole.startswith(kept) and out["cut"] == len(whole.split()) - len(kept.split())
+    assert decoded(tokenizer, out["input_ids"]) == squeezed(kept).lower()
+
+
+def test_report_without_a_sentence_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="sentence"):
+        data.tokenize_report(tokenizer, [])
+
+
+@real_data
+def test_tokens_of_real_reports(tokenizer):
+    for report in real_reports()[::40]:
+        out = data.tokenize_report(tokenizer, split_sentences(report))
+        assert len(out["input_ids"]) <= 250 and set(out["sentence_ids"]) == {-1, *range(len(out["sentences"]))}
+
+
+def test_whole_word_masking(tokenizer):
+    out = data.tokenize_report(tokenizer, split_sentences(REPORT))
+    ids, words = out["input_ids"], out["word_ids"]
+    generator, fates, token_counts = np.random.default_rng(0), collections.Counter(), np.zeros(len(ids))
+    for _ in range(1500):
+        masked, labels = data.mask_words(ids, words, tokenizer, generator)
+        chosen = np.unique(words[labels != -100])
+        assert len(chosen) == round(0.15 * (words.max() + 1)) and chosen.min() >= 0
+        assert (np.isin(words, chosen) == (labels != -100)).all()               # whole words, special tokens never
+        assert (labels == np.where(labels != -100, ids, -100)).all() and (masked == ids)[labels == -100].all()
+        token_counts += labels != -100
+        for word in chosen:
+            new, old = masked[words == word], ids[words == word]
+            fate = "mask" if (new == tokenizer.mask_token_id).all() else "same" if (new == old).all() else "random"
+            fates[fate] += 1
+            if fate == "random":
+                assert not np.isin(new, tokenizer.all_special_ids).any()
+    share = {fate: count / fates.total() for fate, count in fates.items()}
+    assert share["mask"] == pytest.approx(0.8, abs=0.02)
+    assert share["random"] == pytest.approx(0.1, abs=0.02) and share["same"] == pytest.approx(0.1, abs=0.02)
+    assert np.ptp(token_counts[1:-1]) < 0.1 * 1500                              # every word alike
+    same = [data.mask_words(ids, words, tokenizer, np.random.default_rng(7)) for _ in range(2)]
+    assert (same[0][0] == same[1][0]).all() and (same[0][1] == same[1][1]).all()
+
+
+def test_one_word_is_masked_at_least(tokenizer):
+    out = data.tokenize_report(tokenizer, ["Pneumonia"])
+    _, labels = data.mask_words(out["input_ids"], out["word_ids"], tokenizer, np.random.default_rng(0), prob=0.01)
+    assert (labels != -100).sum() == len(labels) - 2
+
+
+def test_mask_volume():
+    for ratio in (0, 0.3, 0.5, 1):
+        mask = data.mask_volume((64, 32, 96), 16, ratio, np.random.default_rng(0))
+        assert mask.shape == (1, 64, 32, 96) and mask.dtype == torch.bool
+        blocks = mask[0].reshape(4, 16, 2, 16, 6, 16).float().mean((1, 3, 5))
+        assert set(blocks.unique().tolist()) <= {0, 1} and blocks.sum() == round(ratio * 48)
+    generator = np.random.default_rng(0)
+    mean = torch.stack([data.mask_volume((32, 32, 32), 8, 0.5, generator).float() for _ in range(300)]).mean(0)
+    assert mean.min() > 0.35 and mean.max() < 0.65
+    with pytest.raises(ValueError, match="multiples"):
+        data.mask_volume((64, 40, 64), 16, 0.5, generator)
+
+
+# -------------------------------------------------------------------------------------------------------- sets
+
+def write_csv(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def manifest(folder, n=4, **columns):
+    """n scans and a manifest; columns: name -> list of n texts."""
+    for i in range(n):
+        if not (folder / f"scan{i}.nii.gz").exists():
+            save_nifti(folder / f"scan{i}.nii.gz", chest(seed=i))
+    columns = {"volume": [f"scan{i}.nii.gz" for i in range(n)], "report": [f"Report, number {i}." for i in range(n)],
+               **columns}
+    return write_csv(folder / "data.csv", [dict(zip(columns, row)) for row in zip(*columns.values())])
+
+
+def test_manifest(tmp_path):
+    items = data.load_items(manifest(tmp_path))
+    assert [item.split for item in items] == ["train"] * 4 and len({item.patient for item in items}) == 4
+    assert items[1] == data.Item("scan1.nii.gz", tmp_path / "scan1.nii.gz", "Report, number 1.", "train",
+                                 "scan1.nii.gz", None, None)
+    items = data.load_items(str(manifest(tmp_path, split=["train", "", "valid", "test"], patient=["a", "a", "b", "b"],
+                                         **{"Lung nodule": ["1", "0", "", "1.0"], "mask": list("xyzw")})))
+    assert [item.split for item in items] == ["train", "train", "valid", "test"]
+    assert [item.patient for item in items] == ["a", "a", "b", "b"]
+    labels = np.stack([item.labels for item in items])
+    assert labels.shape == (4, 18) and labels.dtype == np.float32
+    np.testing.assert_array_equal(labels[:, 9], [1, 0, np.nan, 1])
+    assert np.isnan(np.delete(labels, 9, 1)).all()
+
+
+@pytest.mark.parametrize("columns, words", [
+    ({"volume": ["scan0.nii.gz", "scan1.nii.gz", "./scan0.nii.gz", "scan2.nii.gz"]}, "scan0.nii.gz twice"),
+    ({"split": ["train", "valid", "test", "tran"]}, "line 5: found volume 'scan3.nii.gz' and split 'tran'"),
+    ({"volume": ["", "scan1.nii.gz", "scan2.nii.gz", "scan3.nii.gz"]}, "line 2"),
+    ({"split": ["train", "valid", "test", "test"], "patient": ["a", "b", "c", "a"]}, "patient a in train and in test"),
+    ({"split": ["valid", "train", "test", "test"], "patient": ["a", "a", "c", "d"]}, "patient a in valid and in train"),
+    ({"Lung nodule": ["1", "yes", "0", "0"]}, "line 3.*no number"),
+    ({"volume": [f"gone{i}.nii.gz" for i in range(4)]}, "no file for 4 of 4"),
+    ({"report": ["", " ", "...", "-"]}, "no item"),
+])
+def test_bad_manifests(tmp_path, columns, words):
+    path = manifest(tmp_path, **columns)
+    with pytest.raises(ValueError, match=words) as error:
+        data.load_items(path)
+    assert str(path) in str(error.value) and "expected" in str(error.value)
+
+
+def test_bad_text_files(tmp_path):
+    path = tmp_path / "data.csv"
+    for content, words in ((b"volume,report\na.nii,ok\nb.nii,\xe9t\xe9\n", "line 3.*0xe9.*UTF-8"),
+                           (b"volume,text\na.nii,ok\n", "text.*expected.*report"),
+                           (b"volume,report\na.nii,one, two\n", "line 2: found 3 fields, expected 2"),
+                           (b"", "expected"), (b"volume,report\n", "no item"),
+                           (b"{\"train\": [{\"id\": 1}]}", "image_path"), (b"{\"train\": ", "JSON"),
+                           (b"{\"images\": []}", "no item")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=words) as error:
+            data.load_items(path)
+        assert str(path) in str(error.value)
+    for other in (tmp_path, tmp_path / "none.csv"):
+        with pytest.raises(ValueError, match="manifest .csv.*CT-RATE folder.*CTRG-Chest .json"):
+            data.load_items(other)
+
+
+def test_empty_reports_and_a_few_missing_volumes_are_counted_skips(tmp_path, caplog):
+    n = 25
+    path = manifest(tmp_path, n, report=["", "..."] + ["Fine."] * (n - 2))
+    (tmp_path / "scan7.nii.gz").unlink()
+    items = data.load_items(path)
+    assert len(items) == n - 3 and not {"scan0.nii.gz", "scan1.nii.gz", "scan7.nii.gz"} & {item.id for item in items}
+    assert "left out 2 of 25 items that have an empty report: scan0.nii.gz, scan1.nii.gz" in caplog.text
+    assert "left out 1 of 25 items that have no file: scan7.nii.gz" in caplog.text
+    (tmp_path / "scan8.nii.gz").unlink()
+    with pytest.raises(ValueError, match="2 of 25.*scan7.nii.gz.*scan8.nii.gz.*5 %"):
+        data.load_items(path)
+
+
+def ct_rate(folder, names, kind="nii.gz"):
+    for i, name in enumerate(names):
+        split, patient, study, _ = name.split("_")
+        path = folder / split / f"{split}_{patient}" / f"{split}_{patient}_{study}" / f"{name}.{kind}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if kind == "npz":
+            np.savez(path, chest(seed=i).astype(np.float32) / 1000)
+        else:
+            save_nifti(path, chest(seed=i))
+    for split in ("train", "valid"):
+        mine = [f"{name}.nii.gz" for name in names if name.startswith(split)]
+        write_csv(folder / "reports" / f"{split}.csv", [
+            {"VolumeName": name, "ClinicalInformation_EN": "Cough.", "Technique_EN": "CT.",
+             "Findings_EN": f"Finding of {name}", "Impressions_EN": "Not given." if k else "Normal."}
+            for k, name in enumerate(mine)])
+        write_csv(folder / "labels" / f"{split}.csv", [
+            {"VolumeName": name, **{label: int(j == k) for j, label in enumerate(data.LABELS)}}
+            for k, name in enumerate(mine)])
+        write_csv(folder / "metadata" / f"{split}.csv", [
+            {"VolumeName": name, "RescaleSlope": "1", "RescaleIntercept": "-1024", "XYSpacing": "[0.75, 0.75]",
+             "ZSpacing": "1.5"} for name in mine[1:]] or [{"VolumeName": "x"}])
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["nii.gz", "npz"])
+def test_ct_rate_folder(tmp_path, kind, caplog):
+    names = ["train_1_a_1", "train_1_a_2", "train_2_a_1", "train_3_a_1", "valid_1_a_1"]
+    ct_rate(tmp_path, names, kind)
+    (tmp_path / "no_chest_train.txt").write_text("train/train_3/train_3_a/train_3_a_1.nii.gz\n")
+    items = {item.id: item for item in data.load_items(tmp_path)}
+    assert set(items) == set(names) - {"train_3_a_1"} and "4 of 5 reports" in caplog.text
+    assert [items[name].patient for name in names[:3]] == ["train_1", "train_1", "train_2"]
+    assert items["valid_1_a_1"].split == "valid" and items["train_2_a_1"].split == "train"
+    assert items["train_1_a_1"].report == "Finding of train_1_a_1.nii.gz\nNormal."
+    assert items["train_1_a_2"].report == "Finding of train_1_a_2.nii.gz"
+    assert items["train_1_a_1"].rescale is None and items["train_1_a_2"].rescale == (1, -1024)
+    np.testing.assert_array_equal(items["train_2_a_1"].labels, np.arange(18) == 2)
+    assert torch.isfinite(data.load_volume(items["train_1_a_2"], None, SMALL)).all()
+
+
+def test_ct_rate_folder_with_a_volume_or_report_twice(tmp_path):
+    ct_rate(tmp_path, ["train_1_a_1", "valid_1_a_1"])
+    twice = tmp_path / "train_fixed" / "train_1_a_1.nii.gz"
+    twice.parent.mkdir()
+    save_nifti(twice, chest())
+    with pytest.raises(ValueError, match="train_1_a_1.nii.gz.*each volume once"):
+        data.load_items(tmp_path)
+    twice.unlink()
+    (tmp_path / "reports" / "again.csv").write_bytes((tmp_path / "reports" / "train.csv").read_bytes())
+    with pytest.raises(ValueError, match="second report of train_1_a_1"):
+        data.load_items(tmp_path)
+
+
+def ctrg(folder, **splits):
+    rows = {split: [{"id": f"{i}.nii.gz", "report": f"Report {i}.", "result": "Cyst.", "image_path": f"./ct/{i}.nii.gz",
+                     "split": split} for i in numbers] for split, numbers in splits.items()}
+    (folder / "ct").mkdir(exist_ok=True)
+    for i in {i for numbers in splits.values() for i in numbers}:
+        save_nifti(folder / "ct" / f"{i}.nii.gz", chest(seed=i))
+    (folder / "ctrg.json").write_text(json.dumps(rows))
+    return folder / "ctrg.json"
+
+
+def test_ctrg_json(tmp_path):
+    items = data.load_items(ctrg(tmp_path, train=[1, 2, 3], val=[4, 5], test=[4, 5]))
+    assert [item.id for item in items] == [f"{i}.nii.gz" for i in (1, 2, 3, 4, 5)]
+    assert [item.split for item in items] == ["train"] * 3 + ["test"] * 2       # not also as valid
+    assert items[3].volume == tmp_path / "ct" / "4.nii.gz" and items[3].report == "Report 4."
+    with pytest.raises(ValueError, match="1.nii.gz twice"):
+        data.load_items(ctrg(tmp_path, train=[1, 2], test=[1]))
+
+
+@real_data
+def test_real_ctrg_json(tmp_path):
+    path = tmp_path / "ctrg.json"
+    path.write_bytes((REAL / "reports" / "ctrg_chest.json").read_bytes())
+    with pytest.raises(ValueError, match="no file for 1804 of 1804"):
+        data.load_items(path)
+    (tmp_path / "Chest_New_nitfy_2").mkdir()
+    for row in itertools.chain(*json.loads(path.read_text()).values()):
+        (tmp_path / row["image_path"]).touch()
+    items = data.load_items(path)
+    assert collections.Counter(item.split for item in items) == {"train": 1444, "test": 360}
+
+
+# ------------------------------------------------------------------------------------------------------- cache
+
+def test_cache(tmp_path, monkeypatch):
+    item = data.load_items(manifest(tmp_path))[0]
+    cache = tmp_path / "cache"
+    fresh = data.load_volume(item, None, SMALL)
+    assert fresh.dtype == torch.float32 and fresh.shape == (1, *SMALL) and not cache.exists()
+    array, spacing, _ = data.read_volume(item.volume)
+    assert (fresh - data.preprocess(array, spacing, SMALL)).abs().max() < 1e-3
+    assert torch.equal(data.load_volume(item, cache, SMALL), fresh)
+    path = data.cache_path(cache, item, SMALL)
+    assert [file.name for file in cache.iterdir()] == [path.name]               # nothing temporary is left
+    stored = np.load(path, mmap_mode="r")
+    assert stored.dtype == np.float16 and stored.shape == (1, *SMALL)
+
+    reads = []
+    monkeypatch.setattr(data, "read_stored", lambda path, read=data.read_stored: reads.append(path) or read(path))
+    assert torch.equal(data.load_volume(item, str(cache), SMALL), fresh) and not reads
+    paths = {path, data.cache_path(cache, item), data.cache_path(cache, item, SMALL, "header"),
+             data.cache_path(cache, item._replace(rescale=(1, -1024)), SMALL),
+             data.cache_path(cache, item._replace(volume=tmp_path / "scan1.nii.gz"), SMALL)}
+    assert len(paths) == 5
+    os.utime(item.volume, ns=(1, 1))
+    assert data.cache_path(cache, item, SMALL) not in paths
+    save_nifti(item.volume, chest(seed=99))
+    assert not torch.equal(data.load_volume(item, cache, SMALL), fresh) and len(reads) == 1
+
+
+def test_cache_is_atomic(tmp_path, monkeypatch):
+    item = data.load_items(manifest(tmp_path))[0]
+    def full_disk(file, array):
+        file.write(b"half")
+        raise OSError("No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", full_disk)
+        with pytest.raises(OSError, match="space"):
+            data.load_volume(item, tmp_path / "cache", SMALL)
+    assert not list((tmp_path / "cache").iterdir())
+    assert data.load_volume(item, tmp_path / "cache", SMALL).shape == (1, *SMALL)
+
+
+# ----------------------------------------------------------------------------------------------------- dataset
+
+def examples(folder, tokenizer, **settings):
+    reports = ["Heart is normal. No effusion. Fatty liver.", "Pneumonia.", "A cyst, and all is clear.", "Fine. Good."]
+    items = data.load_items(manifest(folder, report=reports, **{"Cardiomegaly": list("1010")}))
+    return data.VolumeReports(items, tokenizer, None, SMALL, mask_size=8, **settings)
+
+
+def equal(a, b):
+    """Are two examples or batches the same in everything?"""
+    def same(x, y):
+        return np.array_equal(x, y, equal_nan=True) if torch.is_tensor(x) else all(map(same, x, y)) if isinstance(
+            x, list) else x == y
+    return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+
+
+def test_dataset_and_collate(tmp_path, tokenizer):
+    dataset = examples(tmp_path, tokenizer)
+    batch = data.collate([dataset[i, 5] for i in (0, 1, 2)], tokenizer.pad_token_id)
+    counts = [3, 1, 1]
+    length = max(len(data.tokenize_report(tokenizer, split_sentences(item.report))["input_ids"])
+                 for item in dataset.items[:3])
+    assert batch["ids"] == ["scan0.nii.gz", "scan1.nii.gz", "scan2.nii.gz"] and batch["skipped"] == []
+    assert batch["volume"].shape == batch["volume_mask"].shape == (3, 1, *SMALL)
+    assert batch["volume_mask"].dtype == torch.bool and batch["volume_mask"].float().mean() == 0.5
+    real = batch["attention_mask"].bool()
+    for name, pad in (("input_ids", tokenizer.pad_token_id), ("masked_ids", tokenizer.pad_token_id),
+                      ("sentence_ids", -1), ("mlm_labels", -100)):
+        assert batch[name].shape == (3, length) and batch[name].dtype == torch.int64
+        assert (batch[name][~real] == pad).all() and not real.all()
+    assert (batch["masked_ids"] == batch["input_ids"])[batch["mlm_labels"] == -100].all()
+    assert batch["sentence_mask"].sum(1).tolist() == counts and batch["sentence_mask"].shape == (3, 3)
+    assert [int(row.max()) + 1 for row in batch["sentence_ids"]] == counts
+    assert len(batch["single_ids"]) == sum(counts) and batch["single_ids"].shape == batch["single_mask"].shape
+    assert batch["single_ids"][3][batch["single_mask"][3].bool()].tolist() == tokenizer("Pneumonia.")["input_ids"]
+    np.testing.assert_array_equal(batch["labels"][:, 2], [1, 0, 1])
+    dataset.items[0] = dataset.items[0]._replace(labels=None)
+    assert "labels" not in dataset[0, 0]
+
+
+def test_dataset_depends_on_seed_step_and_index_alone(tmp_path, tokenizer):
+    dataset = examples(tmp_path, tokenizer)
+    assert equal(dataset[0, 3], examples(tmp_path, tokenizer)[0, 3])
+    assert not torch.equal(dataset[0, 3]["volume_mask"], dataset[0, 4]["volume_mask"])
+    assert not torch.equal(dataset[0, 3]["volume_mask"], dataset[1, 3]["volume_mask"])
+    assert not equal(dataset[0, 3], examples(tmp_path, tokenizer, seed=1)[0, 3])
+
+
+def test_unreadable_volume_is_replaced_and_named(tmp_path, tokenizer, caplog):
+    dataset = examples(tmp_path, tokenizer)
+    for i in (3, 0):
+        (tmp_path / f"scan{i}.nii.gz").write_bytes(b"broken")
+    example = dataset[3, 0]
+    assert example["id"] == "scan1.nii.gz" and example["skipped"] == ["scan3.nii.gz", "scan0.nii.gz"]
+    assert "skipped scan3.nii.gz" in caplog.text and "cannot be read" in caplog.text
+    assert data.collate([example, dataset[1, 0]], 0)["skipped"] == ["scan3.nii.gz", "scan0.nii.gz"]
+    for i in (1, 2):
+        (tmp_path / f"scan{i}.nii.gz").unlink()
+    with pytest.raises(ValueError, match="none of 4"):
+        dataset[0, 0]
+
+
+def test_loader_with_workers_gives_what_none_gives(tmp_path):
+    dataset = examples(tmp_path, tiny_tokenizer("bert"))
+    def first(workers):
+        loader = torch.utils.data.DataLoader(dataset, batch_sampler=data.Batches(4, 2), num_workers=workers,
+                                             collate_fn=lambda batch: data.collate(batch, 1))
+        return list(itertools.islice(loader, 3))
+    assert all(equal(a, b) for a, b in zip(first(0), first(2)))
+
+
+def take(n, *args, **kwargs):
+    return list(itertools.islice(data.Batches(*args, **kwargs), n))
+
+
+def test_batches():
+    whole = take(9, 13, 4, seed=3)
+    assert [step for batch in whole for _, step in batch] == [s for s in range(9) for _ in range(4)]
+    for epoch in range(3):                                      # 3 full batches an epoch, one index left over
+        indices = [index for batch in whole[3 * epoch:3 * epoch + 3] for index, _ in batch]
+        assert len(set(indices)) == 12 and set(indices) <= set(range(13))
+    assert [i for b in whole[:3] for i, _ in b] != [i for b in whole[3:6] for i, _ in b]
+    ranks = [take(9, 13, 2, rank=rank, world=2, seed=3) for rank in (0, 1)]
+    assert [a + b for a, b in zip(*ranks)] == whole             # two processes see what one sees
+    assert take(4, 13, 4, seed=3, start=5) == whole[5:]         # and a resumed run goes on
+    assert take(9, 13, 4, seed=4) != whole
+    with pytest.raises(ValueError, match="13.*7 x 2 = 14"):
+        data.Batches(13, 7, world=2)
+
+
+# ---------------------------------------------------------------------------------------------------- commands
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run data.py in this process -> exit code, all that it says."""
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["data.py", *map(str, args)])
+        with pytest.raises(SystemExit) as exit:
+            data.main()
+        text = "".join(capsys.readouterr())
+        return (1, text + exit.value.code) if isinstance(exit.value.code, str) else (exit.value.code, text)
+    return run
+
+
+def test_check_command(tmp_path, command):
+    path = manifest(tmp_path)
+    args = ("check", "--data", path, "--size", 32, 32, 32)
+    code, text = command(*args, "--pictures", tmp_path / "png")
+    assert code == 0 and len(list((tmp_path / "png").glob("*.png"))) == 4
+    line = next(line for line in text.splitlines() if line.startswith("scan2"))
+    assert "20x24x28" in line and "3.00 2.00 1.50" in line and "RAS" in line and "as stored" in line
+    (tmp_path / "scan1.nii.gz").write_bytes(b"broken")
+    code, text = command(*args)
+    assert code == 1 and re.search("scan1.*PROBLEM", text) and re.search("scan3.*as stored", text)
+    assert "4 read, 1 of them with a problem" in text
+    assert command(*args, "--limit", 1)[0] == 0
+    manifest(tmp_path, report=["Fine.", "Fine.", "", "Fine."])
+    code, text = command(*args, "--limit", 1)
+    assert code == 1 and "1 left out" in text
+    path.write_text("volume\n")
+    code, text = command(*args)
+    assert code == 1 and "expected also ['report']" in text
+
+
+@real_data
+@pytest.mark.parametrize("name, n", [("ct_rate_200.csv", 200), ("ctrg_chest.json", 1804)])
+def test_check_of_reports_alone(name, n, command):
+    code, text = command("check", "--reports", REAL / "reports" / name)
+    assert code == 0 and f"{n} reports: 0 empty" in text
+
+
+def test_cache_command(tmp_path, command):
+    path, cache = manifest(tmp_path, 20), tmp_path / "cache"
+    args = ("cache", "--data", path, "--cache", cache, "--size", 32, 32, 32, "--workers", 2)
+    (tmp_path / "scan4.nii.gz").write_bytes(b"broken")
+    code, text = command(*args)
+    assert code == 0 and "PROBLEM scan4.nii.gz" in text and "19 made, 1 cannot be read" in text
+    assert len(list(cache.iterdir())) == 19
+    (tmp_path / "scan5.nii.gz").write_bytes(b"broken")
+    next(cache.iterdir()).unlink()
+    code, text = command(*args)                                 # restarted: only what lacks
+    assert code == 1 and "2 cannot be read" in text
+    code, text = command("cache", "--data", path, "--cache", cache, "--size", 32000, 32000, 32000)
+    assert code == 1 and "GB free, expected" in text
+
+
+def test_commands_from_the_shell(tmp_path):
+    result = subprocess.run([sys.executable, str(ROOT / "data.py"), "check", "--data", str(tmp_path / "none.csv")],
+                            capture_output=True, encoding="utf-8")
+    assert result.returncode == 1 and "none.csv" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_help_and_usage(command):
+    assert command("check", "--help")[0] == 0 and command("check")[0] == 2

@@ -1,0 +1,238 @@
+"""Metrics against naive loops, the linear probe, the pictures."""
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+import data
+import eval as evaluation
+import model
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZE = (32, 32, 32)
+
+
+# ---------------------------------------------------------------------------------------------------- metrics
+
+def pairs(score, label):
+    """AUROC by its meaning: every positive against every negative."""
+    wins = [(p > n) + (p == n) / 2 for p in score[label == 1] for n in score[label == 0]]
+    return np.mean(wins) if wins else float("nan")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_auroc_counts_pairs(seed):
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, 2, 40)
+    for score in (rng.normal(size=40), rng.integers(0, 4, 40), np.zeros(40), label, -label):    # with and without ties
+        assert evaluation.auroc(score, label) == pytest.approx(pairs(score, label), abs=1e-12)
+
+
+def test_auroc_of_one_class_is_nan():
+    assert np.isnan(evaluation.auroc([0.1, 0.2], [1, 1])) and np.isnan(evaluation.auroc([0.1, 0.2], [0, 0]))
+
+
+def test_macro_auroc_leaves_out_unknown_labels_and_absent_classes():
+    rng = np.random.default_rng(0)
+    scores, labels = rng.normal(size=(30, 4)), rng.integers(0, 2, (30, 4)).astype(float)
+    labels[::3, 1] = np.nan
+    labels[:, 2] = 1
+    known = ~np.isnan(labels)
+    expected = [pairs(scores[known[:, j], j], labels[known[:, j], j]) for j in (0, 1, 3)]
+    assert evaluation.macro_auroc(scores, labels) == pytest.approx(np.mean(expected))
+
+
+def test_bootstrap_is_reproducible_and_covers():
+    rng = np.random.default_rng(0)
+    covered, widths = 0, []
+    for _ in range(100):
+        sample = rng.normal(3, 1, 50)
+        low, high = evaluation.bootstrap(np.mean, sample, times=300)
+        covered += low <= 3 <= high
+        widths.append(high - low)
+    assert 88 <= covered <= 99                                  # of 100 intervals of 95 %
+    assert np.mean(widths) == pytest.approx(2 * 1.96 / np.sqrt(50), rel=0.1)
+    assert evaluation.bootstrap(np.mean, sample) == evaluation.bootstrap(np.mean, sample)
+    assert evaluation.bootstrap(np.mean, sample) != evaluation.bootstrap(np.mean, sample, seed=1)
+
+
+def test_bootstrap_keeps_items_together():
+    items = np.arange(20.0)
+    assert evaluation.bootstrap(lambda a, b: np.abs(a - b).max(), items, items) == (0, 0)
+
+
+# ----------------------------------------------------------------------------------------------- linear probe
+
+def normal_equations(x, y, x_new, penalty):
+    """Ridge regression with an intercept that is not penalised."""
+    centred = x - x.mean(0)
+    weight = np.linalg.solve(centred.T @ centred + penalty * np.eye(x.shape[1]), centred.T @ (y - y.mean(0)))
+    return (x_new - x.mean(0)) @ weight + y.mean(0)
+
+
+@pytest.mark.parametrize("n, features, noise", [(12, 5, 0.1), (12, 5, 3.0), (9, 20, 0.5)])
+def test_ridge_is_the_naive_loop(n, features, noise):
+    rng = np.random.default_rng(n + features)
+    x, x_new = rng.normal(2, 3, (n, features)), rng.normal(2, 3, (7, features))
+    y = x @ rng.normal(size=(features, 3)) + noise * rng.normal(size=(n, 3))
+    z, z_new = (x - x.mean(0)) / x.std(0), (x_new - x.mean(0)) / x.std(0)
+    penalties = np.logspace(-1, 4, 9)
+    errors = []
+    for penalty in penalties:                                   # fit anew without each item in turn
+        left_out = [normal_equations(np.delete(z, i, 0), np.delete(y, i, 0), z[i:i + 1], penalty)[0] - y[i]
+                    for i in range(n)]
+        errors.append(np.mean(np.square(left_out)))
+    expected = normal_equations(z, y, z_new, penalties[np.argmin(errors)])
+    assert np.allclose(evaluation.ridge(x, y, x_new, penalties), expected)
+
+
+def test_ridge_survives_a_constant_feature():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(20, 3))
+    x[:, 1] = 0.3
+    assert np.isfinite(evaluation.ridge(x, x[:, :1], x)).all()
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """40 blocks of tissue in air; the first finding is whether the block is large, the others are coins."""
+    folder = tmp_path_factory.mktemp("labelled")
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(40):
+        labels = rng.integers(0, 2, 18)
+        labels[0] = i % 2
+        volume = rng.normal(-1000, 10, (24, 24, 24))
+        side = 12 + 7 * labels[0] + rng.integers(0, 3)
+        volume[2:2 + side, 2:2 + side, 2:2 + side] = 40
+        nib.save(nib.Nifti1Image(volume.astype(np.int16), np.diag([8, 8, 8, 1])), folder / f"{i}.nii.gz")
+        rows.append([f"{i}.nii.gz", "A block.", "train" if i < 26 else "test", *labels])
+    with (folder / "m.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["volume", "report", "split", *data.LABELS], *rows])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    torch.manual_seed(0)
+    return model.build_encoder("swin_t")
+
+
+def test_features_are_the_mean_of_the_last_map(labelled, encoder):
+    items = data.load_items(labelled / "m.csv")[:3]
+    features = evaluation.global_features(encoder, items, labelled / "cache", SIZE, batch_size=2)
+    for item, row in zip(items, features):
+        with torch.no_grad():
+            last = encoder(data.load_volume(item, size=SIZE)[None])[-1]
+        assert np.allclose(row, last[0].flatten(1).mean(1), atol=1e-5)
+    assert features.shape == (3, encoder.channels[-1]) and features.dtype == np.float64
+
+
+def test_probe_finds_what_the_features_hold(labelled, encoder):
+    scores, truth = evaluation.probe(encoder, data.load_items(labelled / "m.csv"), labelled / "cache", SIZE)
+    assert scores.shape == truth.shape == (14, 18)
+    assert truth[:, 0].tolist() == [i % 2 for i in range(26, 40)]       # the held-out ones, in order
+    assert evaluation.auroc(scores[:, 0], truth[:, 0]) > 0.95
+    assert 0.3 < evaluation.macro_auroc(scores[:, 1:], truth[:, 1:]) < 0.7, "coins cannot be foretold"
+
+
+def test_probe_command(labelled, encoder):
+    torch.save(model.export_encoder(encoder), labelled / "encoder.pt")
+    common = [sys.executable, str(ROOT / "eval.py"), "probe", "--checkpoint", "encoder.pt", "--cache", "cache",
+              "--size", *map(str, SIZE)]
+
+    def run(*flags):
+        return subprocess.run([*common, *flags], cwd=labelled, capture_output=True, text=True, timeout=120)
+    done = run("--data", "m.csv", "--encoder", "swin_t", "--out", "probe")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((labelled / "probe" / "probe.json").read_text())
+    assert result["n"] == 14 and result["chance"] == 0.5 and list(result["auc"]) == list(data.LABELS)
+    assert result["auc"][data.LABELS[0]] > 0.95
+    assert result["interval"][0] <= result["macro_auc"] <= result["interval"][1]
+    assert np.nanmean(list(result["auc"].values())) == pytest.approx(result["macro_auc"])
+    assert f"{result['macro_auc']:.3f}" in done.stdout and "n = 14" in done.stdout and data.LABELS[17] in done.stdout
+
+    refused = run("--data", "m.csv")
+    assert refused.returncode == 1 and "--encoder" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_unlabelled_data_are_refused(labelled):
+    items = data.load_items(labelled / "m.csv")
+    for some, found in (([item._replace(labels=None) for item in items], "0 and 0"), (items[:26], "26 and 0"),
+                        ([items[0]._replace(labels=np.full(18, np.nan)), *items[26:]], "0 and 14")):
+        with pytest.raises(ValueError, match=f"labelled volumes.*found {found}"):
+            evaluation.split_labelled(some)
+
+
+def test_the_checkpoint_says_which_encoder_it_holds(tmp_path, encoder):
+    torch.save({"model": {f"encoder.{name}": weight for name, weight in encoder.state_dict().items()},
+                "config": {"encoder": "swin_t", "size": [32, 32, 64]}}, tmp_path / "last.pt")
+    found, config = evaluation.load_encoder(tmp_path / "last.pt")
+    assert config["size"] == [32, 32, 64]
+    assert all(torch.equal(weight, found.state_dict()[name]) for name, weight in encoder.state_dict().items())
+
+
+# --------------------------------------------------------------------------------------------------- pictures
+
+def drawn(path):
+    picture = matplotlib.image.imread(path)[..., :3]
+    assert picture.std() > 0.02, f"{path} is blank"
+    return picture
+
+
+@pytest.fixture(scope="module")
+def network_and_batch(labelled, tmp_path_factory):
+    sentences = ["The heart is normal.", "A large nodule is seen in the left lung.", "There is no effusion."]
+    items = [item._replace(report=" ".join(sentences)) for item in data.load_items(labelled / "m.csv")[:2]]
+    folder = tmp_path_factory.mktemp("text")
+    model.make_demo_text_encoder(folder, [items[0].report])
+    torch.manual_seed(0)
+    text_encoder = model.TextEncoder(str(folder))
+    network = model.MG3D(model.build_encoder("swin_t"), text_encoder, embed_dim=24).eval()
+    examples = data.VolumeReports(items, text_encoder.tokenizer, labelled / "cache", (32, 32, 64))
+    batch = data.collate([examples[i, 0] for i in range(2)], text_encoder.tokenizer.pad_token_id)
+    return network, {key: value for key, value in batch.items() if torch.is_tensor(value)}, sentences
+
+
+def test_curves(tmp_path):
+    rows = [dict(step=step, loss=10 / (step + 1), lr=1, mim=1 / (step + 1), dfa=float(np.sin(step)))
+            for step in range(30)]
+    for name, some in (("all", rows), ("one", rows[:1])):
+        (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+        assert evaluation.read_log(tmp_path / "log.jsonl") == some
+        evaluation.plot_curves(tmp_path / "log.jsonl", tmp_path / f"{name}.png")
+        height, width, _ = drawn(tmp_path / f"{name}.png").shape
+        assert width == pytest.approx(3 * 2.6 * 120, abs=2)     # loss, mim, dfa
+
+
+def test_reconstruction(tmp_path, network_and_batch):
+    network, batch = network_and_batch[0], dict(network_and_batch[1])
+    evaluation.plot_reconstruction(network, batch, tmp_path / "a.png")
+    whole = drawn(tmp_path / "a.png")
+    batch["volume_mask"] = torch.zeros_like(batch["volume_mask"])
+    evaluation.plot_reconstruction(network, batch, tmp_path / "b.png")
+    unmasked = drawn(tmp_path / "b.png")
+    third = whole.shape[1] // 3
+    assert np.array_equal(whole[:, :third], unmasked[:, :third])                       # the volume itself
+    assert not np.array_equal(whole[:, third:2 * third], unmasked[:, third:2 * third])
+
+
+def test_a_coronal_slice_has_the_head_up_and_the_right_on_the_left():
+    volume = torch.zeros(1, 4, 5, 6)                            # z runs to the head, x to the patient's right
+    volume[0, 3, 2, 5] = 1
+    picture = evaluation._coronal(volume)
+    assert picture.shape == (4, 6) and picture[0, 0] == 1 and picture.sum() == 1
+
+
+def test_attention_of_sentences(tmp_path, network_and_batch):
+    network, batch, sentences = network_and_batch
+    evaluation.plot_attention(network, batch, tmp_path / "three.png", sentences)
+    evaluation.plot_attention(network, batch, tmp_path / "one.png", sentences[:1])
+    assert drawn(tmp_path / "three.png").shape[1] == pytest.approx(3 * drawn(tmp_path / "one.png").shape[1], abs=6)

@@ -1,0 +1,462 @@
+"""Encoders against MONAI, fusion attention against loops, MG3D's switches, foreign weights."""
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import losses
+import model
+from model import ClassicalAttention, FusionAttention, SwinTransformer3D, build_encoder, load_weights
+
+
+# ---------------------------------------------------------------------------------------------- Swin: the oracle
+# The plain way, on one volume: pad, roll, cut, and for every window ask token by token who may see whom.
+
+def plain_block(block, x):
+    d, h, w, C = x.shape
+    size, attn = (d, h, w), block.attn
+    window = [min(s, block.window_size) for s in size]
+    shift = [block.window_size // 2 if block.shifted and s > block.window_size else 0 for s in size]
+    padded = [-(-s // v) * v for s, v in zip(size, window)]
+    y = nn.functional.pad(block.norm1(x), (0, 0, 0, padded[2] - w, 0, padded[1] - h, 0, padded[0] - d))
+    y = torch.roll(y, [-s for s in shift], (0, 1, 2))
+    out = torch.zeros_like(y)
+    for corner in itertools.product(*(range(0, p, v) for p, v in zip(padded, window))):
+        box = tuple(slice(c, c + v) for c, v in zip(corner, window))
+        tokens = y[box].reshape(-1, C)
+        at = torch.cartesian_prod(*[torch.arange(c, c + v) for c, v in zip(corner, window)])
+        behind = at >= torch.tensor([p - s if s else p for p, s in zip(padded, shift)])        # wrapped around the end
+        together = (behind[:, None] == behind[None]).all(-1)
+        n = len(tokens)
+        q, k, v = attn.qkv(tokens).view(n, 3, attn.num_heads, -1).permute(1, 2, 0, 3)
+        bias = attn.relative_position_bias_table[attn.relative_position_index[:n, :n]].permute(2, 0, 1)
+        scores = q @ k.mT / q.shape[-1] ** 0.5 + bias
+        result = scores.masked_fill(~together, -torch.inf).softmax(-1) @ v
+        out[box] = attn.proj(result.transpose(0, 1).reshape(n, C)).view(*window, C)
+    out = torch.roll(out, shift, (0, 1, 2))[:d, :h, :w]
+    x = x + out
+    return x + block.mlp(block.norm2(x))
+
+
+@pytest.mark.parametrize("size, shifted", [((7, 7, 7), False), ((14, 7, 9), True), ((10, 8, 12), True), ((10, 8, 12), False), ((5, 4, 9), True)])
+def test_block_is_plain_window_attention(size, shifted):
+    torch.manual_seed(0)
+    block = model.SwinBlock(12, 3, 7, shifted, use_checkpoint=False).double()
+    block.attn.relative_position_bias_table.data.normal_()
+    x = torch.randn(2, *size, 12, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, *size, 12, dtype=torch.float64)
+    results = []
+    for forward in (lambda: block(x), lambda: torch.stack([plain_block(block, one) for one in x])):
+        out = forward()
+        gradients = torch.autograd.grad((out * weight).sum(), [x, *block.parameters()])
+        results.append((out, *gradients))
+    for ours, plain in zip(*results):
+        torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("size", [(32, 32, 64), (44, 28, 52), (33, 34, 38)])
+def test_encoder_has_monais_numbers_and_gradients(size):
+    swin = pytest.importorskip("monai.networks.nets.swin_unetr", reason="MONAI is not installed")
+    torch.manual_seed(0)
+    theirs = swin.SwinTransformer(1, 12, (7, 7, 7), (2, 2, 2), (2, 2, 2, 2), (3, 6, 12, 24))
+    ours = build_encoder("swin_t")
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(1, 1, *size)
+    maps, expected = ours(x), theirs(x)
+    weights = [torch.randn_like(m) for m in maps]
+    for out in (maps, expected):
+        sum((m * w).sum() for m, w in zip(out, weights)).backward()
+    for m, e in zip(maps, expected):
+        assert m.shape == e.shape
+        torch.testing.assert_close(m, e, atol=1e-4, rtol=0)
+    wanted = dict(theirs.named_parameters())
+    for name, p in ours.named_parameters():
+        if name != "mask_token":
+            torch.testing.assert_close(p.grad, wanted[name].grad, atol=1e-4 * wanted[name].grad.abs().max().item(), rtol=0, msg=lambda m: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("merging, order", [("monai", "000 100 010 001 110 101 011 111"), ("v0.9", "000 100 010 001 101 010 001 111")])
+def test_merging_orders(merging, order):
+    merge = model.PatchMerging(1)
+    merge.norm = merge.reduction = nn.Identity()
+    x = torch.arange(8.).view(1, 2, 2, 2, 1)                                        # value = 4 i + 2 j + k
+    assert merge(x, merging).flatten().tolist() == [int(bits, 2) for bits in order.split()]
+    with pytest.raises(ValueError, match="merging"):
+        SwinTransformer3D(merging="v2")
+
+
+def test_checkpointing_changes_nothing():
+    torch.manual_seed(0)
+    plain, lean = build_encoder("swin_t", window_size=3), build_encoder("swin_t", window_size=3, use_checkpoint=True)
+    lean.load_state_dict(plain.state_dict())
+    x = torch.randn(1, 1, 32, 32, 64)
+    for encoder in (plain, lean):
+        encoder(x)[-1].square().sum().backward()
+    for p, q in zip(plain.parameters(), lean.parameters()):
+        assert (p.grad is None) == (q.grad is None)
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("name", ["swin_t", "unet"])
+def test_masked_voxels_are_not_seen(name):
+    torch.manual_seed(0)
+    encoder = build_encoder(name, **({"feature_size": 8} if name == "unet" else {}))
+    nn.init.normal_(encoder.mask_token)
+    x, mask = torch.randn(1, 1, 32, 32, 32), torch.zeros(1, 1, 32, 32, 32, dtype=torch.bool)
+    mask[..., :16] = True
+    maps = encoder(x, mask)
+    other = encoder(torch.where(mask, torch.randn_like(x), x), mask)
+    assert all(torch.equal(a, b) for a, b in zip(maps, other))
+    assert not torch.allclose(maps[0], encoder(x)[0])
+    assert [m.shape[1] for m in maps] == encoder.channels
+    assert maps[-1].shape[2] == 32 // encoder.stride
+    (maps[-1] * torch.randn_like(maps[-1])).sum().backward()
+    assert encoder.mask_token.grad.abs().sum() > 0
+
+
+def test_sizes_of_the_encoders():
+    assert build_encoder("swin_b").channels == [48, 96, 192, 384, 768]
+    with torch.device("meta"):
+        assert build_encoder("swin_l").channels[-1] == 1536
+    with pytest.raises(ValueError, match="vit.*swin_b"):
+        build_encoder("vit")
+
+
+# ------------------------------------------------------------------------------------------------------- fusion
+
+def loop_over_guides(attention, dominant, guide, dominant_mask, guide_mask):
+    """Eq. (1) as it is written: a (guide × dominant × E) tensor, one guide token after the other, one patient at a time."""
+    h, outputs = attention.num_heads, []
+    for b in range(len(dominant)):
+        tokens = [n for n in range(dominant.shape[1]) if dominant_mask[b, n]]
+        guides = [g for g in range(guide.shape[1]) if guide_mask[b, g]]
+        k, v = attention.key(dominant[b]), attention.value(dominant[b])
+        d = k.shape[-1] // h
+        out = torch.zeros_like(v)
+        for g in guides:
+            q = attention.query(guide[b, g])
+            for i in range(h):
+                part = slice(i * d, (i + 1) * d)
+                scores = torch.stack([(q[part] * k[n, part]).sum() / d ** 0.5 for n in tokens]).softmax(0)
+                for weight, n in zip(scores, tokens):
+                    row = torch.zeros_like(out)
+                    row[n, part] = len(tokens) * weight * v[n, part] / len(guides)
+                    out = out + row
+        outputs.append(attention.out(out))
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_proposed_attention_is_the_loop(padded):
+    torch.manual_seed(0)
+    attention = FusionAttention(8, 2).double()
+    dominant, guide = (torch.randn(2, n, 8, dtype=torch.float64, requires_grad=True) for n in (5, 3))
+    dominant_mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool() if padded else torch.ones(2, 5).bool()
+    guide_mask = torch.tensor([[1, 0, 0], [1, 1, 1]]).bool() if padded else torch.ones(2, 3).bool()
+    masks = (dominant_mask, guide_mask) if padded else (None, None)
+    real = dominant_mask[..., None]
+    results = []
+    for out in (attention(dominant, guide, *masks), loop_over_guides(attention, dominant, guide, dominant_mask, guide_mask)):
+        out = out * real
+        results.append((out, *torch.autograd.grad((out * torch.arange(8.)).sum(), [dominant, guide, *attention.parameters()])))
+    for ours, loop in zip(*results):
+        torch.testing.assert_close(ours, loop)
+
+
+def test_uniform_attention_leaves_values_unchanged():
+    attention = FusionAttention(8, 2)
+    for layer in (attention.value, attention.out):
+        nn.init.eye_(layer.weight), nn.init.zeros_(layer.bias)
+    nn.init.zeros_(attention.query.weight), nn.init.zeros_(attention.query.bias)
+    dominant = torch.randn(2, 5, 8)
+    torch.testing.assert_close(attention(dominant, torch.randn(2, 3, 8)), dominant)
+
+
+@pytest.mark.parametrize("kind", [FusionAttention, ClassicalAttention])
+def test_padding_of_both_sides_does_not_matter(kind):
+    torch.manual_seed(0)
+    attention = kind(8, 2)
+    dominant, guide = torch.randn(2, 5, 8), torch.randn(2, 3, 8)
+    longer, longer_guide = torch.cat([dominant, 50 * torch.randn(2, 4, 8)], 1), torch.cat([guide, 50 * torch.randn(2, 2, 8)], 1)
+    out = attention(longer, longer_guide, torch.arange(9).expand(2, 9) < 5, torch.arange(5).expand(2, 5) < 3)
+    torch.testing.assert_close(out[:, :5], attention(dominant, guide))
+
+
+def test_classical_attention_is_pytorchs():
+    torch.manual_seed(0)
+    ours, theirs = ClassicalAttention(8, 2), nn.MultiheadAttention(8, 2, batch_first=True)
+    layers = ours.query, ours.key, ours.value
+    theirs.in_proj_weight.data, theirs.in_proj_bias.data = torch.cat([m.weight for m in layers]), torch.cat([m.bias for m in layers])
+    theirs.out_proj.load_state_dict(ours.out.state_dict())
+    dominant, guide, mask = torch.randn(2, 5, 8), torch.randn(2, 3, 8), torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()
+    torch.testing.assert_close(ours(dominant, guide, None, mask), theirs(dominant, guide, guide, key_padding_mask=~mask)[0])
+
+
+def test_sentence_mean_is_a_loop():
+    words, ids = torch.randn(2, 6, 4), torch.tensor([[-1, 0, 0, 1, 1, -1], [-1, 0, 1, 2, 2, 2]])
+    means = model.sentence_mean(words, ids, 3)
+    for b, s in itertools.product(range(2), range(3)):
+        members = [words[b, t] for t in range(6) if ids[b, t] == s]
+        torch.testing.assert_close(means[b, s], sum(members) / len(members) if members else torch.zeros(4))
+
+
+# --------------------------------------------------------------------------------------------------------- MG3D
+
+REPORTS = ["The heart is large. There is effusion on the left.", "No nodule was seen. The heart is normal. The aorta is wide."]
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    model.make_demo_text_encoder(folder, REPORTS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def batch(text_folder):
+    import numpy as np
+    import data
+    tokenizer = model.TextEncoder(str(text_folder)).tokenizer
+    rng = np.random.default_rng(0)
+    examples = []
+    for report in REPORTS:
+        tokens = data.tokenize_report(tokenizer, data.split_sentences(report))
+        masked, labels = data.mask_words(tokens["input_ids"], tokens["word_ids"], tokenizer, rng)
+        examples.append({"id": report, "skipped": [], "volume": torch.rand(1, 32, 32, 64), "volume_mask": data.mask_volume((32, 32, 64), 16, 0.5, rng),
+                         "input_ids": torch.from_numpy(tokens["input_ids"]), "sentence_ids": torch.from_numpy(tokens["sentence_ids"]),
+                         "masked_ids": torch.from_numpy(masked), "mlm_labels": torch.from_numpy(labels),
+                         "single_ids": [torch.from_numpy(i) for i in tokens["single_ids"]]})
+    return data.collate(examples, tokenizer.pad_token_id)
+
+
+def build(text_folder, enabled=model.LOSSES, encoder="swin_t", **kwargs):
+    """A small MG3D: narrow, windows of 3."""
+    torch.manual_seed(0)
+    small = dict(feature_size=8) if encoder == "unet" else dict(window_size=3)
+    return model.MG3D(build_encoder(encoder, **small), model.TextEncoder(str(text_folder)), enabled, embed_dim=24, **kwargs)
+
+
+def terms(network, batch):
+    """One raw value for each enabled loss."""
+    o, mask = network(batch), batch["sentence_mask"]
+    compute = {"mim": lambda: losses.mim_loss(o["recon"], batch["volume"], batch["volume_mask"]),
+               "mlm": lambda: losses.mlm_loss(o["logits"], o["mlm_labels"]),
+               "sfr": lambda: losses.sfr_loss(o["rebuilt"], o["sentences"], mask),
+               "cml": lambda: losses.cml_loss(o["f_i"], o["h_i"], o["f_t"], o["h_t"]),
+               "ssm": lambda: losses.ssm_loss(o["text_sentences"], o["visual_sentences"], mask),
+               "dfa": lambda: losses.dfa_loss(o["h_s"], o["f_i"]),
+               "clip": lambda: losses.clip_loss(o["f_i"], o["f_t"])}
+    return {name: compute[name]() for name in model.LOSSES if name in network.losses}
+
+
+def test_shapes(text_folder, batch):
+    o = build(text_folder)(batch)
+    B, S = batch["sentence_mask"].shape
+    chosen = int((batch["mlm_labels"] != -100).sum())
+    assert o["recon"].shape == batch["volume"].shape
+    assert o["logits"].shape == (chosen, build(text_folder).text_encoder.vocab_size)
+    assert o["rebuilt"].shape == o["sentences"].shape == o["visual_sentences"].shape == (B, S, 24)
+    assert o["text_sentences"].shape == (B, S, 128)
+    assert all(o[name].shape == (B, 24) for name in ("f_i", "h_i", "f_t", "h_t", "h_s"))
+
+
+@pytest.mark.parametrize("left_out", model.LOSSES)
+def test_a_loss_less_leaves_the_others_alone(text_folder, batch, left_out):
+    full = terms(build(text_folder), batch)
+    enabled = [name for name in model.LOSSES if name != left_out]
+    rest = terms(build(text_folder, enabled), batch)
+    assert list(rest) == enabled
+    for name in enabled:
+        torch.testing.assert_close(rest[name], full[name], msg=lambda m: f"{name} without {left_out}: {m}")
+
+
+HEADS = {"mim": "mim_decoder", "mlm": "mlm_vocabulary", "dfa": "visual_sentence_pool"}
+
+
+@pytest.mark.parametrize("enabled", [[name] for name in model.LOSSES] + [["mim", "mlm"], ["sfr", "dfa"], ["ssm", "dfa"], list(model.LOSSES)],
+                         ids=lambda names: "+".join(names))
+def test_every_trained_parameter_gets_a_gradient(text_folder, batch, enabled):
+    """So DistributedDataParallel never has to look for unused parameters; and heads of disabled losses are not there."""
+    network = build(text_folder, enabled)
+    sum(terms(network, batch).values()).backward()
+    for name, p in network.named_parameters():
+        assert (p.grad is not None) == p.requires_grad, name
+    for loss, head in HEADS.items():
+        assert (getattr(network, head) is not None) == (loss in enabled)
+
+
+@pytest.mark.parametrize("options", [dict(guidance="word"), dict(mim_attention="classical", mlm_attention="classical"), dict(encoder="unet")], ids=str)
+def test_variants_run(text_folder, batch, options):
+    network = build(text_folder, **options)
+    values = terms(network, batch)
+    sum(values.values()).backward()
+    assert all(torch.isfinite(v) for v in values.values())
+
+
+def test_words_guide_and_what_stands_around_them_does_not(text_folder, batch):
+    network = build(text_folder, ["mim"], guidance="word")
+    recon, features = network(batch)["recon"], network.text_encoder(batch["input_ids"], batch["attention_mask"])
+    around = (batch["sentence_ids"] < 0)[..., None]                     # [CLS], [SEP], padding
+    for where, same in ((around, True), (~around, False)):
+        network.text_encoder.forward = lambda *_: torch.where(where, torch.randn_like(features), features)
+        assert torch.equal(network(batch)["recon"], recon) == same
+
+
+def test_one_visual_token_is_enough(text_folder, batch):
+    small = dict(batch, **{name: batch[name][..., :32, :32, :32] for name in ("volume", "volume_mask")})
+    o = build(text_folder).train()(small)
+    assert o["recon"].shape == small["volume"].shape and torch.isfinite(o["recon"]).all()
+    assert (o["recon"][0] - o["recon"][1]).abs().max() > 1e-4          # a norm of each channel would make them equal
+
+
+def test_text_encoder_is_frozen(text_folder, batch):
+    network = build(text_folder).train()
+    assert not network.text_encoder.bert.training                        # no dropout
+    assert not any(p.requires_grad for p in network.text_encoder.parameters())
+    first, second = (network.text_encoder(batch["input_ids"], batch["attention_mask"]) for _ in range(2))
+    assert torch.equal(first, second) and not first.requires_grad
+
+
+def test_padding_in_the_batch_does_not_matter(text_folder, batch):
+    network = build(text_folder)
+    pad = torch.nn.functional.pad
+    longer = dict(batch, **{name: pad(batch[name], (0, 3), value=value) for name, value in
+                            dict(input_ids=0, masked_ids=0, attention_mask=0, sentence_ids=-1, mlm_labels=-100, single_ids=0, single_mask=0).items()},
+                  sentence_mask=pad(batch["sentence_mask"], (0, 2)))
+    values, others = terms(network, batch), terms(network, longer)
+    for name in values:
+        torch.testing.assert_close(values[name], others[name], atol=1e-5, rtol=1e-4, msg=lambda m: f"{name}: {m}")
+
+
+def test_encode_image_and_text(text_folder, batch):
+    network = build(text_folder)
+    o = network(batch)
+    torch.testing.assert_close(network.encode_image(batch["volume"]).mean(1), o["f_i"], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(network.encode_text(*(batch[k] for k in ("input_ids", "attention_mask", "sentence_ids", "sentence_mask"))), o["f_t"])
+
+
+def test_h_s_depends_on_the_sentence(text_folder, batch):
+    """Eq. (11) as printed, with one pooled key, would give every sentence the same feature."""
+    h_s = build(text_folder)(batch)["visual_sentences"]
+    assert (h_s[1, 0] - h_s[1, 1]).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_any_hugging_face_encoder(tmp_path, kind):
+    """A folder as users have it: BERT with word pieces, RoBERTa with byte pairs, saved by transformers."""
+    import data
+    from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer
+    from transformers import BertConfig, BertModel, BertTokenizerFast, RobertaConfig, RobertaModel, RobertaTokenizerFast
+    if kind == "bert":
+        trained = BertWordPieceTokenizer()
+        trained.train_from_iterator(REPORTS, vocab_size=60, min_frequency=1)
+        trained.save_model(str(tmp_path))
+        BertTokenizerFast.from_pretrained(tmp_path).save_pretrained(tmp_path)
+        network = BertModel(BertConfig(vocab_size=trained.get_vocab_size(), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8))
+    else:
+        trained = ByteLevelBPETokenizer()
+        trained.train_from_iterator(REPORTS, vocab_size=300, min_frequency=1, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+        trained.save_model(str(tmp_path))
+        RobertaTokenizerFast.from_pretrained(tmp_path).save_pretrained(tmp_path)
+        network = RobertaModel(RobertaConfig(vocab_size=trained.get_vocab_size(), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+                                             pad_token_id=1, bos_token_id=0, eos_token_id=2, max_position_embeddings=300))
+    network.save_pretrained(tmp_path)
+    text = model.TextEncoder(str(tmp_path))
+    tokens = data.tokenize_report(text.tokenizer, data.split_sentences(REPORTS[1]))
+    pad = text.tokenizer.pad_token_id
+    single = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(i) for i in tokens["single_ids"]], True, pad)
+    mask = (single != pad).long()
+    together = text.encode_sentences(single, mask)
+    for i, ids in enumerate(tokens["single_ids"]):                       # one by one, without padding, without the ends
+        alone = text(torch.from_numpy(ids)[None], torch.ones(1, len(ids), dtype=torch.long))[0, 1:-1].mean(0)
+        torch.testing.assert_close(together[i], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_text_folder_without_weights(tmp_path, text_folder):
+    for file in text_folder.iterdir():
+        if "safetensors" not in file.name:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        model.TextEncoder(str(tmp_path))
+    with pytest.raises(ValueError, match="no/such"):
+        model.TextEncoder("no/such")
+
+
+# ---------------------------------------------------------------------------------------------- foreign weights
+
+def as_file(state, kind):
+    bare = {k: v for k, v in state.items() if k != "mask_token"}
+    old = {k.replace("mlp.linear", "mlp.fc"): v for k, v in bare.items()}
+    return {"ours, encoder.pt": bare,
+            "ours, last.pt": {"model": {f"encoder.{k}": v for k, v in state.items()} | {"image_proj.weight": torch.zeros(2)}, "step": 3, "config": {}},
+            "the authors', flat": {f"vision_encoder.{k}": v for k, v in bare.items()} | {"vision_encoder.proj_head.weight": torch.zeros(2)},
+            "the authors', Lightning": {"state_dict": {f"vision_encoder.{k}": v for k, v in bare.items()} | {"text_encoder.x": torch.zeros(2)}, "epoch": 1},
+            "MONAI, SwinUNETR": {f"swinViT.{k}": v for k, v in bare.items()} | {"encoder1.layer.conv1.conv.weight": torch.zeros(2)},
+            "MONAI, SSL": {"state_dict": {f"module.{k}": v for k, v in old.items()} | {"module.rotation_head.weight": torch.zeros(2)}}}[kind]
+
+
+@pytest.mark.parametrize("kind, merging", [("ours, encoder.pt", "monai"), ("ours, last.pt", "monai"), ("the authors', flat", "v0.9"),
+                                           ("the authors', Lightning", "v0.9"), ("MONAI, SwinUNETR", "monai"), ("MONAI, SSL", "v0.9")])
+def test_every_known_file_fills_the_encoder(tmp_path, kind, merging):
+    source, target = build_encoder("swin_t"), build_encoder("swin_t")
+    torch.save(as_file(source.state_dict(), kind), tmp_path / "weights.pt")
+    report = load_weights(target, tmp_path / "weights.pt")
+    for name, p in source.state_dict().items():
+        if name != "mask_token":
+            assert torch.equal(target.state_dict()[name], p), name
+    assert target.merging == merging
+    assert report["matched"] >= len(source.state_dict()) - 1
+    assert set(report["missing"]) <= {"mask_token"}
+
+
+def test_a_whole_model_takes_encoder_weights(tmp_path, text_folder):
+    network, source = build(text_folder), build_encoder("swin_t", window_size=3)
+    torch.save(as_file(source.state_dict(), "the authors', flat"), tmp_path / "weights.pt")
+    report = load_weights(network, tmp_path / "weights.pt")
+    assert torch.equal(network.encoder.patch_embed.proj.weight, source.patch_embed.proj.weight)
+    assert "image_proj.weight" in report["missing"] and network.encoder.merging == "v0.9"
+
+
+def test_encoder_pt_keeps_the_order_of_merging(tmp_path):
+    torch.save(model.export_encoder(build_encoder("swin_t", merging="v0.9")), tmp_path / "encoder.pt")
+    target = build_encoder("swin_t")
+    load_weights(target, tmp_path / "encoder.pt")
+    assert target.merging == "v0.9"
+
+
+def test_encoder_pt_loads_strictly_into_monai(tmp_path):
+    nets = pytest.importorskip("monai.networks.nets", reason="MONAI is not installed")
+    torch.save(model.export_encoder(build_encoder("swin_t")), tmp_path / "encoder.pt")
+    unetr = nets.SwinUNETR(in_channels=1, out_channels=2, feature_size=12)
+    unetr.swinViT.load_state_dict(torch.load(tmp_path / "encoder.pt", weights_only=True))
+
+
+def test_poor_matches_are_refused(tmp_path):
+    target = build_encoder("swin_t")
+    before = {name: p.clone() for name, p in target.state_dict().items()}
+    torch.save(build_encoder("swin_t", window_size=5).state_dict(), tmp_path / "window.pt")
+    torch.save(build_encoder("unet", feature_size=8).state_dict(), tmp_path / "unet.pt")
+    torch.save({"step": 3}, tmp_path / "empty.pt")
+    (tmp_path / "torn.pt").write_bytes(b"PK\x03\x04 torn")
+    with pytest.raises(ValueError, match=r"window.pt.*does not fill[\s\S]*relative_position_bias_table: expected \(2197, 3\), found \(729, 3\)"):
+        load_weights(target, tmp_path / "window.pt")
+    for name in ("unet.pt", "empty.pt", "torn.pt", "absent.pt"):
+        with pytest.raises(ValueError, match=name):
+            load_weights(target, tmp_path / name)
+    assert all(torch.equal(p, before[name]) for name, p in target.state_dict().items())
+
+
+class Bomb:
+    def __reduce__(self):
+        import os
+        return os.mkdir, ("exploded",)
+
+
+def test_a_pickle_of_code_is_not_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Bomb()}, "bomb.pt")
+    with pytest.raises(ValueError, match="bomb.pt"):
+        load_weights(build_encoder("swin_t"), "bomb.pt")
+    assert not (tmp_path / "exploded").exists()

@@ -1,0 +1,548 @@
+"""pretrain.py as a user runs it: what it writes, what it survives and what it refuses."""
+import csv
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import resource
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.image
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+import data
+import model
+import pretrain
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = str(ROOT / "pretrain.py")
+TRAINED_ON, HELD_OUT = 10, 2
+SMALL = "--data m.csv --encoder swin_t --size 32 32 64 --embed_dim 24 --text_encoder demo --batch_size 2 --workers 0 " \
+        "--warmup 2 --save_every 2 --log_every 1"
+ONLY_MIM = "--no-mlm --no-sfr --no-cml --no-ssm --no-dfa"
+ONLY_SSM_DFA = "--no-mim --no-mlm --no-sfr --no-cml"
+STEPS = {1: 6, 2: 4}                                        # of the uninterrupted run, by number of processes
+LAMBDA = dict(mim=1.0, mlm=1.0, sfr=0.1, cml=0.1, ssm=0.1, dfa=0.1, clip=1.0)
+QUIET = dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
+
+
+# ---------------------------------------------------------------------------------------------- running it
+# Importing torch and transformers takes longer than a tiny run. Most runs therefore fork from a server that has it
+# imported, and execute the script from there; some start it with a fresh Python, as users do.
+
+def no_pictures():
+    import eval as evaluation
+    for name in ("plot_curves", "plot_reconstruction", "plot_attention"):
+        setattr(evaluation, name, lambda *args: None)
+
+
+def mim_of_second_step_is_nan():
+    import losses
+    no_pictures()
+    honest, calls = losses.mim_loss, []
+
+    def mim_loss(*args):
+        calls.append(1)
+        return honest(*args) * (math.nan if len(calls) == 2 else 1)
+    losses.mim_loss = mim_loss
+
+
+def mim_is_always_nan():
+    import losses
+    no_pictures()
+    losses.mim_loss = lambda recon, *_: recon.mean() * math.nan
+
+
+def another_step_on_the_second_process():
+    no_pictures()
+    honest, sign = torch.nn.utils.clip_grad_norm_, (-1) ** int(os.environ["RANK"])
+
+    def clip_grad_norm_(parameters, norm):
+        trained = [p for p in parameters if p.grad is not None]
+        for p in trained:
+            p.grad *= sign
+        return honest(trained, norm)
+    torch.nn.utils.clip_grad_norm_ = clip_grad_norm_
+
+
+def files_up_to_8_mb():
+    no_pictures()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000_000, 8_000_000))
+
+
+def execute(flags, folder, name, environment, prepare):
+    """In a forked process: `python pretrain.py FLAGS`, with its output in files."""
+    os.chdir(folder)
+    os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)    # as in a process of its own, for the loader's workers
+    for number, ending in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{name}.{ending}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    prepare()
+    sys.argv = [SCRIPT, *flags.split()]
+    runpy.run_path(SCRIPT, run_name="__main__")
+
+
+@pytest.fixture(scope="session")
+def server():
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    with pytest.MonkeyPatch.context() as patch:             # the first process starts the server, with this environment
+        for name, value in dict(QUIET, PYTHONPATH=paths).items():
+            patch.setenv(name, value)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["pretrain", "test_pretrain", "transformers.models.bert.modeling_bert"])
+        process = context.Process(target=os.getpid)
+        process.start()
+        process.join()
+    return context
+
+
+class Run:
+    """A run of pretrain.py that may go on in the background: `flags` on `world` processes."""
+
+    def __init__(self, server, folder, flags, world=1, prepare=no_pictures):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        self.outputs = [folder / f"output_{port}_{rank}" for rank in range(world)]
+        self.processes = []
+        for rank, output in enumerate(self.outputs):
+            environment = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                               MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            process = server.Process(target=execute, args=(flags, folder, output.name, environment, prepare))
+            process.start()
+            self.processes.append(process)
+
+    def wait(self):
+        """The exit code; `text` and `errors` hold what the first process printed."""
+        for process in self.processes:
+            process.join(120)
+            if process.exitcode is None:
+                for one in self.processes:                  # or pytest itself would wait for them, for ever
+                    one.kill()
+                pytest.fail(f"it hangs: {self.read('err')}")
+        self.text, self.errors = self.read("out"), self.read("err")
+        codes = {process.exitcode for process in self.processes}
+        assert len(codes) == 1, (codes, self.errors)
+        return codes.pop()
+
+    def read(self, ending):
+        return self.outputs[0].with_suffix(f".{ending}").read_text()
+
+    def until_step(self, step, out):
+        """Wait until the step stands in the log."""
+        end = time.time() + 120
+        while not (out / "log.jsonl").exists() or f'"step": {step},' not in (out / "log.jsonl").read_text():
+            assert time.time() < end and self.processes[0].is_alive(), self.read("err")
+            time.sleep(0.005)
+
+    def refused(self, *words):
+        """It ended with one `error: …` that holds these words, and no traceback."""
+        assert self.wait() == 1, (self.text, self.errors)
+        assert "error: " in self.errors and "Traceback" not in self.errors, self.errors
+        message = self.errors[self.errors.index("error: "):]
+        for word in words:
+            assert str(word) in message, message
+
+
+def read_log(out):
+    """The rows of log.jsonl without their times."""
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in ("seconds", "data_wait")} for row in rows]
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def write_manifest(path, rows):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["volume", "report", "split"], *rows])
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """24 small chests of a kind: m.csv names the first dozen, all.csv all as training volumes."""
+    folder = tmp_path_factory.mktemp("pretrain")
+    rng = np.random.default_rng(0)
+    distance = np.linalg.norm(np.indices((24, 28, 24)) - np.reshape((12, 14, 12), (3, 1, 1, 1)), axis=0)
+    rows = []
+    for i in range(24):
+        volume = np.where(distance < 9, 40, -1000) + rng.normal(0, 20, distance.shape)
+        volume[10:13, 12:12 + i % 9] = -850
+        image = nib.Nifti1Image(volume.clip(-1024, 2000).astype(np.int16), np.diag([8, 8, 8, 1]))
+        nib.save(image, folder / f"{i}.nii.gz")
+        report = f"A nodule of {i} mm is seen. The heart is normal." + " There is no effusion." * (i % 3)
+        rows.append([f"{i}.nii.gz", report, "train" if i < TRAINED_ON else "test"])
+    write_manifest(folder / "m.csv", rows[:TRAINED_ON + HELD_OUT])
+    write_manifest(folder / "all.csv", [[volume, report, "train"] for volume, report, _ in rows])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run(server, folder):
+    return lambda flags, **more: Run(server, folder, flags, **more)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(folder):
+    """World -> (the folder of an uninterrupted run on so many processes, what it printed, its errors)."""
+    done = {}
+    for world, steps in STEPS.items():
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
+        command = [sys.executable, *launch, SCRIPT, *SMALL.split(), "--out", f"whole{world}", "--steps", str(steps)]
+        environment = os.environ | QUIET
+        result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+        done[world] = folder / f"whole{world}", result.stdout, result.stderr
+    return done
+
+
+@pytest.fixture
+def copied(folder, uninterrupted, tmp_path):
+    """A copy of the uninterrupted run on one process, to resume from and to spoil."""
+    return Path(shutil.copytree(uninterrupted[1][0], tmp_path / "out"))
+
+
+# --------------------------------------------------------------------------------------------- what it writes
+
+def test_a_run_writes_what_it_promises(uninterrupted):
+    out, text, errors = uninterrupted[1]
+    for name in ("last.pt", "previous.pt", "encoder.pt", "log.jsonl",
+                 "curves.png", "reconstruction.png", "attention.png"):
+        assert (out / name).stat().st_size > 0
+        if name.endswith("png"):
+            assert matplotlib.image.imread(out / name)[..., :3].std() > 0.02, f"{name} is blank"
+    assert not list(out.glob("*.part")) and not list(out.glob(".can_write*"))
+    assert "Warning" not in errors and "Traceback" not in errors
+    for words in (f"{TRAINED_ON} volumes to train on, {HELD_OUT} held out", "(32, 32, 64)", "swin_t", "0.1 cml",
+                  "1 negatives", "steps 0 to 6", "CPU in fp32"):
+        assert words in text
+
+    rows = read_log(out)
+    assert [row["step"] for row in rows] == list(range(STEPS[1]))
+    for row, lr in zip(rows, (1 / 2, 1, 1, 3 / 4, 2 / 4, 1 / 4)):       # warm-up of 2 steps, then down to 0 at step 6
+        assert row["loss"] == pytest.approx(sum(LAMBDA[name] * row[name] for name in model.LOSSES[:6]), rel=1e-5)
+        assert row["lr"] == pytest.approx(1e-4 * lr) and "clip" not in row
+
+    encoder = model.build_encoder("swin_t")
+    assert model.load_weights(encoder, out / "encoder.pt")["missing"] == ["mask_token"]
+    last, previous = load(out / "last.pt"), load(out / "previous.pt")
+    assert (last["step"], previous["step"]) == (6, 4)
+    for name, weight in encoder.state_dict().items():
+        assert name == "mask_token" or torch.equal(weight, last["model"][f"encoder.{name}"])
+    assert not any(name.startswith("text_encoder") for name in last["model"])
+
+
+def test_learning_rates_and_weight_decay(uninterrupted):
+    checkpoint = load(uninterrupted[1][0] / "last.pt")
+    state, groups = checkpoint["optimizer"]["state"], checkpoint["optimizer"]["param_groups"]
+    trained = {name: weight for name, weight in checkpoint["model"].items() if not name.endswith("position_index")}
+    assert sum(len(group["params"]) for group in groups) == len(trained)
+    for group in groups:
+        shapes = sorted(tuple(state[i]["exp_avg"].shape) for i in group["params"])
+        expected = sorted(tuple(weight.shape) for name, weight in trained.items()
+                          if name.startswith("encoder.") == (group["initial_lr"] == 2e-5)
+                          and (weight.ndim > 1 and not name.endswith("bias_table")) == (group["weight_decay"] > 0))
+        assert shapes == expected and shapes
+    kinds = {(group["initial_lr"], group["weight_decay"]) for group in groups}
+    assert kinds == {(2e-5, 0), (2e-5, 0.01), (1e-4, 0), (1e-4, 0.01)}
+
+
+ROWS = {                                                        # of Tables III and IV
+    "--guidance word --mim_attention classical --mlm_attention classical --no-sfr --no-cml --no-ssm --no-dfa":
+        "mim mlm",
+    "--mim_attention classical --mlm_attention classical --no-sfr --no-cml --no-ssm --no-dfa": "mim mlm",
+    "--mlm_attention classical --no-sfr --no-cml --no-ssm --no-dfa": "mim mlm",
+    "--no-sfr --no-cml --no-ssm --no-dfa": "mim mlm",
+    "--no-sfr --no-ssm --no-dfa": "mim mlm cml",
+    "--no-sfr": "mim mlm cml ssm dfa",
+    "--no-ssm": "mim mlm sfr cml dfa",
+    "--no-dfa": "mim mlm sfr cml ssm",
+    "--no-mim --no-mlm --no-sfr --no-cml --no-ssm --no-dfa --clip": "clip",
+}
+
+
+def test_rows_of_the_ablation_tables(run, folder):
+    for first in range(0, len(ROWS), 3):                        # three at a time
+        some = list(ROWS.items())[first:first + 3]
+        runs = [run(f"{SMALL} --steps 1 --out row{first + i} {flags}") for i, (flags, _) in enumerate(some)]
+        for i, ((_, enabled), one) in enumerate(zip(some, runs)):
+            assert one.wait() == 0, one.errors
+            row, = read_log(folder / f"row{first + i}")
+            assert set(row) == {"step", "loss", "lr", "grad_norm", *enabled.split()}
+            assert row["loss"] == pytest.approx(sum(LAMBDA[name] * row[name] for name in enabled.split()), rel=1e-5)
+
+
+# -------------------------------------------------------------------------------------------- several processes
+
+def test_two_processes_equal_one_with_twice_the_batch(uninterrupted, run, folder):
+    out, text, errors = uninterrupted[2]
+    assert "Warning" not in errors and "Traceback" not in errors, errors
+    assert text.count("steps 0 to 4") == 1, "one process prints"
+    one = run(f"{SMALL} --steps 4 --batch_size 4 --out one_of_four")
+    assert one.wait() == 0, one.errors
+    two_rows, one_rows = read_log(out), read_log(folder / "one_of_four")
+    assert len(two_rows) == len(one_rows) == 4
+    for a, b, close in zip(two_rows, one_rows, (1e-5, 1e-3, 5e-3, 2e-2)):   # AdamW makes much of a rounding error, step by step
+        assert a == pytest.approx(b, rel=close, abs=close)
+    two, one = (load(where / "last.pt") for where in (out, folder / "one_of_four"))
+    assert two["checksum"] == pytest.approx(one["checksum"], rel=1e-5)
+    assert (two["world"], one["world"]) == (2, 1)
+
+
+def test_accumulation(run, folder):
+    common = f"{SMALL} {ONLY_SSM_DFA} --steps 2"
+    still = run(f"{common} --lr 0 --lr_encoder 0 --out still")                         # the passes one by one
+    assert still.wait() == 0, still.errors
+    runs = [run(f"{common} --accumulate 2 --out sum1"),
+            run(f"{common} --accumulate 2 --batch_size 1 --out sum2", world=2)]
+    for one in runs:
+        assert one.wait() == 0, one.errors
+    (first, second), sum1, sum2 = (read_log(folder / name) for name in ("still", "sum1", "sum2"))
+    for name in ("loss", "ssm", "dfa"):
+        assert sum1[0][name] == pytest.approx((first[name] + second[name]) / 2, rel=1e-6)
+    for a, b, close in zip(sum1, sum2, (1e-5, 1e-3)):
+        assert a == pytest.approx(b, rel=close)
+    start, a, b = (load(folder / name / "last.pt")["model"] for name in ("still", "sum1", "sum2"))
+    # A first step of AdamW is about the sign of the gradient: rounding errors flip some, most of the key biases', whose gradient is 0.
+    difference, movement = (sum((b[name] - other[name]).double().abs().sum() for name in b) for other in (a, start))
+    assert difference <= 0.02 * movement
+
+
+def test_different_parameters_on_two_processes_stop_the_run(run, folder):
+    one = run(f"{SMALL} {ONLY_SSM_DFA} --steps 1 --out apart", world=2, prepare=another_step_on_the_second_process)
+    one.refused("the processes hold different parameters after step 1")
+    assert not (folder / "apart" / "last.pt").exists()
+
+
+# ---------------------------------------------------------------------------------------------- interruptions
+
+@pytest.mark.parametrize("world", STEPS)
+def test_stopped_killed_and_resumed_it_equals_the_uninterrupted_run_bit_for_bit(run, folder, uninterrupted, world):
+    out = folder / f"broken{world}"
+    stopped = run(f"{SMALL} --out {out.name} --steps {STEPS[world]}", world=world)
+    stopped.until_step(0, out)
+    os.kill(stopped.processes[-1].pid, signal.SIGTERM)          # one process is told, all of them stop
+    assert stopped.wait() == 128 + signal.SIGTERM, stopped.errors
+    assert "SIGTERM: saved after step" in stopped.text and (out / "encoder.pt").exists()
+    assert load(out / "last.pt")["step"] == len(read_log(out)) < STEPS[world]
+
+    killed = run(f"--out {out.name} --resume", world=world)     # no other flag: the checkpoint knows them
+    killed.until_step(2, out)
+    for process in killed.processes:
+        os.kill(process.pid, signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+
+    resumed = run(f"--out {out.name} --resume --workers 2", world=world)
+    assert resumed.wait() == 0, resumed.errors
+    whole = uninterrupted[world][0]
+    assert read_log(out) == read_log(whole)                     # every number, and no step twice
+    a, b = load(out / "last.pt"), load(whole / "last.pt")
+    assert all(torch.equal(weight, b["model"][name]) for name, weight in a["model"].items())
+    assert a["checksum"] == b["checksum"] and len(a["rng"]) == world
+
+
+def test_more_steps_go_on_where_the_run_ended(run, copied):
+    longer = run(f"--out {copied} --resume --steps 8")
+    assert longer.wait() == 0, longer.errors
+    rows = read_log(copied)
+    assert [row["step"] for row in rows] == list(range(8))
+    assert [row["lr"] for row in rows[6:]] == pytest.approx([1e-4 * 2 / 6, 1e-4 * 1 / 6])
+
+
+def test_a_broken_checkpoint_falls_back_to_the_one_before(run, copied, uninterrupted):
+    last = copied / "last.pt"
+    last.write_bytes(last.read_bytes()[:last.stat().st_size // 2])
+    with (copied / "log.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')                       # the disk was full
+    fallen = run(f"--out {copied} --resume")
+    assert fallen.wait() == 0, fallen.errors
+    assert f"going on from {copied / 'previous.pt'} instead" in fallen.text
+    assert read_log(copied) == read_log(uninterrupted[1][0])
+    assert load(last)["step"] == STEPS[1] and load(copied / "previous.pt")["step"] < STEPS[1]      # the torn one is gone
+
+    for name in ("last.pt", "previous.pt"):
+        (copied / name).write_bytes(b"no checkpoint")
+    run(f"--out {copied} --resume").refused(last, copied / "previous.pt", "no checkpoint to go on from")
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_a_checkpoint_of_code_is_not_executed(tmp_path, monkeypatch, uninterrupted):
+    monkeypatch.chdir(tmp_path)
+    Path("last.pt").write_bytes(pickle.dumps({"optimizer": Code()}, protocol=2))
+    torch.save({"optimizer": Code()}, "previous.pt")
+    with pytest.raises(ValueError, match="no checkpoint to go on from"):
+        pretrain.load_checkpoint(tmp_path)
+    shutil.copy(uninterrupted[1][0] / "last.pt", "previous.pt")
+    assert pretrain.load_checkpoint(tmp_path)["step"] == 6
+    assert not Path("executed").exists()
+
+
+def test_resume_refuses_what_contradicts_the_checkpoint(run, copied, folder):
+    before = read_log(copied)
+    cases = {
+        "--mask_ratio 0.3": ("--mask_ratio 0.5", "0.3"),
+        "--no-mim": ("--mim True", "False"),
+        "--size 64 32 64": ("[32, 32, 64]", "[64, 32, 64]"),
+        "--init encoder.pt": ("--resume", "--init"),
+        "--data all.csv": ("all.csv", "other training volumes"),
+    }
+    for flags, words in cases.items():
+        run(f"--out {copied} --resume {flags}").refused(*words)
+    run(f"--out {copied} --resume", world=2).refused("by 1 processes, now there are 2")
+    run(f"--out {copied.parent / 'nothing'} --resume").refused("no checkpoint to go on from", "last.pt")
+    assert read_log(copied) == before
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(run, copied):
+    full = run(f"--out {copied} --resume --steps 8", prepare=files_up_to_8_mb)
+    full.refused(copied / "last.pt.part", "cannot be written")
+    assert load(copied / "last.pt")["step"] == 6 and not list(copied.glob("*.part"))
+
+
+# ------------------------------------------------------------------------------------------ where it starts from
+
+def test_init_starts_from_a_file(run, folder, copied):
+    flags = f"{SMALL} {ONLY_SSM_DFA} --steps 1 --lr_encoder 0 --seed 1 --out init"
+    fresh = run(f"{flags} --init {copied / 'encoder.pt'}")
+    assert fresh.wait() == 0, fresh.errors
+    assert "0 unexpected" in fresh.text
+    ours, theirs = load(folder / "init" / "encoder.pt"), load(copied / "encoder.pt")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+    (copied / "encoder.pt").unlink()                            # a start needs it, going on does not
+    longer = run("--resume --steps 2 --out init")
+    assert longer.wait() == 0, longer.errors
+
+
+def test_a_poor_init_is_refused(run, folder, tmp_path):
+    poor = tmp_path / "poor.pt"
+    torch.save({"layers1.0.blocks.0.norm1.weight": torch.ones(12)}, poor)
+    run(f"{SMALL} --out poor --init {poor}").refused(poor, "does not fill the encoder")
+    run(f"{SMALL} --out poor --init {tmp_path / 'absent.pt'}").refused("absent.pt", "no such file")
+    assert not (folder / "poor" / "log.jsonl").exists()
+
+
+def test_a_fresh_run_makes_its_own_vocabulary(run, folder):
+    """A folder that other data left behind must not lend its words to the demo's text encoder."""
+    write_manifest(folder / "other.csv", [[f"{i}.nii.gz", "Pneumothorax.", "train"] for i in range(2)])
+    for manifest in ("other.csv", "m.csv"):
+        one = run(f"{SMALL} {ONLY_MIM} --data {manifest} --steps 1 --out vocabulary")
+        assert one.wait() == 0, one.errors
+    words = (folder / "vocabulary" / "text_encoder" / "tokenizer.json").read_text()
+    assert "nodule" in words and "pneumothorax" not in words
+
+
+# ------------------------------------------------------------------------------------------- non-finite losses
+
+def test_a_step_that_is_not_finite_is_named_and_skipped(run, folder):
+    one = run(f"{SMALL} {ONLY_MIM} --steps 2 --save_every 1 --out nan", prepare=mim_of_second_step_is_nan)
+    assert one.wait() == 0, one.errors
+    _, second = [[f"{index}.nii.gz" for index, _ in batch] for batch, _ in zip(data.Batches(TRAINED_ON, 2), range(2))]
+    assert f"step 1: mim not finite for the volumes {', '.join(second)}; the step is skipped" in one.text
+    before, after = (load(folder / "nan" / name) for name in ("previous.pt", "last.pt"))
+    assert (before["step"], after["step"]) == (1, 2)
+    for name, weight in before["model"].items():
+        assert torch.equal(weight, after["model"][name]), name
+    for i, moments in before["optimizer"]["state"].items():
+        assert torch.equal(moments["exp_avg"], after["optimizer"]["state"][i]["exp_avg"])
+    first, second = read_log(folder / "nan")
+    assert math.isfinite(first["mim"]) and second["mim"] is second["loss"] is None     # JSON has no NaN
+
+
+def test_ten_such_steps_in_a_row_stop_the_run(run, folder):
+    one = run(f"{SMALL} {ONLY_MIM} --steps 12 --save_every 100 --out nans", prepare=mim_is_always_nan)
+    one.refused("10 steps in a row were not finite")
+    assert len(read_log(folder / "nans")) == 9                  # the tenth ends it
+
+
+# --------------------------------------------------------------------------------------------------- bad input
+
+def test_bad_flags_and_files_are_refused_before_training(run, folder):
+    rows = [row[:3] for row in csv.reader((folder / "all.csv").open())][1:]
+    write_manifest(folder / "silent.csv", [[volume, " . ", split] for volume, _, split in rows])
+    write_manifest(folder / "absent.csv", [*rows[:5], ["absent.nii.gz", "Normal.", "train"]])
+    write_manifest(folder / "held_out.csv", [[volume, report, "test"] for volume, report, _ in rows])
+    (folder / "column.csv").write_text("volume,findings\n0.nii.gz,Normal.\n")
+    (folder / "mask.csv").write_text("volume,report\nmask.nii.gz,Normal.\nmask2.nii.gz,Normal.\n")
+    mask = np.random.default_rng(0).integers(0, 2, (9, 9, 9)).astype(np.uint8)
+    for name in ("mask.nii.gz", "mask2.nii.gz"):
+        nib.save(nib.Nifti1Image(mask, np.eye(4)), folder / name)
+    cases = {
+        "--size 32 40 64": ("--size 32 40 64", "multiple of 32"),
+        "--no-mim " + ONLY_MIM: ("every loss is switched off",),
+        "--embed_dim 25": ("embed_dim 25",),
+        "--mask_size 24": ("mask_size 24",),
+        "--fraction 0": ("--fraction 0",),
+        "--precision fp16": ("--precision fp16",),
+        "--out m.csv/below": ("--out m.csv/below", "cannot write there"),
+        "--batch_size 11": ("10 volumes", "11"),
+        "--batch_size 0": ("--batch_size 0",),
+        "--accumulate 0": ("--accumulate 0",),
+        "--steps 0": ("--steps 0",),
+        "--data nowhere.csv": ("nowhere.csv",),
+        "--data silent.csv": ("silent.csv",),
+        "--data absent.csv": ("absent.nii.gz", "1 of 6"),
+        "--data held_out.csv": ("held_out.csv",),
+        "--data column.csv": ("column.csv", "report"),
+        "--data mask.csv": ("volumes",),
+        "--text_encoder empty": ("text encoder empty",),
+    }
+    (folder / "empty").mkdir()
+    for flags, words in cases.items():
+        run(f"{SMALL} --steps 2 --out refused {flags}").refused(*words)
+    for flags in ("--encoder resnet", "--size 32 32", "--no-such-flag"):
+        one = run(f"{SMALL} --out refused {flags}")
+        assert one.wait() == 2 and "usage:" in one.errors
+    assert not list(folder.glob("refused/*.pt")) and read_log(folder / "refused") == []
+
+
+def test_a_text_encoder_without_weights_is_refused(run, uninterrupted, tmp_path):
+    text = shutil.copytree(uninterrupted[1][0] / "text_encoder", tmp_path / "text")
+    (text / "model.safetensors").unlink()
+    run(f"{SMALL} --steps 2 --out refused --text_encoder {text}").refused(text, "weights")
+
+
+def test_a_volume_that_cannot_be_read_is_skipped_and_many_stop_the_run(run, folder):
+    rows = list(csv.reader((folder / "all.csv").open()))[1:]
+    batch = next(iter(data.Batches(len(rows), 2)))
+    for count, (index, _) in enumerate(batch, 1):
+        rows[index][0] = f"torn{index}.nii.gz"
+        (folder / rows[index][0]).write_bytes((folder / f"{index}.nii.gz").read_bytes()[:5000])
+        write_manifest(folder / f"torn{count}.csv", rows)
+    one = run(f"{SMALL} {ONLY_MIM} --steps 1 --out torn --data torn1.csv")              # 1 of 24
+    assert one.wait() == 0, one.errors
+    assert f"skipped torn{batch[0][0]}.nii.gz" in one.text and "1 of 24 volumes could not be read" in one.text
+    assert math.isfinite(read_log(folder / "torn")[0]["loss"])
+    two = run(f"{SMALL} {ONLY_MIM} --steps 1 --out torn_too --data torn2.csv")          # 2 of 24
+    two.refused("2 of 24 volumes cannot be read", *(f"torn{index}.nii.gz" for index, _ in batch))
+
+
+def test_a_batch_of_one_warns_and_stays_finite(run, folder):
+    one = run(f"{SMALL} --batch_size 1 --clip --steps 2 --out alone")
+    assert one.wait() == 0, one.errors
+    assert "warning: in a batch of one" in one.text
+    for row in read_log(folder / "alone"):
+        assert row["cml"] == row["ssm"] == row["dfa"] == row["clip"] == 0
+        assert all(math.isfinite(value) for value in row.values()) and row["mim"] > 0 and row["mlm"] > 0
+
+
+def test_help_answers_without_torch():
+    command = [sys.executable, "-X", "importtime", SCRIPT, "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and "--mask_ratio" in result.stdout and "torch" not in result.stderr
