@@ -326,7 +326,7 @@ def main(args, given):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, frame: stop.append(received))
 
-    bad_steps, unreadable, stream = 0, set(), iter(loader)
+    bad_steps, unreadable, stopping, stream = 0, set(), 0, iter(loader)
     bar = tqdm(total=args.steps, initial=step, desc="pretrain", disable=None if main_process else True)
     while step < args.steps:
         started, waited = time.perf_counter(), 0.0
@@ -412,15 +412,15 @@ def main(args, given):
             if main_process:
                 evaluation.plot_curves(log_path, out / "curves.png")
         if stopping:
-            bar.close()
-            log.info("%s: saved after step %d; go on with --resume --out %s", signal.Signals(stopping).name, step, out)
-            sys.exit(128 + stopping)
+            break
     bar.close()
     if unreadable:
         log.warning("%d of %d volumes could not be read, others stood in for them: %s", len(unreadable), len(train_items), ", ".join(sorted(unreadable)))
 
     # --------------------------------------------------------------------------------- pictures and a number
-    if main_process:
+    if stopping:
+        log.info("%s: saved after step %d; go on with --resume --out %s", signal.Signals(stopping).name, step, out)
+    elif main_process:
         network.eval()
         sample = data.VolumeReports((held_out or train_items)[:4], text_encoder.tokenizer, args.cache, tuple(args.size), args.hu,
                                     args.mask_size, args.mask_ratio, args.mlm_prob, seed=args.seed)
@@ -446,7 +446,12 @@ def main(args, given):
                 low, high = evaluation.bootstrap(evaluation.macro_auroc, score, truth)
                 log.info("  %-12s macro AUC %.3f  [%.3f, %.3f]", name, evaluation.macro_auroc(score, truth), low, high)
     if world > 1:
+        # Destroying the group holds the GIL while it joins a thread of gloo's that may need the GIL to free the tensors it
+        # gathered last: a process that leaves at once can hang. In the barrier that thread gets its turn.
+        dist.barrier()
         dist.destroy_process_group()
+    if stopping:
+        sys.exit(128 + stopping)
 
 
 if __name__ == "__main__":

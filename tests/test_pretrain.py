@@ -1,5 +1,6 @@
 """pretrain.py as a user runs it: what it writes, what it survives and what it refuses."""
 import csv
+import faulthandler
 import json
 import math
 import multiprocessing
@@ -88,6 +89,7 @@ def execute(flags, folder, name, environment, prepare):
     multiprocessing.set_start_method("fork", force=True)    # as in a process of its own, for the loader's workers
     for number, ending in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{name}.{ending}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    faulthandler.dump_traceback_later(100)                  # where it hangs, if it does
     prepare()
     sys.argv = [SCRIPT, *flags.split()]
     runpy.run_path(SCRIPT, run_name="__main__")
@@ -130,14 +132,14 @@ class Run:
             if process.exitcode is None:
                 for one in self.processes:                  # or pytest itself would wait for them, for ever
                     one.kill()
-                pytest.fail(f"it hangs: {self.read('err')}")
+                pytest.fail("it hangs: " + "".join(self.read("err", rank) for rank in range(len(self.outputs))))
         self.text, self.errors = self.read("out"), self.read("err")
         codes = {process.exitcode for process in self.processes}
         assert len(codes) == 1, (codes, self.errors)
         return codes.pop()
 
-    def read(self, ending):
-        return self.outputs[0].with_suffix(f".{ending}").read_text()
+    def read(self, ending, rank=0):
+        return self.outputs[rank].with_suffix(f".{ending}").read_text()
 
     def until_step(self, step, out):
         """Wait until the step stands in the log."""
