@@ -1266,7 +1266,8 @@ def main():
     defaults_shown = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--data", type=Path, help="manifest .csv, CT-RATE folder or CTRG-Chest .json")
-    shared.add_argument("--cache", type=Path, default=Path("cache"), metavar="DIR", help="where preprocessed volumes go (float16 .npy)")
+    shared.add_argument("--cache", type=Path, default=Path("cache"), metavar="DIR",
+                        help="where preprocessed volumes go (float16 .npy)")
     shared.add_argument("--size", type=int, nargs=3, default=SIZE, metavar=("D", "H", "W"), help="voxels (z, y, x)")
     shared.add_argument("--hu", choices=("auto", "header", "csv"), default="auto",
                         help="Hounsfield units: told from the values, as stored, or rescaled by the metadata CSV")

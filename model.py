@@ -57,9 +57,10 @@ def window_plan(size, window, shift, device):
             real, padding = places[tokens[places] >= 0], places[tokens[places] < 0]
             if len(real):
                 groups[tuple(real), tuple(padding)].append(tokens[real])
-    order = torch.from_numpy(np.concatenate([np.concatenate(windows) for windows in groups.values()])).to(device)
-    return order, [(len(windows), torch.tensor(real, device=device), torch.tensor(padding, device=device).long())
-                   for (real, padding), windows in groups.items()]
+    with torch.inference_mode(False):                   # the plan is kept, and later calls may want gradients
+        order = torch.from_numpy(np.concatenate([np.concatenate(windows) for windows in groups.values()])).to(device)
+        return order, [(len(windows), torch.tensor(real, device=device), torch.tensor(padding, device=device).long())
+                       for (real, padding), windows in groups.items()]
 
 
 class _Permute(torch.autograd.Function):
@@ -183,7 +184,8 @@ class SwinBlock(nn.Module):
             few = max(1, self.scores_at_a_time[x.device.type] // bias.numel())
             part = part.reshape(B * number, len(real), C)
             if self.use_checkpoint and torch.is_grad_enabled():
-                part = [checkpoint(self.run_windows, w, bias, use_reentrant=False, preserve_rng_state=False) for w in part.split(few)]
+                part = [checkpoint(self.run_windows, w, bias, use_reentrant=False, preserve_rng_state=False)
+                        for w in part.split(few)]
             else:
                 part = [self.run_windows(w, bias) for w in part.split(few)]
             done.append(torch.cat(part).view(B, -1, C))
@@ -335,11 +337,13 @@ class TextEncoder(nn.Module):
         except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
             raise ValueError(f"text encoder {name}: expected a Hugging Face encoder with its tokenizer and weights, "
                              f"a hub name or a local folder; found: {error}") from None
+        self.bert.float()                               # files in half precision come as they are; autocast lowers what it likes
         if not self.tokenizer.is_fast:
             raise ValueError(f"text encoder {name}: expected a fast tokenizer (tokenizer.json), which tells words apart")
         missing = [key for key in loading["missing_keys"] if "pooler" not in key]     # the pooler is not used
         if missing:
-            raise ValueError(f"text encoder {name}: {len(missing)} weights are missing from the file, among them {sorted(missing)[:3]}")
+            raise ValueError(f"text encoder {name}: {len(missing)} weights are missing from the file, among them "
+                             f"{sorted(missing)[:3]}")
         self.name = name
         self.width = self.bert.config.hidden_size
         self.vocab_size = len(self.tokenizer)
@@ -639,6 +643,8 @@ def export_encoder(encoder):
     """A flat state dict of the encoder with MONAI's names (no mask token), which notes the order of its patch merging."""
     state = encoder.state_dict()
     del state["mask_token"]
+    for key in state:                                   # a machine without a GPU must be able to load it
+        state[key] = state[key].cpu()
     state._metadata[""]["merging"] = getattr(encoder, "merging", None)
     return state
 
@@ -694,8 +700,8 @@ def load_weights(module, path):
     if unfilled:
         shapes = [f"{key}: expected {tuple(own[key].shape)}, found {tuple(found[key].shape) if key in found else 'nothing'}"
                   for key in unfilled[:5]]
-        raise ValueError(f"{path} does not fill the encoder: {len(matched)} weights match, {len(unfilled)} of the encoder do not.\n  "
-                         + "\n  ".join(shapes) + f"\n  keys in the file: {', '.join(list(state)[:5])} …")
+        raise ValueError(f"{path} does not fill the encoder: {len(matched)} weights match, {len(unfilled)} of the encoder do "
+                         "not.\n  " + "\n  ".join(shapes) + f"\n  keys in the file: {', '.join(list(state)[:5])} …")
 
     module.load_state_dict(matched, strict=False)
     log.info("%s: %d weights matched, %d missing, %d unexpected", path, len(matched), len(missing), len(unexpected))

@@ -12,7 +12,7 @@ import argparse
 PAPER = dict(encoder="swin_b", size=[128, 96, 128], text_encoder="StanfordAIMI/RadBERT", steps=100_000, warmup=1000,
              lr_encoder=2e-5, lr=1e-4, embed_dim=768, save_every=1000, log_every=20)
 DEMO = dict(encoder="swin_t", size=[32, 32, 64], text_encoder="demo", steps=80, warmup=5,
-            lr_encoder=3e-4, lr=3e-4, embed_dim=192, save_every=20, log_every=1)
+            lr_encoder=1e-4, lr=1e-3, embed_dim=192, save_every=20, log_every=1)
 
 
 def flags():
@@ -57,7 +57,7 @@ def flags():
     g.add_argument("--lr", type=float, help=f"learning rate of everything else {default('lr')}")
     g.add_argument("--warmup", type=int, help=f"steps of linear warm-up, before the linear decay {default('warmup')}")
     g.add_argument("--weight_decay", type=float, default=0.01, help="of AdamW, on matrices, not on biases and norms (default: 0.01)")
-    g.add_argument("--clip_grad", type=float, default=1.0, help="largest norm of the gradient (default: 1.0)")
+    g.add_argument("--clip_grad", type=float, default=1.0, help="largest norm of the gradient, 0 = no limit (default: 1.0)")
 
     g = parser.add_argument_group("run")
     g.add_argument("--out", default="out", help="folder for checkpoints, log and pictures (default: out)")
@@ -172,7 +172,8 @@ def main(args, given):
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))     # the first process may preprocess, and probe
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None,
+                                timeout=timedelta(hours=2))     # the first process may preprocess, and probe
     main_process = rank == 0
     logging.basicConfig(level=logging.INFO if main_process else logging.WARNING, format="%(message)s", stream=sys.stdout)
 
@@ -196,11 +197,16 @@ def main(args, given):
         raise ValueError("every loss is switched off, expected at least one of " + ", ".join(model.LOSSES))
     if any(side <= 0 or side % 32 for side in args.size):
         raise ValueError(f"--size {' '.join(map(str, args.size))}: every side must be a multiple of 32")
-    for name in ("steps", "batch_size", "accumulate", "save_every", "log_every"):
+    for name in ("steps", "batch_size", "accumulate", "save_every", "log_every", "mask_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
-    if not 0 < args.fraction <= 1:
-        raise ValueError(f"--fraction {args.fraction}: expected a number above 0 and up to 1")
+    for name in ("fraction", "mask_ratio", "mlm_prob"):
+        if not 0 < getattr(args, name) <= 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: expected a number above 0 and up to 1")
+    if args.temperature <= 0:
+        raise ValueError(f"--temperature {args.temperature}: expected a number above 0")
+    if any(side % args.mask_size for side in args.size):
+        raise ValueError(f"--mask_size {args.mask_size}: every side of --size {' '.join(map(str, args.size))} must be a multiple of it")
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / f".can_write_{rank}").touch()
@@ -209,7 +215,7 @@ def main(args, given):
         raise ValueError(f"--out {out}: cannot write there: {error}") from None
     precision = args.precision
     if precision == "auto":
-        precision = "fp32" if not cuda else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        precision = "fp32" if not cuda else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if precision == "fp16" and not cuda:
         raise ValueError("--precision fp16 needs a GPU; a CPU computes in fp32 or bf16")
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
@@ -254,7 +260,7 @@ def main(args, given):
 
     dataset = data.VolumeReports(train_items, text_encoder.tokenizer, args.cache, tuple(args.size), args.hu, args.mask_size,
                                  args.mask_ratio, args.mlm_prob, seed=args.seed)
-    collate = functools.partial(data.collate, pad_id=text_encoder.tokenizer.pad_token_id)       # a closure cannot go to a spawned worker
+    collate = functools.partial(data.collate, pad_id=text_encoder.tokenizer.pad_token_id)   # no closure: workers may be spawned
 
     # --------------------------------------------------------------------------------------------- optimizer
     groups = {}
@@ -262,7 +268,8 @@ def main(args, given):
         if p.requires_grad:                             # biases, norms, tokens and bias tables do not decay
             key = name.startswith("encoder."), p.ndim > 1 and "bias_table" not in name
             groups.setdefault(key, []).append(p)
-    optimizer = torch.optim.AdamW([dict(params=params, lr=args.lr_encoder if of_encoder else args.lr, weight_decay=args.weight_decay * decays)
+    optimizer = torch.optim.AdamW([dict(params=params, lr=args.lr_encoder if of_encoder else args.lr,
+                                        weight_decay=args.weight_decay * decays)
                                    for (of_encoder, decays), params in groups.items()])
 
     # ------------------------------------------------------------------------------------------------ resume
@@ -271,10 +278,11 @@ def main(args, given):
         network.load_state_dict(checkpoint["model"], strict=False)
         encoder.merging = checkpoint["merging"]
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:                        # it is empty where the run was not in fp16
+            scaler.load_state_dict(checkpoint["scaler"])
         step = checkpoint["step"]
         torch.set_rng_state(checkpoint["rng"][rank]["cpu"])
-        if cuda:
+        if cuda and checkpoint["rng"][rank]["cuda"] is not None:
             torch.cuda.set_rng_state(checkpoint["rng"][rank]["cuda"], device)
     # NOTE(paper): no schedule is given; linear warm-up, then linear decay to 0. It follows from the step alone, so that
     # --resume with more --steps decays to their end.
@@ -295,22 +303,26 @@ def main(args, given):
             dist.all_gather_object(all_rng, rng)
         if main_process:
             weights = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("text_encoder.")}
-            save_file(dict(model=weights, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step, config=config, world=world,
-                           ids=ids, rng=all_rng, checksum=float(sums[0]), merging=getattr(encoder, "merging", None)),
+            save_file(dict(model=weights, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step, config=config,
+                           world=world, ids=ids, rng=all_rng, checksum=float(sums[0]), merging=getattr(encoder, "merging", None)),
                       out / "last.pt", before=out / "previous.pt")
             save_file(model.export_encoder(encoder), out / "encoder.pt")
 
     # ---------------------------------------------------------------------------------- what is about to run
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in network.parameters() if not p.requires_grad)
-    weight = dict(mim=args.lambda_a, mlm=args.lambda_a, sfr=args.lambda_b, cml=args.lambda_b, ssm=args.lambda_g, dfa=args.lambda_g, clip=1.0)
+    weight = dict(mim=args.lambda_a, mlm=args.lambda_a, sfr=args.lambda_b, cml=args.lambda_b, ssm=args.lambda_g, dfa=args.lambda_g,
+                  clip=1.0)
     log.info("data       %s: %d volumes to train on, %d held out", args.data, len(train_items), len(held_out))
-    log.info("volumes    centre crop to %s, HU %s to %s (%s), resized to %s; cache in %s", data.CROP, *map(int, data.WINDOW), args.hu, tuple(args.size), args.cache)
-    log.info("model      %s and frozen %s: %.1f M parameters trained, %.1f M frozen", args.encoder, text_folder, trained / 1e6, frozen / 1e6)
+    log.info("volumes    centre crop to %s, HU %s to %s (%s), resized to %s; cache in %s", data.CROP, *map(int, data.WINDOW), args.hu,
+             tuple(args.size), args.cache)
+    log.info("model      %s and frozen %s: %.1f M parameters trained, %.1f M frozen", args.encoder, text_folder, trained / 1e6,
+             frozen / 1e6)
     log.info("losses     %s", ", ".join(f"{weight[name]:g} {name}" for name in enabled))
-    log.info("batch      %d volumes × %d processes × %d passes; %d negatives for each volume", args.batch_size, world, args.accumulate,
-             args.batch_size * world - 1)
-    log.info("run        steps %d to %d on %s in %s, seed %d, out in %s", step, args.steps, torch.cuda.get_device_name() if cuda else "CPU", precision, args.seed, out)
+    log.info("batch      %d volumes × %d processes × %d passes; %d negatives for each volume", args.batch_size, world,
+             args.accumulate, args.batch_size * world - 1)
+    log.info("run        steps %d to %d on %s in %s, seed %d, out in %s", step, args.steps,
+             torch.cuda.get_device_name() if cuda else "CPU", precision, args.seed, out)
     if args.batch_size * world == 1 and {"cml", "ssm", "dfa", "clip"} & set(enabled):
         log.warning("warning: in a batch of one there is nobody to be told from: cml, ssm, dfa and clip are 0")
 
@@ -337,7 +349,8 @@ def main(args, given):
             waited += time.perf_counter() - before
             unreadable.update(batch.pop("skipped"))
             if len(unreadable) > 0.05 * len(train_items):
-                raise ValueError(f"{len(unreadable)} of {len(train_items)} volumes cannot be read, more than 5 %: {sorted(unreadable)[:5]}")
+                raise ValueError(f"{len(unreadable)} of {len(train_items)} volumes cannot be read, more than 5 %: "
+                                 f"{sorted(unreadable)[:5]}")
             names += batch.pop("ids")
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
@@ -372,14 +385,16 @@ def main(args, given):
         norm = math.nan
         if not culprits:
             scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(network.parameters(), args.clip_grad).item()
-            if not math.isfinite(norm) and not scaler.is_enabled():     # a scaler meets infinite gradients on its way, and skips them itself
+            norm = torch.nn.utils.clip_grad_norm_(network.parameters(), args.clip_grad or math.inf).item()
+            if not math.isfinite(norm) and not scaler.is_enabled():     # a scaler meets and skips infinite gradients itself
                 culprits = ["gradient"]
         if culprits:
             bad_steps += 1
-            log.warning("step %d: %s not finite for the volumes %s; the step is skipped", step, " and ".join(culprits), ", ".join(names))
+            log.warning("step %d: %s not finite for the volumes %s; the step is skipped", step, " and ".join(culprits),
+                        ", ".join(names))
             if bad_steps == 10:
-                raise SystemExit("error: 10 steps in a row were not finite; none of them changed the parameters, so that the last checkpoint is good. A lower learning rate or --precision fp32 may help")
+                raise SystemExit("error: 10 steps in a row were not finite; none of them changed the parameters, so that the last "
+                                 "checkpoint is good. A lower learning rate or --precision fp32 may help")
         else:
             bad_steps = 0
             scaler.step(optimizer)
@@ -414,8 +429,11 @@ def main(args, given):
         if stopping:
             break
     bar.close()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)           # all is saved: from here on a signal ends the process at once
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if unreadable:
-        log.warning("%d of %d volumes could not be read, others stood in for them: %s", len(unreadable), len(train_items), ", ".join(sorted(unreadable)))
+        log.warning("%d of %d volumes could not be read, others stood in for them: %s", len(unreadable), len(train_items),
+                    ", ".join(sorted(unreadable)))
 
     # --------------------------------------------------------------------------------- pictures and a number
     if stopping:
@@ -441,7 +459,8 @@ def main(args, given):
             scores = {}
             for name, one in (("untrained", untrained), ("pre-trained", encoder)):
                 scores[name], truth = evaluation.probe(one, items, args.cache, tuple(args.size), args.hu)
-            log.info("linear probe of the frozen encoder, 18 findings, %d phantoms that training never saw (chance 0.500):", len(truth))
+            log.info("linear probe of the frozen encoder, 18 findings, %d phantoms that training never saw (chance 0.500):",
+                     len(truth))
             for name, score in scores.items():
                 low, high = evaluation.bootstrap(evaluation.macro_auroc, score, truth)
                 log.info("  %-12s macro AUC %.3f  [%.3f, %.3f]", name, evaluation.macro_auroc(score, truth), low, high)

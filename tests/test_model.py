@@ -99,6 +99,17 @@ def test_checkpointing_changes_nothing():
             torch.testing.assert_close(p.grad, q.grad)
 
 
+def test_training_follows_inference():
+    """The plan of the windows is kept from a first call; one in inference mode must not spoil it."""
+    model.window_plan.cache_clear()
+    encoder = build_encoder("swin_t", window_size=3)
+    x = torch.randn(1, 1, 32, 32, 32)
+    with torch.inference_mode():
+        encoder(x)
+    encoder(x)[-1].sum().backward()
+    assert encoder.patch_embed.proj.weight.grad is not None
+
+
 @pytest.mark.parametrize("name", ["swin_t", "unet"])
 def test_masked_voxels_are_not_seen(name):
     torch.manual_seed(0)
@@ -362,8 +373,9 @@ def test_any_hugging_face_encoder(tmp_path, kind):
         RobertaTokenizerFast.from_pretrained(tmp_path).save_pretrained(tmp_path)
         network = RobertaModel(RobertaConfig(vocab_size=trained.get_vocab_size(), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
                                              pad_token_id=1, bos_token_id=0, eos_token_id=2, max_position_embeddings=300))
-    network.save_pretrained(tmp_path)
+    network.half().save_pretrained(tmp_path)             # as some published files are
     text = model.TextEncoder(str(tmp_path))
+    assert {p.dtype for p in text.parameters()} == {torch.float32}
     tokens = data.tokenize_report(text.tokenizer, data.split_sentences(REPORTS[1]))
     pad = text.tokenizer.pad_token_id
     single = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(i) for i in tokens["single_ids"]], True, pad)
