@@ -206,7 +206,8 @@ def main(args, given):
     if args.temperature <= 0:
         raise ValueError(f"--temperature {args.temperature}: expected a number above 0")
     if any(side % args.mask_size for side in args.size):
-        raise ValueError(f"--mask_size {args.mask_size}: every side of --size {' '.join(map(str, args.size))} must be a multiple of it")
+        raise ValueError(f"--mask_size {args.mask_size}: every side of --size {' '.join(map(str, args.size))} must be a multiple "
+                         "of it")
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / f".can_write_{rank}").touch()
@@ -465,8 +466,8 @@ def main(args, given):
                 low, high = evaluation.bootstrap(evaluation.macro_auroc, score, truth)
                 log.info("  %-12s macro AUC %.3f  [%.3f, %.3f]", name, evaluation.macro_auroc(score, truth), low, high)
     if world > 1:
-        # Destroying the group holds the GIL while it joins a thread of gloo's that may need the GIL to free the tensors it
-        # gathered last: a process that leaves at once can hang. In the barrier that thread gets its turn.
+        # A process that left at once was once seen to hang here, after all was written: a thread of gloo's waited for the GIL to
+        # free the tensors it had gathered last, most likely while the destruction held it. In the barrier it gets its turn.
         dist.barrier()
         dist.destroy_process_group()
     if stopping:
