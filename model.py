@@ -87,24 +87,23 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, bias):
         bias = bias.detach().to(q.dtype)                # a bias that asks for a gradient would take SDPA's slow path
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
-        ctx.save_for_backward(q, k, v, bias, out)
+        ctx.save_for_backward(q, k, v, bias)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, bias, out = ctx.saved_tensors
-        (W, _, _, d), scale = q.shape, q.shape[-1] ** -0.5
-        weights = torch.baddbmm(bias.repeat(W, 1, 1), q.flatten(0, 1), k.flatten(0, 1).mT, alpha=scale)
-        weights = weights.softmax(-1).view(W, *bias.shape)                          # (W, heads, n, m)
-        # d scores = weights · (grad vᵀ - mean), mean = Σ_m weights · grad vᵀ = Σ_d grad · out; the mean rides along as
-        # one more column of the matrix product.
-        mean = (grad * out).sum(-1, keepdim=True)
-        grad_scores = torch.cat([grad, -mean], dim=-1) @ F.pad(v, (0, 1), value=1).mT
-        grad_scores.mul_(weights)
+        q, k, v, bias = ctx.saved_tensors
+        d, scale = q.shape[-1], q.shape[-1] ** -0.5
         # Matrix libraries are slow at making 4 or 8 columns: 16 take half the time.
-        q_wide, k_wide, grad_wide = (F.pad(x, (0, max(0, 16 - d))) for x in (q, k, grad))
-        return ((grad_scores @ k_wide)[..., :d] * scale, (grad_scores.mT @ q_wide)[..., :d] * scale,
-                (weights.mT @ grad_wide)[..., :d], grad_scores.sum(0))
+        wide = [F.pad(x, (0, max(0, 16 - d))) for x in (q, k, grad)]
+        grads = []
+        for head, (q_h, k_h, grad_h) in enumerate(zip(*(x.unbind(1) for x in wide))):       # one at a time: its scores stay in cache
+            weights = torch.baddbmm(bias[head], q[:, head], k[:, head].mT, alpha=scale).softmax(-1)     # (W, n, m)
+            grad_scores = torch._softmax_backward_data(grad[:, head] @ v[:, head].mT, weights, -1, weights.dtype)
+            grads.append(((grad_scores @ k_h)[..., :d] * scale, (grad_scores.mT @ q_h)[..., :d] * scale,
+                          (weights.mT @ grad_h)[..., :d], grad_scores.sum(0)))
+        grad_q, grad_k, grad_v, grad_bias = zip(*grads)
+        return torch.stack(grad_q, 1), torch.stack(grad_k, 1), torch.stack(grad_v, 1), torch.stack(grad_bias)
 
 
 class WindowAttention(nn.Module):
@@ -153,7 +152,7 @@ class MLP(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    # Scores of one call to attention: 4 MB in float32 stay in a CPU's cache, a GPU wants larger pieces.
+    # Scores of one head in one call to attention: 4 MB in float32 stay in a CPU's cache, a GPU wants larger pieces.
     scores_at_a_time = {"cpu": 2 ** 20, "cuda": 2 ** 27}
 
     def __init__(self, dim, num_heads, window_size, shifted, use_checkpoint):
@@ -181,7 +180,7 @@ class SwinBlock(nn.Module):
         done = []
         for part, (number, real, padding) in zip(parts, groups):
             bias = self.attn.bias(real, padding)
-            few = max(1, self.scores_at_a_time[x.device.type] // bias.numel())
+            few = max(1, self.scores_at_a_time[x.device.type] // bias[0].numel())
             part = part.reshape(B * number, len(real), C)
             if self.use_checkpoint and torch.is_grad_enabled():
                 part = [checkpoint(self.run_windows, w, bias, use_reentrant=False, preserve_rng_state=False)

@@ -1,0 +1,348 @@
+"""Benchmarks: time and memory of the encoder, of a pre-training step and of the loader. They print; nothing passes or fails.
+
+    python tests/bench.py encoder                 Swin beside MONAI's, where MONAI is installed, and the machine's limit
+    python tests/bench.py step                    what a pre-training step with all six losses spends its time on
+    python tests/bench.py loader                  reading, preprocessing, waiting for data, the start of a script
+    python tests/bench.py growth --plot g.png     time and memory as volumes, batches and reports grow
+    python tests/bench.py all
+
+Every figure is the median of --rounds measurements, each in a process of its own so that its peak memory is its own, and those
+that are compared take turns (A B A B), since machines are noisy. Memory is the peak above what the process held before.
+"""
+import argparse
+import functools
+import gzip
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def flags():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["encoder", "step", "loader", "growth", "all", "one"], help="one: for this script itself")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda runs in bf16 autocast (default: cpu)")
+    parser.add_argument("--encoder", default="swin_b", choices=["swin_b", "swin_l", "swin_t"])
+    parser.add_argument("--size", type=int, nargs=3, default=[128, 96, 128], metavar=("D", "H", "W"))
+    parser.add_argument("--batch_size", type=int, help="default: 1 for the encoder and 2 for the step, 4 on cuda")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each figure (default: 3)")
+    parser.add_argument("--plot", metavar="FILE", help="growth: draw the curves")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    args = flags().parse_args()
+
+import nibabel  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import data  # noqa: E402
+import losses  # noqa: E402
+import model  # noqa: E402
+
+
+# ------------------------------------------------------------------------------------------- one measurement
+
+def peak():
+    """High-water mark of this process's memory in GB: of the GPU where there is one in use."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+def clock(work, device, times=1):
+    """Seconds of one call, the median of `times`, after a call to warm up"""
+    seconds = []
+    for _ in range(times + 1):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+def build(library, encoder, use_checkpoint):
+    if library == "ours":
+        return model.build_encoder(encoder, use_checkpoint=use_checkpoint)
+    from monai.networks.nets.swin_unetr import SwinTransformer
+    width = model.build_encoder(encoder).channels[0]
+    return SwinTransformer(1, width, (7, 7, 7), (2, 2, 2), (2, 2, 2, 2), (3, 6, 12, 24), use_checkpoint=use_checkpoint, spatial_dims=3,
+                           use_flash_attention=library == "monai flash")
+
+
+def measure_encoder(job):
+    device, mode = job["device"], job["mode"]
+    net = build(job["library"], job["encoder"], mode == "checkpoint").to(device)
+    x = torch.rand(job["batch_size"], 1, *job["size"], device=device)
+    net.train(mode != "forward")
+    before = peak()
+
+    def work():
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"), torch.set_grad_enabled(mode != "forward"):
+            out = net(x)
+            if mode != "forward":
+                sum(one.float().square().mean() for one in out).backward()
+                net.zero_grad()
+    return dict(seconds=clock(work, device), gb=peak() - before)
+
+
+def matrix_rate(job):
+    """GFLOP/s of a large matrix product: the limit of this machine"""
+    a, b = (torch.rand(2048, 2048, device=job["device"], dtype=torch.bfloat16 if job["device"] == "cuda" else torch.float32)
+            for _ in range(2))
+    return dict(seconds=clock(lambda: a @ b, job["device"], 9), gb=0.0)
+
+
+def pretraining(job):
+    """An MG-3D with a text encoder of BERT's usual size (random weights), and a batch with `sentences` a report."""
+    from transformers import BertConfig, BertModel
+    words = ["nodule", "effusion", "lung", "heart", "normal", "size", "left", "right", "opacity", "is", "seen", "no"]
+    rng = np.random.default_rng(0)
+    reports = [" ".join(" ".join(rng.choice(words, 9)).capitalize() + "." for _ in range(job["sentences"])) for _ in range(job["batch_size"])]
+    with tempfile.TemporaryDirectory() as folder:
+        model.make_demo_text_encoder(folder, reports)
+        BertModel(BertConfig()).save_pretrained(folder)
+        text_encoder = model.TextEncoder(folder)
+    network = model.MG3D(model.build_encoder(job["encoder"], use_checkpoint=job["use_checkpoint"]), text_encoder).to(job["device"]).train()
+    examples = []
+    for report in reports:
+        report = data.tokenize_report(text_encoder.tokenizer, data.split_sentences(report))
+        masked_ids, labels = data.mask_words(report["input_ids"], report["word_ids"], text_encoder.tokenizer, rng)
+        examples.append({
+            "id": "", "skipped": [], "volume": torch.rand(1, *job["size"]), "volume_mask": data.mask_volume(tuple(job["size"]), 16, 0.5, rng),
+            **{key: torch.from_numpy(report[key]) for key in ("input_ids", "sentence_ids")}, "masked_ids": torch.from_numpy(masked_ids),
+            "mlm_labels": torch.from_numpy(labels), "single_ids": [torch.from_numpy(ids) for ids in report["single_ids"]]})
+    batch = data.collate(examples, text_encoder.tokenizer.pad_token_id)
+    return network, {key: value.to(job["device"]) for key, value in batch.items() if torch.is_tensor(value)}
+
+
+def measure_step(job):
+    """A whole step, and its large parts by themselves; the rest is fusion, pooling, losses and bookkeeping."""
+    device = job["device"]
+    network, batch = pretraining(job)
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-5)
+    size = [side // network.encoder.stride for side in job["size"]]
+    tokens = torch.rand(job["batch_size"], np.prod(size), 768, device=device)
+    autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+    before = peak()
+
+    def step():
+        with autocast:
+            o = network(batch)
+        loss = losses.mim_loss(o["recon"], batch["volume"], batch["volume_mask"]) + losses.mlm_loss(o["logits"], o["mlm_labels"])
+        loss = loss + losses.sfr_loss(o["rebuilt"], o["sentences"], batch["sentence_mask"])
+        loss = loss + losses.cml_loss(o["f_i"], o["h_i"], o["f_t"], o["h_t"]) + losses.dfa_loss(o["h_s"], o["f_i"])
+        loss = loss + losses.ssm_loss(o["text_sentences"], o["visual_sentences"], batch["sentence_mask"])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def encoder():
+        with autocast:
+            out = network.encoder(torch.cat([batch["volume"]] * 2), torch.cat([batch["volume_mask"] * 0, batch["volume_mask"]]))[-1]
+        out.float().square().mean().backward()
+
+    def decoder():
+        with autocast:
+            out = network.mim_decoder(tokens.requires_grad_(), size)
+        out.float().square().mean().backward()
+
+    def words():
+        with autocast:
+            network.text_encoder(batch["input_ids"], batch["attention_mask"])
+            network.text_encoder(batch["masked_ids"], batch["attention_mask"])
+
+    def sentences():
+        with autocast:
+            network.text_encoder.encode_sentences(batch["single_ids"], batch["single_mask"])
+    out = dict(seconds=clock(step, device), gb=peak() - before)
+    if job["parts"]:
+        out["parts"] = {one.__name__: clock(one, device) for one in (encoder, decoder, words, sentences)}
+    return out
+
+
+def one(job):
+    """Run a measurement in a process of its own -> its dict"""
+    command = [sys.executable, __file__, "one", "--job", json.dumps(job)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+
+
+def in_turns(jobs, rounds):
+    """Medians of several measurements that take turns: [dict of seconds and gb]"""
+    results = [[] for _ in jobs]
+    for i in tqdm(range(rounds * len(jobs)), leave=False, disable=None):
+        results[i % len(jobs)].append(one(jobs[i % len(jobs)]))
+    return [{key: statistics.median(f[key] for f in found) for key in ("seconds", "gb")} for found in results]
+
+
+def table(header, rows):
+    print("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
+    for row in rows:
+        print("| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row) + " |")
+    print(flush=True)
+
+
+# ---------------------------------------------------------------------------------------------- the benchmarks
+
+def encoder_flop(encoder, size):
+    """Floating-point operations of a forward pass on one volume: matrix products alone, a multiply-add counted as two"""
+    net = model.build_encoder(encoder)
+    size = [-(-side // 2) for side in size]
+    flop = 2 * np.prod(size) * 8 * net.channels[0]                                  # patch embedding
+    for C in net.channels[:4]:
+        tokens, window = np.prod(size), tuple(min(7, side) for side in size)
+        for shifted in (False, True):
+            shift = tuple(3 if shifted and side > 7 else 0 for side in size)
+            _, groups = model.window_plan(tuple(size), window, shift, torch.device("cpu"))
+            flop += 24 * tokens * C ** 2                                            # qkv 3, proj 1, mlp 8 matrices of C × C
+            flop += sum(4 * number * len(real) * (len(real) + (len(padding) > 0)) * C for number, real, padding in groups)
+        size = [-(-side // 2) for side in size]
+        flop += 2 * np.prod(size) * 8 * C * 2 * C                                   # merging
+    return float(flop)
+
+
+def encoder_bench(args):
+    try:
+        import monai
+        libraries, version = ["ours", "monai", "monai flash"], f"MONAI {monai.__version__}"
+    except ImportError:
+        libraries, version = ["ours"], "MONAI is not installed"
+    batch = args.batch_size or (4 if args.device == "cuda" else 1)
+    gflop = encoder_flop(args.encoder, args.size) * batch / 1e9
+    rate = 2 * 2048 ** 3 / 1e9 / in_turns([dict(kind="matrix_rate", device=args.device)], args.rounds)[0]["seconds"]
+    print(f"encoder {args.encoder}, {batch} × {' × '.join(map(str, args.size))}, {args.device}, {version}, {args.rounds} rounds; {gflop:.0f} GFLOP "
+          f"forward; the machine multiplies matrices at {rate:.0f} GFLOP/s")
+    rows = []
+    for mode, passes in (("forward", 1), ("train", 3), ("checkpoint", 4)):
+        compared = [one for one in libraries if mode == "forward" or one != "monai flash"]
+        found = in_turns([dict(kind="measure_encoder", library=one, mode=mode, device=args.device, encoder=args.encoder, size=args.size,
+                               batch_size=batch) for one in compared], args.rounds)
+        for name, this in zip(compared, found):
+            rows.append([mode, name, this["seconds"], this["seconds"] / found[0]["seconds"], this["gb"], found[0]["gb"] / this["gb"],
+                         this["seconds"] * rate / gflop / passes])
+    table(["pass", "by", "seconds", "time ÷ ours", "peak GB", "our memory ÷ its", "time ÷ matrix limit"], rows)
+
+
+def step_bench(args):
+    batch = args.batch_size or (4 if args.device == "cuda" else 2)
+    job = dict(kind="measure_step", device=args.device, encoder=args.encoder, size=args.size, batch_size=batch, sentences=15,
+               use_checkpoint=False, parts=True)
+    print(f"a step with six losses, {args.encoder}, {batch} × {' × '.join(map(str, args.size))}, 15 sentences a report, {args.device}")
+    this = one(job)
+    parts = this["parts"] | {"rest": this["seconds"] - sum(this["parts"].values())}
+    names = dict(encoder="encoder, whole and masked volume", decoder="MIM decoder", words="frozen text encoder: report, whole and masked",
+                 sentences="frozen text encoder: sentences one by one", rest="fusion, pooling, losses, clipping, AdamW")
+    table(["part", "seconds", "% of the step"], [[names[key], value, 100 * value / this["seconds"]] for key, value in parts.items()]
+          + [["whole step", this["seconds"], 100.0]])
+    print(f"peak {this['gb']:.2f} GB above parameters; {batch / this['seconds']:.3g} volumes a second\n")
+
+
+def loader_bench(args):
+    with tempfile.TemporaryDirectory() as folder:
+        folder, size = Path(folder), tuple(args.size)
+        # A scan of the usual size, with the noise that makes a gzip stream as long as that of a real one.
+        rng = np.random.default_rng(0)
+        scan = np.clip(rng.normal(-300, 60, (512, 512, 300)), -1024, 3000).astype(np.int16)
+        scan[:100] = -1000
+        image = nibabel.Nifti1Image(scan, np.diag([0.7, 0.7, 1.0, 1]))
+        path = folder / "scan.nii.gz"
+        path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1))
+        item = data.Item(id="scan", volume=path, report="", split="train", labels=None, patient=None, rescale=None)
+
+        def plain():
+            array = torch.from_numpy(np.asarray(nibabel.load(path).dataobj).astype(np.float32))[None, None]
+            F.interpolate(array, size=size, mode="trilinear")
+        ours, reference = [], []
+        for _ in range(args.rounds):
+            ours.append(clock(lambda: data.load_volume(item, None, size), "cpu"))
+            reference.append(clock(plain, "cpu"))
+        ours, reference = statistics.median(ours), statistics.median(reference)
+        table(["a 512 × 512 × 300 .nii.gz", "seconds"], [["preprocessing", ours], ["nibabel and one trilinear resize", reference],
+                                                         ["ratio", ours / reference]])
+
+        manifest = data.write_demo(folder / "demo", n=32)
+        rows = []
+        for workers in (1, 2):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, ROOT / "data.py", "cache", "--data", manifest, "--cache", folder / f"cache{workers}", "--workers",
+                            str(workers)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            rows.append([f"data.py cache --workers {workers}, 32 volumes", time.perf_counter() - start])
+        items = data.load_items(str(manifest), folder)
+        model.make_demo_text_encoder(folder / "text", [item.report for item in items])
+        tokenizer = model.TextEncoder(str(folder / "text")).tokenizer
+        dataset = data.VolumeReports(items, tokenizer, folder / "cache2", size)
+        loader = torch.utils.data.DataLoader(dataset, batch_sampler=data.Batches(len(items), 4), num_workers=2,
+                                             collate_fn=functools.partial(data.collate, pad_id=tokenizer.pad_token_id))
+        stream = iter(loader)
+        for _ in range(4):
+            next(stream)
+        start = time.perf_counter()
+        for _ in range(40):
+            next(stream)
+        rows.append(["a batch of 4 from the cache, 2 loaders, nothing else to do", (time.perf_counter() - start) / 40])
+        for script in ("pretrain.py", "eval.py"):
+            def helped(script=script):
+                subprocess.run([sys.executable, ROOT / script, "--help"], check=True, stdout=subprocess.DEVNULL)
+            rows.append([f"{script} --help", clock(helped, "cpu", args.rounds)])
+        table([f"at {' × '.join(map(str, size))}", "seconds"], rows)
+
+
+def growth_bench(args):
+    """Time and memory against size, each with the exponent of the power law that fits best"""
+    base = dict(kind="measure_step", device=args.device, encoder="swin_t", size=[64, 64, 64], batch_size=2, sentences=8, use_checkpoint=False,
+                parts=False)
+    volumes = [[32, 32, 64], [64, 64, 64], [64, 64, 128], [64, 128, 128]]
+    curves = {
+        f"{args.encoder} forward and backward, voxels": [(float(np.prod(size)), dict(
+            kind="measure_encoder", library="ours", mode="train", device=args.device, encoder=args.encoder, size=size, batch_size=1)) for size in volumes],
+        "step with swin_t at 64³, volumes a batch": [(n, base | {"batch_size": n}) for n in (2, 4, 8)],
+        "step with swin_t at 64³, sentences a report": [(n, base | {"sentences": n}) for n in (2, 8, 32)]}
+    results = {}
+    for name, points in curves.items():
+        x = np.array([at for at, _ in points], float)
+        found = in_turns([job for _, job in points], args.rounds)
+        seconds, gb = (np.array([one[key] for one in found]) for key in ("seconds", "gb"))
+        results[name] = x, seconds, gb
+        slopes = [float(np.polyfit(np.log(x), np.log(y), 1)[0]) for y in (seconds, gb)]
+        table([name, "seconds", "peak GB"], [*zip(map("{:g}".format, x), map(float, seconds), map(float, gb)), ["exponent", *slopes]])
+    if args.plot:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        fig, axes = plt.subplots(1, 3, figsize=(11, 3.2))
+        for ax, (name, (x, seconds, gb)) in zip(axes, results.items()):
+            ax.loglog(x, seconds, "o-", label="seconds")
+            ax.loglog(x, gb, "s--", label="peak GB")
+            ax.set_xlabel(name.split(", ")[1])
+            ax.set_title(name.split(",")[0], fontsize=9)
+            ax.legend(fontsize=8)
+        fig.tight_layout()
+        fig.savefig(args.plot, dpi=120)
+
+
+if __name__ == "__main__":
+    if args.what == "one":
+        job = json.loads(args.job)
+        torch.manual_seed(0)
+        print(json.dumps(globals()[job["kind"]](job)))
+    else:
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+              + (f", {torch.cuda.get_device_name()}" if args.device == "cuda" else ""))
+        for name, bench in dict(encoder=encoder_bench, step=step_bench, loader=loader_bench, growth=growth_bench).items():
+            if args.what in (name, "all"):
+                bench(args)
