@@ -111,6 +111,8 @@ def matrix_rate(job):
 def pretraining(job):
     """An MG-3D with a text encoder of BERT's usual size (random weights), and a batch with `sentences` a report."""
     from transformers import BertConfig, BertModel
+    from transformers.utils import logging
+    logging.disable_progress_bar()
     words = ["nodule", "effusion", "lung", "heart", "normal", "size", "left", "right", "opacity", "is", "seen", "no"]
     rng = np.random.default_rng(0)
     reports = [" ".join(" ".join(rng.choice(words, 9)).capitalize() + "." for _ in range(job["sentences"])) for _ in range(job["batch_size"])]
@@ -332,6 +334,10 @@ def growth_bench(args):
         for ax, (name, (x, seconds, gb)) in zip(axes, results.items()):
             ax.loglog(x, seconds, "o-", label="seconds")
             ax.loglog(x, gb, "s--", label="peak GB")
+            ax.set_xticks(x, [f"{v:g}" if v < 1000 else f"{v / 1e6:.2g} M" for v in x])
+            ax.minorticks_off()
+            ax.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter("{x:g}")
             ax.set_xlabel(name.split(", ")[1])
             ax.set_title(name.split(",")[0], fontsize=9)
             ax.legend(fontsize=8)
