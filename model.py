@@ -97,7 +97,7 @@ class _Attention(torch.autograd.Function):
         # Matrix libraries are slow at making 4 or 8 columns: 16 take half the time.
         wide = [F.pad(x, (0, max(0, 16 - d))) for x in (q, k, grad)]
         grads = []
-        for head, (q_h, k_h, grad_h) in enumerate(zip(*(x.unbind(1) for x in wide))):       # one at a time: its scores stay in cache
+        for head, (q_h, k_h, grad_h) in enumerate(zip(*(x.unbind(1) for x in wide))):       # one head's scores stay in cache
             weights = torch.baddbmm(bias[head], q[:, head], k[:, head].mT, alpha=scale).softmax(-1)     # (W, n, m)
             grad_scores = torch._softmax_backward_data(grad[:, head] @ v[:, head].mT, weights, -1, weights.dtype)
             grads.append(((grad_scores @ k_h)[..., :d] * scale, (grad_scores.mT @ q_h)[..., :d] * scale,
@@ -153,7 +153,7 @@ class MLP(nn.Module):
 
 class SwinBlock(nn.Module):
     # Scores of one head in one call to attention: 4 MB in float32 stay in a CPU's cache, a GPU wants larger pieces.
-    scores_at_a_time = {"cpu": 2 ** 20, "cuda": 2 ** 27}
+    scores_at_a_time = {"cpu": 2 ** 20, "cuda": 2 ** 25}
 
     def __init__(self, dim, num_heads, window_size, shifted, use_checkpoint):
         super().__init__()

@@ -315,8 +315,8 @@ def main(args, given):
     weight = dict(mim=args.lambda_a, mlm=args.lambda_a, sfr=args.lambda_b, cml=args.lambda_b, ssm=args.lambda_g, dfa=args.lambda_g,
                   clip=1.0)
     log.info("data       %s: %d volumes to train on, %d held out", args.data, len(train_items), len(held_out))
-    log.info("volumes    centre crop to %s, HU %s to %s (%s), resized to %s; cache in %s", data.CROP, *map(int, data.WINDOW), args.hu,
-             tuple(args.size), args.cache)
+    log.info("volumes    centre crop to %s, HU %s to %s (%s), resized to %s; cache in %s", data.CROP, *map(int, data.WINDOW),
+             args.hu, tuple(args.size), args.cache)
     log.info("model      %s and frozen %s: %.1f M parameters trained, %.1f M frozen", args.encoder, text_folder, trained / 1e6,
              frozen / 1e6)
     log.info("losses     %s", ", ".join(f"{weight[name]:g} {name}" for name in enabled))

@@ -6,8 +6,9 @@
     python tests/bench.py growth --plot g.png     time and memory as volumes, batches and reports grow
     python tests/bench.py all
 
-Every figure is the median of --rounds measurements, each in a process of its own so that its peak memory is its own, and those
-that are compared take turns (A B A B), since machines are noisy. Memory is the peak above what the process held before.
+Figures of encoder and growth are medians of --rounds measurements, each in a process of its own so that its peak memory is its
+own, and those that are compared take turns (A B A B), since machines are noisy. A step is measured once, in its own process; the
+loader in this one. Memory is the peak above what the process held before.
 """
 import argparse
 import functools
@@ -81,8 +82,8 @@ def build(library, encoder, use_checkpoint):
         return model.build_encoder(encoder, use_checkpoint=use_checkpoint)
     from monai.networks.nets.swin_unetr import SwinTransformer
     width = model.build_encoder(encoder).channels[0]
-    return SwinTransformer(1, width, (7, 7, 7), (2, 2, 2), (2, 2, 2, 2), (3, 6, 12, 24), use_checkpoint=use_checkpoint, spatial_dims=3,
-                           use_flash_attention=library == "monai flash")
+    return SwinTransformer(1, width, (7, 7, 7), (2, 2, 2), (2, 2, 2, 2), (3, 6, 12, 24), use_checkpoint=use_checkpoint,
+                           spatial_dims=3, use_flash_attention=library == "monai flash")
 
 
 def measure_encoder(job):
@@ -115,21 +116,18 @@ def pretraining(job):
     logging.disable_progress_bar()
     words = ["nodule", "effusion", "lung", "heart", "normal", "size", "left", "right", "opacity", "is", "seen", "no"]
     rng = np.random.default_rng(0)
-    reports = [" ".join(" ".join(rng.choice(words, 9)).capitalize() + "." for _ in range(job["sentences"])) for _ in range(job["batch_size"])]
+    reports = [" ".join(" ".join(rng.choice(words, 9)).capitalize() + "." for _ in range(job["sentences"]))
+               for _ in range(job["batch_size"])]
     with tempfile.TemporaryDirectory() as folder:
         model.make_demo_text_encoder(folder, reports)
         BertModel(BertConfig()).save_pretrained(folder)
         text_encoder = model.TextEncoder(folder)
-    network = model.MG3D(model.build_encoder(job["encoder"], use_checkpoint=job["use_checkpoint"]), text_encoder).to(job["device"]).train()
-    examples = []
-    for report in reports:
-        report = data.tokenize_report(text_encoder.tokenizer, data.split_sentences(report))
-        masked_ids, labels = data.mask_words(report["input_ids"], report["word_ids"], text_encoder.tokenizer, rng)
-        examples.append({
-            "id": "", "skipped": [], "volume": torch.rand(1, *job["size"]), "volume_mask": data.mask_volume(tuple(job["size"]), 16, 0.5, rng),
-            **{key: torch.from_numpy(report[key]) for key in ("input_ids", "sentence_ids")}, "masked_ids": torch.from_numpy(masked_ids),
-            "mlm_labels": torch.from_numpy(labels), "single_ids": [torch.from_numpy(ids) for ids in report["single_ids"]]})
-    batch = data.collate(examples, text_encoder.tokenizer.pad_token_id)
+        scan = Path(folder, "scan.nii.gz")
+        nibabel.save(nibabel.Nifti1Image(rng.integers(-1000, 1000, (64, 64, 64)).astype(np.int16), np.diag([4, 4, 4, 1])), scan)
+        items = [data.Item(str(i), scan, report, "train", str(i), None, None) for i, report in enumerate(reports)]
+        dataset = data.VolumeReports(items, text_encoder.tokenizer, size=tuple(job["size"]), hu="header")
+        batch = data.collate([dataset[i, 0] for i in range(len(items))], text_encoder.tokenizer.pad_token_id)
+    network = model.MG3D(model.build_encoder(job["encoder"]), text_encoder).to(job["device"]).train()
     return network, {key: value.to(job["device"]) for key, value in batch.items() if torch.is_tensor(value)}
 
 
@@ -157,7 +155,8 @@ def measure_step(job):
 
     def encoder():
         with autocast:
-            out = network.encoder(torch.cat([batch["volume"]] * 2), torch.cat([batch["volume_mask"] * 0, batch["volume_mask"]]))[-1]
+            masks = torch.cat([batch["volume_mask"] * 0, batch["volume_mask"]])
+            out = network.encoder(torch.cat([batch["volume"]] * 2), masks)[-1]
         out.float().square().mean().backward()
 
     def decoder():
@@ -228,13 +227,13 @@ def encoder_bench(args):
     batch = args.batch_size or (4 if args.device == "cuda" else 1)
     gflop = encoder_flop(args.encoder, args.size) * batch / 1e9
     rate = 2 * 2048 ** 3 / 1e9 / in_turns([dict(kind="matrix_rate", device=args.device)], args.rounds)[0]["seconds"]
-    print(f"encoder {args.encoder}, {batch} × {' × '.join(map(str, args.size))}, {args.device}, {version}, {args.rounds} rounds; {gflop:.0f} GFLOP "
-          f"forward; the machine multiplies matrices at {rate:.0f} GFLOP/s")
+    print(f"encoder {args.encoder}, {batch} × {' × '.join(map(str, args.size))}, {args.device}, {version}, "
+          f"{args.rounds} rounds; {gflop:.0f} GFLOP forward; the machine multiplies matrices at {rate:.0f} GFLOP/s")
     rows = []
     for mode, passes in (("forward", 1), ("train", 3), ("checkpoint", 4)):
         compared = [one for one in libraries if mode == "forward" or one != "monai flash"]
-        found = in_turns([dict(kind="measure_encoder", library=one, mode=mode, device=args.device, encoder=args.encoder, size=args.size,
-                               batch_size=batch) for one in compared], args.rounds)
+        found = in_turns([dict(kind="measure_encoder", library=one, mode=mode, device=args.device, encoder=args.encoder,
+                               size=args.size, batch_size=batch) for one in compared], args.rounds)
         for name, this in zip(compared, found):
             rows.append([mode, name, this["seconds"], this["seconds"] / found[0]["seconds"], this["gb"], found[0]["gb"] / this["gb"],
                          this["seconds"] * rate / gflop / passes])
@@ -244,14 +243,15 @@ def encoder_bench(args):
 def step_bench(args):
     batch = args.batch_size or (4 if args.device == "cuda" else 2)
     job = dict(kind="measure_step", device=args.device, encoder=args.encoder, size=args.size, batch_size=batch, sentences=15,
-               use_checkpoint=False, parts=True)
-    print(f"a step with six losses, {args.encoder}, {batch} × {' × '.join(map(str, args.size))}, 15 sentences a report, {args.device}")
+               parts=True)
+    print(f"a step with six losses, {args.encoder}, {batch} × {' × '.join(map(str, args.size))}, 15 sentences a report, "
+          f"{args.device}")
     this = one(job)
     parts = this["parts"] | {"rest": this["seconds"] - sum(this["parts"].values())}
-    names = dict(encoder="encoder, whole and masked volume", decoder="MIM decoder", words="frozen text encoder: report, whole and masked",
-                 sentences="frozen text encoder: sentences one by one", rest="fusion, pooling, losses, clipping, AdamW")
-    table(["part", "seconds", "% of the step"], [[names[key], value, 100 * value / this["seconds"]] for key, value in parts.items()]
-          + [["whole step", this["seconds"], 100.0]])
+    names = dict(encoder="encoder, whole and masked volume", decoder="MIM decoder",
+                 words="frozen text encoder: report, whole and masked", sentences="frozen text encoder: sentences one by one", rest="fusion, pooling, losses, clipping, AdamW")
+    rows = [[names[key], value, 100 * value / this["seconds"]] for key, value in parts.items()]
+    table(["part", "seconds", "% of the step"], rows + [["whole step", this["seconds"], 100.0]])
     print(f"peak {this['gb']:.2f} GB above parameters; {batch / this['seconds']:.3g} volumes a second\n")
 
 
@@ -281,12 +281,13 @@ def loader_bench(args):
         manifest = folder / "manifest.csv"
         for i in range(8):
             shutil.copy(path, folder / f"{i}.nii.gz")
-        manifest.write_text("volume,report\n" + "".join(f"{i}.nii.gz,Heart size is normal. There is a nodule of {i} mm.\n" for i in range(8)))
+        rows = [f"{i}.nii.gz,Heart size is normal. There is a nodule of {i} mm.\n" for i in range(8)]
+        manifest.write_text("volume,report\n" + "".join(rows))
         rows = []
         for workers in (1, 2):
             start = time.perf_counter()
-            subprocess.run([sys.executable, ROOT / "data.py", "cache", "--data", manifest, "--cache", folder / f"cache{workers}", "--workers",
-                            str(workers)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            subprocess.run([sys.executable, ROOT / "data.py", "cache", "--data", manifest, "--cache", folder / f"cache{workers}",
+                            "--workers", str(workers), "--size", *map(str, size)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             rows.append([f"data.py cache --workers {workers}, 8 such scans", time.perf_counter() - start])
         items = data.load_items(str(manifest), folder)
         model.make_demo_text_encoder(folder / "text", [item.report for item in items])
@@ -310,12 +311,13 @@ def loader_bench(args):
 
 def growth_bench(args):
     """Time and memory against size, each with the exponent of the power law that fits best"""
-    base = dict(kind="measure_step", device=args.device, encoder="swin_t", size=[64, 64, 64], batch_size=2, sentences=8, use_checkpoint=False,
+    base = dict(kind="measure_step", device=args.device, encoder="swin_t", size=[64, 64, 64], batch_size=2, sentences=8,
                 parts=False)
     volumes = [[32, 32, 64], [64, 64, 64], [64, 64, 128], [64, 128, 128]]
     curves = {
         f"{args.encoder} forward and backward, voxels": [(float(np.prod(size)), dict(
-            kind="measure_encoder", library="ours", mode="train", device=args.device, encoder=args.encoder, size=size, batch_size=1)) for size in volumes],
+            kind="measure_encoder", library="ours", mode="train", device=args.device, encoder=args.encoder, size=size,
+            batch_size=1)) for size in volumes],
         "step with swin_t at 64³, volumes a batch": [(n, base | {"batch_size": n}) for n in (2, 4, 8)],
         "step with swin_t at 64³, sentences a report": [(n, base | {"sentences": n}) for n in (2, 8, 32)]}
     results = {}
@@ -325,7 +327,8 @@ def growth_bench(args):
         seconds, gb = (np.array([one[key] for one in found]) for key in ("seconds", "gb"))
         results[name] = x, seconds, gb
         slopes = [float(np.polyfit(np.log(x), np.log(y), 1)[0]) for y in (seconds, gb)]
-        table([name, "seconds", "peak GB"], [*zip(map("{:g}".format, x), map(float, seconds), map(float, gb)), ["exponent", *slopes]])
+        rows = list(zip(map("{:g}".format, x), map(float, seconds), map(float, gb)))
+        table([name, "seconds", "peak GB"], rows + [["exponent", *slopes]])
     if args.plot:
         import matplotlib
         matplotlib.use("Agg")
