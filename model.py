@@ -29,12 +29,12 @@ LOSSES = ("mim", "mlm", "sfr", "cml", "ssm", "dfa", "clip")
 #   - windows of one shape are worked on a few at a time, so that their scores stay in cache.
 
 @functools.lru_cache(maxsize=64)
-def window_plan(size, window, shift, device):
-    """Which tokens share a window, for a (d, h, w) map and windows of (wd, wh, ww) tokens shifted by (sd, sh, sw).
+def window_plan(batch, size, window, shift, device):
+    """Which tokens share a window, for B maps of (d, h, w) tokens and windows of (wd, wh, ww) tokens shifted by (sd, sh, sw).
 
-    Returns (order, groups). `order` (d·h·w,) sorts the tokens window by window, group by group; a group is
-    (number of windows, real, padding): windows of one shape, the places of their real and of their padding tokens in the
-    raster of the uncut window.
+    Returns (order, inverse, groups). `order` (B·d·h·w,) sorts the tokens window by window, group by group, `inverse` undoes
+    it; a group is (number of windows, real, padding): windows of one shape, the places of their real and of their padding
+    tokens in the raster of the uncut window.
     """
     padded = [-(-s // w) * w for s, w in zip(size, window)]
     token = np.full(padded, -1)                                                     # -1 = padding
@@ -58,23 +58,26 @@ def window_plan(size, window, shift, device):
             if len(real):
                 groups[tuple(real), tuple(padding)].append(tokens[real])
     with torch.inference_mode(False):                   # the plan is kept, and later calls may want gradients
-        order = torch.from_numpy(np.concatenate([np.concatenate(windows) for windows in groups.values()])).to(device)
-        return order, [(len(windows), torch.tensor(real, device=device), torch.tensor(padding, device=device).long())
-                       for (real, padding), windows in groups.items()]
+        first = np.arange(batch)[:, None] * np.prod(size)                           # token of each map
+        order = np.concatenate([(first + np.concatenate(windows)).ravel() for windows in groups.values()])
+        order = torch.from_numpy(order).to(device)
+        return order, order.argsort(), [
+            (batch * len(windows), torch.tensor(real, device=device), torch.tensor(padding, device=device).long())
+            for (real, padding), windows in groups.items()]
 
 
 class _Permute(torch.autograd.Function):
-    """x[:, order]; as no row repeats, the backward pass is the inverse permutation and not a slow scatter-add."""
+    """x[order]; as no row repeats, the backward pass is the inverse permutation and not a slow scatter-add."""
 
     @staticmethod
     def forward(ctx, x, order, inverse):
         ctx.save_for_backward(inverse)
-        return x[:, order]
+        return x[order]
 
     @staticmethod
     def backward(ctx, grad):
         inverse, = ctx.saved_tensors
-        return grad[:, inverse], None, None
+        return grad[inverse], None, None
 
 
 class _Attention(torch.autograd.Function):
@@ -93,15 +96,17 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         q, k, v, bias = ctx.saved_tensors
-        d, scale = q.shape[-1], q.shape[-1] ** -0.5
-        # Matrix libraries are slow at making 4 or 8 columns: 16 take half the time.
-        wide = [F.pad(x, (0, max(0, 16 - d))) for x in (q, k, grad)]
+        d = q.shape[-1]
+        q_scaled, k_scaled = q * d ** -0.5, k * d ** -0.5
+        wide = [q_scaled, k_scaled, grad]
+        if d < 16:                                      # matrix libraries are slow at making 4 or 8 columns: 16 take half the time
+            wide = [F.pad(x, (0, 16 - d)) for x in wide]
         grads = []
         for head, (q_h, k_h, grad_h) in enumerate(zip(*(x.unbind(1) for x in wide))):       # one head's scores stay in cache
-            weights = torch.baddbmm(bias[head], q[:, head], k[:, head].mT, alpha=scale).softmax(-1)     # (W, n, m)
+            weights = torch.baddbmm(bias[head], q_scaled[:, head], k[:, head].mT).softmax(-1)           # (W, n, m)
             grad_scores = torch._softmax_backward_data(grad[:, head] @ v[:, head].mT, weights, -1, weights.dtype)
-            grads.append(((grad_scores @ k_h)[..., :d] * scale, (grad_scores.mT @ q_h)[..., :d] * scale,
-                          (weights.mT @ grad_h)[..., :d], grad_scores.sum(0)))
+            grads.append(((grad_scores @ k_h)[..., :d], (grad_scores.mT @ q_h)[..., :d], (weights.mT @ grad_h)[..., :d],
+                          grad_scores.sum(0)))
         grad_q, grad_k, grad_v, grad_bias = zip(*grads)
         return torch.stack(grad_q, 1), torch.stack(grad_k, 1), torch.stack(grad_v, 1), torch.stack(grad_bias)
 
@@ -173,22 +178,20 @@ class SwinBlock(nn.Module):
         # NOTE(compat): along an axis that a window covers whole, the window shrinks to the map and is not shifted.
         window = tuple(min(s, self.window_size) for s in size)
         shift = tuple(self.window_size // 2 if self.shifted and s > self.window_size else 0 for s in size)
-        order, groups = window_plan(tuple(size), window, shift, x.device)
-        inverse = order.argsort()
-        x = _Permute.apply(x.flatten(1, 3), order, inverse)                         # (B, tokens, C), sorted
-        parts = x.split([number * len(real) for number, real, _ in groups], dim=1)
+        order, inverse, groups = window_plan(B, tuple(size), window, shift, x.device)
+        x = _Permute.apply(x.reshape(-1, C), order, inverse)                        # (tokens of all maps, C), sorted
+        parts = x.split([number * len(real) for number, real, _ in groups])
         done = []
         for part, (number, real, padding) in zip(parts, groups):
             bias = self.attn.bias(real, padding)
             few = max(1, self.scores_at_a_time[x.device.type] // bias[0].numel())
-            part = part.reshape(B * number, len(real), C)
-            if self.use_checkpoint and torch.is_grad_enabled():
-                part = [checkpoint(self.run_windows, w, bias, use_reentrant=False, preserve_rng_state=False)
-                        for w in part.split(few)]
-            else:
-                part = [self.run_windows(w, bias) for w in part.split(few)]
-            done.append(torch.cat(part).view(B, -1, C))
-        return _Permute.apply(torch.cat(done, dim=1), inverse, order).view(B, *size, C)
+            for windows in part.view(number, len(real), C).split(few):
+                if self.use_checkpoint and torch.is_grad_enabled():
+                    windows = checkpoint(self.run_windows, windows, bias, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    windows = self.run_windows(windows, bias)
+                done.append(windows.flatten(0, 1))
+        return _Permute.apply(torch.cat(done), inverse, order).view(B, *size, C)
 
 
 class PatchMerging(nn.Module):
