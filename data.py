@@ -128,7 +128,8 @@ def _read_npz(path):
 def read_stored(path):
     """Read any volume as it is stored: array (x, y, z) in file units and its affine 4×4, voxel index -> RAS world mm.
 
-    NIfTI; .mha, .mhd, .nrrd; a folder of DICOM or of PNG/JPEG slices; CT-RATE .npz; grey slices in a .npy. Raises ValueError naming the file.
+    NIfTI; .mha, .mhd, .nrrd; a folder of DICOM or of PNG/JPEG slices; CT-RATE .npz; grey slices in a .npy.
+    Raises ValueError naming the file.
     """
     path = Path(path)
     name = path.name.lower()
