@@ -730,9 +730,9 @@ def _recipe(epochs, warmup, batch_size, lr, lr_encoder=None, weight_decay=0., de
                 weight_decay=weight_decay, decay=decay, clip_grad=clip_grad)
 
 
-# NOTE(paper): most settings come from the released scripts. Not given anywhere and ours: the epochs of luna16 and
-# ct-rate-retrieval, the batch of the segmentation tasks, the probability of rot90 and affine where there is one, the
-# zoom's, and clip_grad but for msd-lung and covid-19-20.
+# NOTE(paper): most settings are those of the released scripts. Given nowhere and ours: the recipe of ct-rate-retrieval
+# (the rates of pre-training), the epochs of luna16, the batch of the segmentation tasks, the probabilities of rot90 and
+# affine in luna16 and of affine and zoom in msd-lung, clip_grad but for msd-lung and covid-19-20.
 _CASES = ", or a JSON {training: [{image, label[, fold]}][, validation: [...]]} anywhere in the folder"
 _CT_RATE = "a CT-RATE folder (train/ and valid/ volumes, reports and labels CSVs) or a manifest .csv"
 TASKS = {
@@ -1529,7 +1529,8 @@ def check_task(args):
     try:
         items = load_task(args.task, args.data, args.fold)
     except ValueError as error:
-        raise ValueError(f"{error}\n{args.task} lies on disk as: {task.layout}") from error
+        known = task.layout in str(error)
+        raise ValueError(str(error) + ("" if known else f"\n{args.task} lies on disk as: {task.layout}")) from error
     print(f"{args.task}: {task.layout}")
     for split in SPLITS:
         part = [item for item in items if item.split == split]

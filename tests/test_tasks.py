@@ -164,7 +164,8 @@ def test_the_table():
         assert task.kind in ("classify", "segment", "report", "prompt", "retrieve")
         assert task.view in ("whole", "slices", "cube", "box", "patch")
         assert all(side % 32 == 0 for side in task.size)
-        assert set(task.recipe) == {"epochs", "warmup", "batch_size", "lr", "lr_encoder", "weight_decay", "decay", "clip_grad"}
+        assert task.recipe.keys() == {"epochs", "warmup", "batch_size", "lr", "lr_encoder", "weight_decay", "decay",
+                                      "clip_grad"}
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -228,7 +229,7 @@ def test_cc_ccii(tmp_path):
     assert parts(items)["test"] == {str(112 + i) for i in range(8)}         # the valid part of the fold file
     item = next(item for item in items if item.id == "101/1003")
     assert item.volume == tmp_path / "CP" / "101" / "1003" and item.labels.tolist() == [0, 1, 0]
-    with pytest.raises(ValueError, match=r"found the fold files \['CC_CCII_fold0_train.csv', .*expected also \*fold1\*train"):
+    with pytest.raises(ValueError, match=r"files \['CC_CCII_fold0_train.csv', .*expected also \*fold1\*train"):
         load_task("cc-ccii", tmp_path, fold=1)
     shutil.move(tmp_path / "CP", tmp_path / "unzipped" / "CP-20" / "CP")    # as a zip gives it
     assert len(load_task("cc-ccii", tmp_path)) == 40
@@ -319,11 +320,19 @@ def test_luna16_with_some_subsets(tmp_path, caplog):
         {"train": 2, "valid": 1, "test": 1}
     assert "no .mhd for 6 of 10 series" in caplog.text and "in the subsets [3, 4, 5, 6, 7, 9]" in caplog.text
     (tmp_path / "subset8" / "1.2.8.mhd").rename(tmp_path / "subset8" / "other.mhd")
-    with pytest.raises(ValueError, match="no .mhd for 7 of 10 series, the first are 1.2.3, 1.2.4, 1.2.5.*expected at most 5 %"):
+    with pytest.raises(ValueError, match="no .mhd for 7 of 10 series, the first are 1.2.3, 1.2.4, 1.2.5.*at most 5 %"):
         load_task("luna16", tmp_path)
     shutil.rmtree(tmp_path / "subset8")
     with pytest.raises(ValueError, match="none for the part test"):
         load_task("luna16", tmp_path)
+
+
+def test_luna16_series_without_its_raw_file(tmp_path, command):
+    luna16(tmp_path)
+    (tmp_path / "subset1" / "1.2.1.raw").unlink()
+    code, text = command("--task", "luna16", "--data", tmp_path)
+    assert code == 1 and re.search("1.2.1.mhd +PROBLEM .*subset1/1.2.1.mhd: cannot be read: .* with its .raw beside", text)
+    assert "10 scans read, 1 of them with a problem" in text
 
 
 def test_luna16_to_test_on(tmp_path, caplog):
