@@ -1181,6 +1181,16 @@ def save_metaimage(path, array, affine):
     sitk.WriteImage(image, str(path), path.suffix == ".mha")
 
 
+def save_csv(path, columns, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+
+
+def save_json(path, value):
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
 def chest(seed, index):
     """The healthy patient of `phantom` to paint on, with a random source of its own, and its affine."""
     p = anatomy(np.random.default_rng([seed, index, 0]))
@@ -1223,8 +1233,9 @@ def cc_ccii_demo(out, seed, index):
 
 def cc_ccii_index(out, rows):
     for part in ("train", "valid"):
-        save_csv(Path(out, f"CC_CCII_fold0_{part}.csv"), "zip_file target label patient_id scan_id n_slice scan_count "
-                 "all_scan_ids", [row[1:] for scans in rows for row in scans if row[0] == part])
+        save_csv(Path(out, f"CC_CCII_fold0_{part}.csv"),
+                 "zip_file target label patient_id scan_id n_slice scan_count all_scan_ids".split(),
+                 [row[1:] for scans in rows for row in scans if row[0] == part])
 
 
 def luna16_demo(out, seed, index):
@@ -1261,10 +1272,6 @@ def luna16_demo(out, seed, index):
     return rows
 
 
-def luna16_index(out, rows):
-    save_csv(Path(out, "candidates_V2.csv"), "seriesuid coordX coordY coordZ class", sum(rows, []))
-
-
 def msd_lung_demo(out, seed, index):
     """A solid tumour of 30 to 50 mm in one lung; every 15th case is a test image without label."""
     p, affine = chest(seed, index)
@@ -1281,12 +1288,12 @@ def msd_lung_demo(out, seed, index):
     return {"fold": index % 5, "image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"}
 
 
-def msd_lung_index(out, rows):
-    training, test = [row for row in rows if isinstance(row, dict)], [row for row in rows if isinstance(row, str)]
-    save_json(Path(out, "dataset.json"), {
-        "name": "Lung", "description": "Synthetic lung tumours", "tensorImageSize": "3D", "modality": {"0": "CT"},
-        "labels": {"0": "background", "1": "cancer"}, "numTraining": len(training), "numTest": len(test),
-        "training": training, "test": test})
+def decathlon_index(file, name, lesion, out, rows):
+    """The JSON of the Decathlon, with folds; a row that is a str is a test image."""
+    training, test = ([row for row in rows if isinstance(row, kind)] for kind in (dict, str))
+    save_json(Path(out, file), {"name": name, "description": "synthetic", "tensorImageSize": "3D", "modality": {"0": "CT"},
+                                "labels": {"0": "background", "1": lesion}, "numTraining": len(training),
+                                "numTest": len(test), "training": training, "test": test})
 
 
 def covid_19_20_demo(out, seed, index):
@@ -1295,12 +1302,6 @@ def covid_19_20_demo(out, seed, index):
     save_nifti(Path(out, f"{name}_ct.nii.gz"), p["volume"], p["affine"], STORED[index % 4])
     save_nifti(Path(out, f"{name}_seg.nii.gz"), (p["mask"] > 0).astype(np.uint8), p["affine"], STORED[index % 4])
     return {"fold": index % 5, "image": f"{name}_ct.nii.gz", "label": f"{name}_seg.nii.gz"}
-
-
-def covid_19_20_index(out, rows):
-    save_json(Path(out, "Covid19_20_folds.json"), {
-        "name": "Covidv2_1920", "modality": "CT", "labels": {"0": "background", "1": "lesion"},
-        "numTraining": len(rows), "training": rows})
 
 
 def acdc_demo(out, seed, index):
@@ -1337,13 +1338,9 @@ def acdc_demo(out, seed, index):
         stem = Path(out, "training", name, f"{name}_frame{frame:02d}")
         save_nifti(stem.with_name(stem.name + ".nii.gz"), np.clip(image * bias, 0, 3e4).astype(np.int16), affine)
         save_nifti(stem.with_name(stem.name + "_gt.nii.gz"), label, affine)
-    return name, (f"ED: 1\nES: {end_systole}\nGroup: NOR\nHeight: {rng.uniform(155, 190):.1f}\nNbFrame: 30\n"
-                  f"Weight: {rng.uniform(55, 95):.1f}\n")
-
-
-def acdc_index(out, rows):
-    for name, text in rows:
-        Path(out, "training", name, "Info.cfg").write_text(text, encoding="utf-8")
+    Path(out, "training", name, "Info.cfg").write_text(
+        f"ED: 1\nES: {end_systole}\nGroup: NOR\nHeight: {rng.uniform(155, 190):.1f}\nNbFrame: 30\n"
+        f"Weight: {rng.uniform(55, 95):.1f}\n", encoding="utf-8")
 
 
 def stoic_demo(out, seed, index):
@@ -1353,10 +1350,6 @@ def stoic_demo(out, seed, index):
     p = two_sided(seed, index, findings)
     save_metaimage(Path(out, "data/mha", f"{index + 1}.mha"), p["volume"], p["affine"])
     return index + 1, int(covid), int(severe)
-
-
-def stoic_index(out, rows):
-    save_csv(Path(out, "metadata/reference.csv"), "PatientID probCOVID probSevere", rows)
 
 
 CTRG_WORDS = {      # what a report of the demo says where a finding is absent and where it is present
@@ -1419,23 +1412,15 @@ def ct_rate_index(out, rows):
         Path(out, f"metadata/no_chest_{split}.txt").write_text("".join(f"{one}\n" for one in left_out), encoding="utf-8")
 
 
-def save_csv(path, columns, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([columns.split() if isinstance(columns, str) else columns, *rows])
-
-
-def save_json(path, value):
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
 TASK_DEMOS = {      # patients by default, what writes one of them, what writes the index files
     "cc-ccii": (72, cc_ccii_demo, cc_ccii_index),
-    "luna16": (30, luna16_demo, luna16_index),
-    "msd-lung": (30, msd_lung_demo, msd_lung_index),
-    "covid-19-20": (30, covid_19_20_demo, covid_19_20_index),
-    "acdc": (24, acdc_demo, acdc_index),
-    "stoic": (75, stoic_demo, stoic_index),
+    "luna16": (40, luna16_demo, lambda out, rows: save_csv(
+        Path(out, "candidates_V2.csv"), "seriesuid coordX coordY coordZ class".split(), sum(rows, []))),
+    "msd-lung": (30, msd_lung_demo, partial(decathlon_index, "dataset.json", "Lung", "cancer")),
+    "covid-19-20": (30, covid_19_20_demo, partial(decathlon_index, "Covid19_20_folds.json", "Covidv2_1920", "lesion")),
+    "acdc": (24, acdc_demo, lambda out, rows: None),
+    "stoic": (120, stoic_demo, lambda out, rows: save_csv(
+        Path(out, "metadata/reference.csv"), "PatientID probCOVID probSevere".split(), rows)),
     "ctrg": (100, ctrg_demo, ctrg_index),
     "ct-rate-vocab": (160, ct_rate_demo, ct_rate_index),
     "ct-rate-retrieval": (240, ct_rate_demo, ct_rate_index),
