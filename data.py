@@ -1,6 +1,7 @@
 """Files to tensors: the only file that knows a file format or a data set.
 
     python data.py check --data X                    a table of volumes and reports; exits 1 if something is wrong
+    python data.py check --task T --data DIR         the same for one of the nine tasks: parts, classes, masks
     python data.py cache --data X --cache DIR        preprocess every volume once
     python data.py demo --out DIR --n 64             write synthetic chest phantoms with reports
 
@@ -94,13 +95,22 @@ def _read_itk(path):
     affine[:3, 3] = image.GetOrigin()
     affine = np.diag([-1, -1, 1, 1]) @ affine               # ITK's world is LPS, ours is RAS
     xyz = sitk.GetArrayFromImage(image).T
-    if pictures:
-        if xyz.max() > 255:
-            raise ValueError(f"grey values up to {xyz.max()}, expected 8-bit pictures, 0 to 255")
-        # Pictures hold no HU: grey 0..255 is laid over the window, so that scaling gives grey / 255 back.
-        # They hold no geometry either: 1 mm, rows front to back, columns right to left, slices feet to head.
-        xyz = xyz.astype(np.float32) / 255 * (WINDOW[1] - WINDOW[0]) + WINDOW[0]
-    return xyz, affine
+    return (_grey_over_window(xyz) if pictures else xyz), affine
+
+
+def _grey_over_window(xyz):
+    if xyz.max() > 255:
+        raise ValueError(f"grey values up to {xyz.max()}, expected 8-bit pictures, 0 to 255")
+    # Pictures hold no HU: grey 0..255 is laid over the window, so that scaling gives grey / 255 back.
+    # They hold no geometry either: 1 mm, rows front to back, columns right to left, slices feet to head.
+    return xyz.astype(np.float32) / 255 * (WINDOW[1] - WINDOW[0]) + WINDOW[0]
+
+
+def _read_npy(path):
+    array = np.load(path, allow_pickle=False)
+    if array.ndim != 3 or array.dtype != np.uint8:
+        raise ValueError(f"it holds {array.dtype} of shape {array.shape}, expected uint8 grey (slices, rows, columns)")
+    return _grey_over_window(array.T), np.diag([-1, -1, 1, 1])
 
 
 def _read_npz(path):
@@ -118,7 +128,7 @@ def _read_npz(path):
 def read_stored(path):
     """Read any volume as it is stored: array (x, y, z) in file units and its affine 4×4, voxel index -> RAS world mm.
 
-    NIfTI; .mha, .mhd, .nrrd; a folder of DICOM or of PNG/JPEG slices; CT-RATE .npz. Raises ValueError naming the file.
+    NIfTI; .mha, .mhd, .nrrd; a folder of DICOM or of PNG/JPEG slices; CT-RATE .npz; grey slices in a .npy. Raises ValueError naming the file.
     """
     path = Path(path)
     name = path.name.lower()
@@ -128,11 +138,11 @@ def read_stored(path):
         read = _read_itk
     elif name.endswith((".nii", ".nii.gz")):
         read = _read_nifti
-    elif name.endswith(".npz"):
-        read = _read_npz
+    elif name.endswith((".npz", ".npy")):
+        read = _read_npz if name.endswith(".npz") else _read_npy
     else:
         raise ValueError(f"{path}: found a file of unknown kind, expected .nii, .nii.gz, .mha, .mhd (with its .raw), "
-                         ".nrrd, .npz, or a folder of DICOM, PNG or JPEG slices")
+                         ".nrrd, .npz, .npy, or a folder of DICOM, PNG or JPEG slices")
     try:
         return read(path)
     except Exception as error:                              # the libraries raise a dozen kinds for a broken file
@@ -190,7 +200,7 @@ def to_hounsfield(array, path, hu="auto", rescale=None):
     """
     if hu == "csv" and rescale is None:
         raise ValueError(f"{path}: found no RescaleSlope and RescaleIntercept for it, expected them for --hu csv")
-    if Path(path).is_dir() and _pictures(Path(path)):
+    if str(path).endswith(".npy") or Path(path).is_dir() and _pictures(Path(path)):
         return array, "pictures: grey laid over the window"
     low, high = float(array.min()), float(array.max())
     if high - low <= 255:
@@ -383,10 +393,12 @@ class Item(NamedTuple):
     id: str
     volume: Path
     report: str
-    split: str                      # one of SPLITS
+    split: str | None               # one of SPLITS; None: `load_task` draws it
     patient: str
-    labels: np.ndarray | None       # (18,) float32, NaN where one is unknown
+    labels: np.ndarray | None       # (18,) float32, NaN where one is unknown; of other tasks (K,), see `Task`
     rescale: tuple | None           # (slope, intercept) of the metadata
+    mask: Path | None = None        # of the segmentation tasks, in the grid of `volume`
+    centre: tuple | None = None     # (x, y, z) of a LUNA16 candidate, RAS world mm
 
 
 def _utf8(path):
@@ -442,6 +454,8 @@ def _ctrg_items(path):
         rows = [(row, split) for split in ("train", "test", "val") for row in splits.get(split, [])]
         # The released file lists the same volumes as val and as test: they are test.
         tested = {row["image_path"] for row, split in rows if split == "test"}
+        if silent := [(row["id"], split) for row, split in rows if "report" not in row]:
+            raise KeyError("no report in the entry {} of {}".format(*silent[0]))
         return [Item(str(row["id"]), path.parent / row["image_path"], row["report"] or "",
                      "valid" if split == "val" else split, str(row["id"]), None, None)
                 for row, split in rows if split != "val" or row["image_path"] not in tested]
@@ -532,6 +546,326 @@ def load_items(data, cache="cache"):
     items = [item for item in items if item.volume not in left_out]
     if not items:
         raise ValueError(f"{data}: found no item with a volume and a report, expected at least one. {_KINDS}")
+    return items
+
+
+# -------------------------------------------------------------------------------------------------- nine tasks
+# A task is a row of TASKS and a records function: (folder, fold) -> items, whose split is None where the set has none.
+
+def _cc_ccii_items(folder, fold):
+    names = ("Normal", "CP", "NCP")
+    scans, tables = {}, {}                                  # {(patient, scan): (path, label)}, {(fold, part): path}
+    for root, folders, files in os.walk(folder):
+        if label := re.fullmatch(r"(Normal|CP|NCP)(-\d+)?", Path(root).name):           # "CP", or "CP-20" from its zip
+            patients = [name for name in folders if name not in names]                  # or "CP-20/CP"
+            scans.update({(name, scan.name): (scan, label[1]) for name in patients
+                          for scan in Path(root, name).iterdir() if scan.is_dir()})
+            folders[:] = [name for name in folders if name in names]                    # 400,000 slices are not listed
+        for file in files:
+            if scan := re.fullmatch(r"p(\d+)-s(\d+)\.npy", file):
+                scans[scan.groups()] = Path(root, file), None
+            elif table := re.search(r"fold(\d+).*(train|valid).*\.csv$", file):
+                tables[int(table[1]), table[2]] = Path(root, file)
+    rows = []                                               # (key, label, split)
+    for part, split in (("train", "train"), ("valid", "test")) if tables else ():      # the release reports its "valid"
+        if (path := tables.get((fold, part))) is None:
+            raise ValueError(f"{folder}: found the fold files {sorted(file.name for file in tables.values())}, "
+                             f"expected also *fold{fold}*{part}*.csv")
+        for line, row in _rows(path, required=("target", "label", "patient_id", "scan_id")):
+            if (row["target"], row["label"]) not in (("0", "Normal"), ("1", "CP"), ("2", "NCP")):
+                raise ValueError(f"{path}, line {line}: found target {row['target']!r} and label {row['label']!r}, "
+                                 "expected 0 Normal, 1 CP or 2 NCP")
+            rows.append(((row["patient_id"], row["scan_id"]), row["label"], split))
+    for key, (path, label) in sorted(scans.items()) if not tables else ():
+        if label is None:
+            raise ValueError(f"{path}: found no *fold{fold}*train*.csv and *valid*.csv, expected them to tell its class")
+        rows.append((key, label, None))
+    return [Item("/".join(key), scans[key][0] if key in scans else folder / label / key[0] / key[1], "", split, key[0],
+                 np.eye(3, dtype=np.float32)[names.index(label)], None) for key, label, split in rows]
+
+
+def _luna16_items(folder, fold):
+    files, subset_of = {}, {}
+    for file in sorted(folder.rglob("*.mhd")):
+        if subset := re.fullmatch(r"subset(\d)", file.parent.name):     # seg-lungs-LUNA16 has files of the same names
+            files[file.stem], subset_of[file.stem] = file, int(subset[1])
+    tables = sorted(folder.rglob("candidates_V2.csv")) or sorted(folder.rglob("candidates.csv"))
+    if not files or not tables:
+        raise ValueError(f"{folder}: found {len(files)} files subset?/*.mhd and {len(tables)} candidates_V2.csv or "
+                         "candidates.csv, expected both")
+    labels = {str(k): np.array([k], dtype=np.float32) for k in (0, 1)}  # one array for all of 750,000 candidates
+    items, series, absent = [], set(), {}
+    for line, row in _rows(tables[0], required=("seriesuid", "coordX", "coordY", "coordZ", "class")):
+        name = row["seriesuid"]
+        series.add(name)
+        if name not in files:
+            absent[name] = line
+            continue
+        split = "train" if subset_of[name] < 5 else "valid" if subset_of[name] < 7 else "test"
+        try:
+            centre = -float(row["coordX"]), -float(row["coordY"]), float(row["coordZ"])         # LPS -> RAS
+            items.append(Item(f"{name}:{line}", files[name], "", split, name, labels[row["class"]], None, None, centre))
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{tables[0]}, line {line}: found {list(row.values())}, expected a seriesuid, three "
+                             "numbers and the class 0 or 1") from error
+    if absent:
+        lacking = sorted(set(range(10)) - set(subset_of.values()))      # many people have some of the subsets
+        message = (f"{tables[0]}: found no .mhd for {len(absent)} of {len(series)} series, the first are "
+                   f"{', '.join(list(absent)[:3])}" + (f"; no file in the subsets {lacking}" if lacking else ""))
+        if len(absent) > (0.05 + len(lacking) / 10) * len(series):
+            raise ValueError(f"{message}; expected at most 5 % to be missing from the subsets that are here")
+        log.warning("%s: their candidates are left out", message)
+    return items
+
+
+def _segment_items(folder, fold, patient, image=None, mask=None):
+    """The cases of a JSON with the list "training", and without one all files that fit the pattern `image`.
+
+    patient: pattern of the patient's name in a file name; mask: (part of an image's name, what the mask has there).
+    """
+    files, lists, cases = {}, [], []                        # cases: (image, mask, split)
+    for file in sorted(folder.rglob("*.nii*")):
+        for n in (1, 2):                                    # found by "lung_001.nii.gz" and "imagesTr/lung_001.nii.gz"
+            files.setdefault(file.parts[-n:], file)
+
+    def case(row, split):
+        if not {"image", "label"} <= row.keys():
+            raise KeyError(f"no image or no label in {row}")
+        return *(files.get(Path(row[key]).parts[-2:], folder / row[key]) for key in ("image", "label")), split
+
+    try:
+        for path in sorted(folder.rglob("*.json")):
+            content = json.loads(_utf8(path))
+            if "training" in content:
+                folds = {row["fold"] for row in content["training"] if "fold" in row}
+                lists.append((path, content["training"], content.get("validation", []), folds))
+        lists = [one for one in lists if one[3]] or lists   # the file with folds beside a dataset.json without
+        for path, training, validation, folds in lists:
+            own = "train" if validation else None
+            cases += [case(row, ("test" if row["fold"] == fold else "train") if folds else own) for row in training]
+            cases += [case(row, "test") for row in validation if not folds]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: found {type(error).__name__}: {error}; expected {{training: [{{image, label[, fold]"
+                         "}], [validation: [{image, label}]]}") from error
+    if len(lists) > 1:
+        raise ValueError(f"{folder}: found the lists of cases {', '.join(str(one[0]) for one in lists)}, expected one")
+    if lists and lists[0][3] and fold not in lists[0][3]:
+        raise ValueError(f"{lists[0][0]}: found the folds {sorted(lists[0][3])}, expected fold {fold} among them")
+    homes = {}                                              # without a list: {folder of a part of the set: its cases}
+    for key, file in files.items():
+        if not lists and image and len(key) == 1 and re.fullmatch(image, file.name):
+            home = file.parents[1] if re.fullmatch(patient, file.parent.name) else file.parent
+            own = "test" if "test" in os.path.relpath(home, folder).lower() else "train"
+            homes.setdefault(home, []).append((file, file.with_name(file.name.replace(*mask)), own))
+    with_masks = {home: some for home, some in homes.items() if any(case[1].exists() for case in some)} or homes
+    if hidden := [f"{home} ({len(some)})" for home, some in homes.items() if home not in with_masks]:
+        log.warning("%s: left out for want of any mask: the scans in %s", folder, ", ".join(hidden))
+    cases += itertools.chain(*with_masks.values())
+
+    items = []
+    for path, label, split in cases:
+        name = path.name.split(".nii")[0]
+        found = re.search(patient, name)
+        items.append(Item(name, path, "", split, found[0] if found else name, None, None, label))
+    splits = {}
+    for item in items:
+        splits.setdefault(item.patient, set()).add(item.split)
+    if shared := [name for name, some in splits.items() if len(some) > 1]:
+        log.warning("%s: %d of %d patients have scans on both sides of the split of this set: split by patient instead",
+                    folder, len(shared), len(splits))
+    # `load_task` draws the split of a set whose own is not by patient or has one side only
+    as_given = not shared and len({item.split for item in items}) > 1
+    return items if as_given else [item._replace(split=None) for item in items]
+
+
+def _stoic_items(folder, fold):
+    path, items = folder / "metadata" / "reference.csv", []
+    if not path.exists():
+        raise ValueError(f"{folder}: found no metadata/reference.csv, expected it")
+    for line, row in _rows(path, required=("PatientID", "probCOVID", "probSevere")):
+        labels = [row["probCOVID"], row["probSevere"]]
+        if not {"0", "1", "0.0", "1.0"}.issuperset(labels):
+            raise ValueError(f"{path}, line {line}: found probCOVID and probSevere {labels}, expected 0 or 1")
+        name = row["PatientID"]
+        items.append(Item(name, folder / "data" / "mha" / f"{name}.mha", "", None, name, np.float32(labels), None))
+    return items
+
+
+def _ctrg_task_items(folder, fold):
+    lists = sorted(folder.glob("*.json")) if folder.is_dir() else [folder]
+    if len(lists) != 1:
+        raise ValueError(f"{folder}: found {[path.name for path in lists]}, expected one .json")
+    return load_items(lists[0])
+
+
+def _ct_rate_task_items(folder, fold):
+    items = load_items(folder)
+    if any(item.split == "test" for item in items):         # a manifest may have one
+        return items
+    return [item._replace(split="test") if item.split == "valid" else item for item in items]
+
+
+class Task(NamedTuple):
+    """One of the nine tasks: what finetune.py and eval.py need to know of it. Sizes and spacings are (z, y, x)."""
+    kind: str                       # classify, segment, report, prompt or retrieve
+    view: str                       # how a scan becomes the input: whole, slices, cube, box or patch
+    records: callable               # (folder, fold) -> list of Item
+    layout: str                     # of the folder, in words
+    classes: tuple                  # names; segment: without the background
+    metric: str                     # picks the epoch and heads the result
+    size: tuple                     # voxels that the network sees
+    window: tuple | None            # what becomes 0 and 1; None: z-score of the voxels that are not 0 (MR, no HU)
+    spacing: tuple | None           # mm to which scans are resampled; None: as they are
+    recipe: dict                    # epochs, warmup (epochs), batch_size, lr, lr_encoder, weight_decay, decay, clip_grad
+    # flip (an axis), rot90, affine, zoom, scale, shift: probability; noise, brightness, contrast: strength
+    augment: dict = {}
+    exclusive: bool = False         # classify: softmax over the classes, not a sigmoid each
+    patches: int = 1                # cut from a volume at a time
+    overlap: float = 0.5            # of the sliding window
+
+
+def _recipe(epochs, warmup, batch_size, lr, lr_encoder=None, weight_decay=0., decay="cosine", clip_grad=5.):
+    return dict(epochs=epochs, warmup=warmup, batch_size=batch_size, lr=lr, lr_encoder=lr_encoder or lr,
+                weight_decay=weight_decay, decay=decay, clip_grad=clip_grad)
+
+
+# NOTE(paper): most settings come from the released scripts. Not given anywhere and ours: the epochs of luna16 and
+# ct-rate-retrieval, the batch of the segmentation tasks, the probability of rot90 and affine where there is one, the
+# zoom's, and clip_grad but for msd-lung and covid-19-20.
+_CASES = ", or a JSON {training: [{image, label[, fold]}][, validation: [...]]} anywhere in the folder"
+_CT_RATE = "a CT-RATE folder (train/ and valid/ volumes, reports and labels CSVs) or a manifest .csv"
+TASKS = {
+    "cc-ccii": Task(
+        "classify", "slices", _cc_ccii_items,
+        "LABEL/PATIENT/SCAN/*.png or .jpg with LABEL Normal, CP or NCP, or p{patient}-s{scan}.npy; "
+        "*fold0*train*.csv and *fold0*valid*.csv (target,label,patient_id,scan_id), needed for .npy",
+        ("normal", "common pneumonia", "COVID-19"), "ACC", (32, 384, 384), (-1000., 1000.), None,
+        _recipe(130, 30, 2, 3e-4, weight_decay=0.01), {"flip": .5, "brightness": .07, "contrast": .05}, exclusive=True),
+    "luna16": Task(
+        "classify", "cube", _luna16_items,
+        "subset0 … subset9/*.mhd with their .raw; candidates_V2.csv or candidates.csv "
+        "(seriesuid,coordX,coordY,coordZ,class). Subsets 0-4 are train, 5-6 valid, 7-9 test",
+        ("nodule",), "AUC", (64, 64, 64), (-1000., 600.), None,
+        _recipe(50, 0, 32, 1.5e-4), {"flip": .5, "rot90": .5, "affine": .5}),
+    "msd-lung": Task(
+        "segment", "patch", partial(_segment_items, patient=".+"),
+        "dataset.json of the Decathlon, imagesTr/*.nii.gz, labelsTr/*.nii.gz; a second JSON of the same form may add folds",
+        ("lung cancer",), "Dice", (96, 96, 96), (-175., 250.), (1.5, 1.5, 1.5),
+        _recipe(1000, 50, 1, 1e-4, weight_decay=1e-5),
+        {"flip": .5, "rot90": .3, "zoom": .15, "affine": .15, "scale": .1, "shift": .1}, patches=4),
+    "covid-19-20": Task(
+        "segment", "patch", partial(_segment_items, patient=r"(?<=-A-)\d+", image=r"volume-covid19-A-\d+_ct\.nii(\.gz)?",
+                                    mask=("_ct.", "_seg.")),
+        "volume-covid19-A-XXXX_ct.nii.gz and volume-covid19-A-XXXX_seg.nii.gz" + _CASES,
+        ("COVID-19 lesion",), "Dice", (32, 192, 192), (-1000., 500.), (5., 1.25, 1.25),
+        _recipe(1000, 50, 1, 7.5e-5, weight_decay=1e-5), {"flip": .5, "affine": .15, "noise": .01}, patches=3),
+    "acdc": Task(
+        "segment", "patch", partial(_segment_items, patient=r"patient\d+", image=r"patient\d+_frame\d+\.nii(\.gz)?",
+                                    mask=(".nii", "_gt.nii")),
+        "[training/ and testing/]patientXXX/patientXXX_frameYY.nii.gz and …_frameYY_gt.nii.gz" + _CASES,
+        ("right ventricle", "myocardium", "left ventricle"), "Dice", (32, 192, 192), None, None,
+        _recipe(300, 5, 1, 3e-4, weight_decay=1e-5), {"flip": .1}, patches=2, overlap=0.75),
+    "stoic": Task(
+        "classify", "box", _stoic_items,
+        "data/mha/{PatientID}.mha; metadata/reference.csv (PatientID,probCOVID,probSevere)",
+        ("COVID-19", "severe"), "AUC", (128, 128, 128), (-1100., 300.), None, _recipe(40, 0, 2, 5e-5)),
+    "ctrg": Task(
+        "report", "whole", _ctrg_task_items,
+        "a .json {train, val, test: [{id, report, image_path}]}, or the folder around it; image_path as seen from there",
+        (), "BLEU-4", SIZE, WINDOW, None, _recipe(30, 0, 2, 1e-4, lr_encoder=5e-5, decay="step")),
+    "ct-rate-vocab": Task(
+        "prompt", "whole", _ct_rate_task_items, _CT_RATE + " with all 18 labels", LABELS, "AUC", SIZE, WINDOW, None,
+        _recipe(10, 0, 1, 1e-5, weight_decay=0.01)),
+    "ct-rate-retrieval": Task(
+        "retrieve", "whole", _ct_rate_task_items, _CT_RATE, LABELS, "Recall@50", SIZE, WINDOW, None,
+        _recipe(10, 1, 4, 1e-4, lr_encoder=2e-5, weight_decay=0.01)),
+}
+PROMPT_VOLUMES = 1000               # training volumes of the prompts, drawn at random (the paper's number)
+
+
+def _a_fifth(items, task, seed, fold=0):
+    """Names of a seeded fifth of the patients of `items`, number `fold` of five; classify: a fifth of every class."""
+    labels = {}
+    for item in items:
+        label = item.labels if task.kind == "classify" else np.zeros(1)
+        labels[item.patient] = np.maximum(label, labels.get(item.patient, 0))       # of all scans of the patient
+    groups, chosen = {}, set()
+    for patient in sorted(labels):
+        groups.setdefault(tuple(labels[patient]), []).append(patient)
+    generator = np.random.default_rng(seed)
+    for _, group in sorted(groups.items()):
+        n = max(int(len(group) > 1), round(len(group) / 5))
+        order = generator.permutation(len(group))
+        chosen |= {group[k] for k in np.roll(order, -fold * n)[:n]}
+    return chosen
+
+
+def load_task(name, folder, fold=0, seed=0):
+    """The data of a task in its native layout (`TASKS[name].layout`) -> list of Item, each with its split.
+
+    The set's own split or fold counts; otherwise a fifth of the patients, drawn with `seed`, is the test part. Without
+    a valid part a fifth of the training patients becomes it. Up to 5 % of volumes without a file are logged and left
+    out. Raises ValueError for all else that is wrong: no item, a scan twice, a patient in two splits, a case without
+    mask, a class that is empty in a split.
+    """
+    if name not in TASKS:
+        raise ValueError(f"found the task {name!r}, expected one of {', '.join(TASKS)}")
+    task, folder = TASKS[name], Path(folder)
+    if not folder.exists():
+        raise ValueError(f"{folder}: found nothing there, expected {task.layout}")
+    items = task.records(folder, fold)
+    if not items:
+        raise ValueError(f"{folder}: found nothing of {name}, expected {task.layout}")
+    volumes = dict.fromkeys(item.volume for item in items)
+    if absent := {volume: None for volume in volumes if not volume.exists()}:
+        message = f"{folder}: found no file for {len(absent)} of {len(volumes)} scans: {', '.join(map(str, [*absent][:3]))}"
+        if len(absent) > 0.05 * len(volumes):
+            raise ValueError(f"{message}; expected at most 5 % to be missing")
+        log.warning("%s: left out", message)
+        items = [item for item in items if item.volume not in absent]
+    if task.kind == "segment" and (bare := [item for item in items if not item.mask.exists()]):
+        raise ValueError(f"{folder}: found no mask for {len(bare)} of {len(items)} cases: "
+                         f"{', '.join(str(item.mask) for item in bare[:3])}; expected one for each")
+    if task.kind == "prompt":
+        for item in items:
+            if item.labels is None or np.isnan(item.labels).any():
+                lacking = LABELS if item.labels is None else np.array(LABELS)[np.isnan(item.labels)]
+                raise ValueError(f"{folder}: found no label of {item.id} for {', '.join(lacking[:3])}, expected "
+                                 "0 or 1 for all 18 names of LABELS")
+
+    if items[0].split is None:
+        test = _a_fifth(items, task, seed, fold)
+        items = [item._replace(split="test" if item.patient in test else "train") for item in items]
+    if not any(item.split == "valid" for item in items):
+        valid = _a_fifth([item for item in items if item.split == "train"], task, seed)
+        items = [item._replace(split="valid") if item.split == "train" and item.patient in valid else item for item in items]
+    if task.kind == "prompt":
+        generator = np.random.default_rng(seed)
+        for split, n in (("train", PROMPT_VOLUMES), ("valid", PROMPT_VOLUMES // 4)):
+            part = [item.id for item in items if item.split == split]
+            kept = {part[k] for k in generator.permutation(len(part))[:n]}
+            items = [item for item in items if item.split != split or item.id in kept]
+
+    split_of, seen = {}, set()
+    for item in items:
+        if item.id in seen:
+            raise ValueError(f"{folder}: found {item.id} twice, expected it once")
+        seen.add(item.id)
+        if split_of.setdefault(item.patient, item.split) != item.split:
+            raise ValueError(f"{folder}: found the patient {item.patient} in {split_of[item.patient]} and in "
+                             f"{item.split}, expected it in one of them")
+    for split in SPLITS:
+        part = [item for item in items if item.split == split]
+        if not part and (split == "test" or "train" in split_of.values()):
+            raise ValueError(f"{folder}: found {len(items)} items of {len(split_of)} patients and none for the part "
+                             f"{split}, expected {task.layout}")
+        if not part:
+            log.warning("%s: found nothing for the part %s: this set can only be tested on", folder, split)
+            continue
+        for k, positive in enumerate(np.sum([item.labels for item in part], 0) if task.kind == "classify" else ()):
+            if positive == 0 or positive == len(part) and not task.exclusive:
+                raise ValueError(f"{folder}: found {positive:.0f} of {len(part)} items of the part {split} with the class "
+                                 f"{task.classes[k]}, expected some with and some without it")
     return items
 
 
@@ -1188,6 +1522,46 @@ def save_picture(volume, path):
     plt.close(figure)
 
 
+def check_task(args):
+    """Print what the data of --task hold, and read the first --limit scans and masks; 1 if there is a problem."""
+    task, problems = TASKS[args.task], 0
+    try:
+        items = load_task(args.task, args.data, args.fold)
+    except ValueError as error:
+        raise ValueError(f"{error}\n{args.task} lies on disk as: {task.layout}") from error
+    print(f"{args.task}: {task.layout}")
+    for split in SPLITS:
+        part = [item for item in items if item.split == split]
+        classes = [f"{np.sum([item.labels[k] == 1 for item in part])} {name}" for k, name in enumerate(task.classes)
+                   ] if part and part[0].labels is not None else [f"{len(part)} with masks"] * (task.kind == "segment")
+        print(f"{split:6} {len(part):7} items of {len({item.patient for item in part})} patients in "
+              f"{len({item.volume for item in part})} scans" + (": " if classes else "") + ", ".join(classes))
+    scans = list({item.volume: item for item in items}.values())[:args.limit]
+    for item in tqdm(scans, unit="scan", disable=None):
+        try:
+            xyz, affine = read_stored(item.volume)
+            array, spacing, _ = to_ras(item.volume, xyz, affine)
+            note = to_hounsfield(array, item.volume, args.hu, item.rescale)[1] if task.window else "no CT: z-score"
+            if item.mask:
+                truth, own = read_stored(item.mask)
+                values, counts = np.unique(truth, return_counts=True)
+                if truth.shape != xyz.shape or not np.allclose(own, affine, atol=1e-2):
+                    raise ValueError(f"{item.mask}: found shape {truth.shape} and affine {own[:3].tolist()}, expected "
+                                     f"those of {item.volume}, {xyz.shape} and {affine[:3].tolist()}")
+                if not np.isin(values, range(len(task.classes) + 1)).all():
+                    raise ValueError(f"{item.mask}: found the labels {values[:10].tolist()}, expected 0 background"
+                                     + "".join(f", {k} {name}" for k, name in enumerate(task.classes, 1)))
+                note += "; voxels " + ", ".join(f"{value:g}: {count}" for value, count in zip(values, counts))
+        except ValueError as error:
+            problems += 1
+            tqdm.write(f"{item.volume.name[-32:]:32} PROBLEM {error}")
+            continue
+        tqdm.write(f"{item.volume.name[-32:]:32} {'x'.join(map(str, array.shape)):>13} "
+                   f"{' '.join(f'{side:.2f}' for side in spacing):>17} {array.min():.0f}..{array.max():.0f}  {note}")
+    print(f"{len(scans)} scans read, {problems} of them with a problem")
+    return int(problems > 0)
+
+
 def check(args):
     """Print the table of `data.py check`; the exit code is 1 if there is a problem."""
     if args.reports:
@@ -1202,6 +1576,8 @@ def check(args):
         report_table([row[columns[0]] for row in rows])
         return 0
 
+    if args.task:
+        return check_task(args)
     items = load_items(args.data, args.cache)
     problems = left_out = len(_all_items(args.data, args.cache)) - len(items)
     print(f"{'volume':32} {'z, y, x':>13} {'spacing (mm)':>17} {'axes':4} {'HU':>13} {'words':>5} {'sent.':>5}  note")
@@ -1274,6 +1650,8 @@ def main():
 
     command = commands.add_parser("check", parents=[shared], help="a table of volumes and reports; exits 1 on problems",
                                   **defaults_shown)
+    command.add_argument("--task", choices=TASKS, help="--data is the folder of this task in its native layout")
+    command.add_argument("--fold", type=int, default=0, help="fold of --task that is the test part")
     command.add_argument("--reports", type=Path, help="instead of --data: a CSV or JSON with reports alone")
     command.add_argument("--pictures", type=Path, metavar="DIR", help="write the middle slices of each volume as PNG")
     command.add_argument("--limit", type=int, metavar="N", help="read only the first N volumes")

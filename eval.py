@@ -29,7 +29,7 @@ def flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", help="one of the nine, a row of TASKS in data.py")
     parser.add_argument("--checkpoint", type=Path, help="best.pt of finetune.py")
-    parser.add_argument("--data", help="folder of the task in its own layout; for one scan of a retrieval task: its reports are the index")
+    parser.add_argument("--data", help="the task's data in their own layout; with --input: the reports to search")
     parser.add_argument("--split", default="test", help="train, valid or test (default: test)")
     parser.add_argument("--fold", type=int, help="fold of sets that have folds (default: as in training)")
     parser.add_argument("--input", type=Path, help="instead of --data: one scan, any file or folder that data.py reads")
@@ -38,21 +38,22 @@ def flags():
     parser.add_argument("--out", type=Path, help="folder for results (default: eval, beside the checkpoint)")
     parser.add_argument("--cache", default="cache", help="folder of preprocessed volumes (default: cache)")
     commands = parser.add_subparsers(dest="command", metavar="{probe,embed,radar}")
-    defaults_shown = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    shown = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--checkpoint", required=True, help="last.pt or encoder.pt of pretrain.py, best.pt of finetune.py, or any file that load_weights knows")
-    shared.add_argument("--encoder", help="swin_b, swin_l, swin_t or unet; last.pt knows it by itself")
+    shared.add_argument("--checkpoint", required=True, help="last.pt, encoder.pt or best.pt, or any file that load_weights knows")
+    shared.add_argument("--encoder", help="swin_b, swin_l, swin_t or unet; last.pt and best.pt know it by themselves")
     shared.add_argument("--size", type=int, nargs=3, metavar=("D", "H", "W"), help="input size; last.pt knows it by itself")
-    shared.add_argument("--hu", choices=["auto", "header", "csv"], help="how to come by Hounsfield units; last.pt knows it by itself, else auto")
+    shared.add_argument("--hu", choices=["auto", "header", "csv"], help="source of Hounsfield units; last.pt knows it, else auto")
     shared.add_argument("--cache", default="cache", help="folder of preprocessed volumes")
-    p = commands.add_parser("probe", parents=[shared], help="linear probe of a frozen encoder on the 18 findings of CT-RATE", **defaults_shown)
-    p.add_argument("--data", required=True, help="demo, a manifest with label columns, or a CT-RATE folder: fitted on train, reported on the rest")
+    p = commands.add_parser("probe", parents=[shared], help="linear probe of a frozen encoder on CT-RATE's 18 findings", **shown)
+    p.add_argument("--data", required=True, help="demo, a manifest with label columns, or a CT-RATE folder: fitted on train, "
+                   "reported on the rest")
     p.add_argument("--batch_size", type=int, default=8)
     p.add_argument("--out", default="out/probe", help="folder for probe.json")
-    p = commands.add_parser("embed", parents=[shared], help="features of scans: the average of the encoder's last map", **defaults_shown)
+    p = commands.add_parser("embed", parents=[shared], help="features of scans: the average of the encoder's last map", **shown)
     p.add_argument("--input", type=Path, required=True, help="a scan, or a folder of scans, however deep")
     p.add_argument("--out", type=Path, default="embeddings.npz", help="file with ids (n,) and features (n, C) float32")
-    p = commands.add_parser("radar", help="a chart with one axis a task and one line a method", **defaults_shown)
+    p = commands.add_parser("radar", help="a chart with one axis a task and one line a method", **shown)
     p.add_argument("results", type=Path, nargs="+", help="result.json files. The method is their key `method`, else the name of their "
                    "folder, or of the folder above where theirs is named after the task")
     p.add_argument("--out", type=Path, default="radar.png")
@@ -77,6 +78,7 @@ import model
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.patches import Patch  # noqa: E402
 
 log = logging.getLogger("mg3d")
 
@@ -378,11 +380,12 @@ def evaluate(network, items, task, config, cache, device, out=None, progress=Tru
         out.mkdir(parents=True, exist_ok=True)
     of_kind = {"classify": _evaluate_classes, "prompt": _evaluate_classes, "segment": _evaluate_masks,
                "report": _evaluate_reports, "retrieve": _evaluate_retrieval}[task.kind]
-    found = of_kind(network, items, task, config, cache, device, out, progress, train_items)
-    ids = sorted(item.id for item in items)
-    return dict(task=config["task"], metric=task.metric, value=found.pop("value"), interval=found.pop("interval"), n=found.pop("n", len(ids)),
-                chance=found.pop("chance"), protocol=found.pop("protocol"), split="+".join(sorted({item.split for item in items})),
-                ids_sha1=hashlib.sha1("\n".join(ids).encode()).hexdigest(), per_class=found.pop("per_class"), **found)
+    return {"task": config["task"], "metric": task.metric, "n": len(items), "split": "+".join(sorted({item.split for item in items})),
+            "ids_sha1": _hash(items)} | of_kind(network, items, task, config, cache, device, out, progress, train_items)
+
+
+def _hash(items):
+    return hashlib.sha1("\n".join(sorted(item.id for item in items)).encode()).hexdigest()
 
 
 def _write_csv(path, rows):
@@ -394,28 +397,27 @@ def _evaluate_classes(network, items, task, config, cache, device, out, progress
     scores = probabilities(network, items, task, config, cache, device, progress)
     truth = np.stack([item.labels for item in items]).astype(float)                 # (n, K), NaN = unknown
     known = ~np.isnan(truth)
-    result = {"positives": {name: int(np.nansum(t)) for name, t in zip(task.classes, truth.T)}}
     aucs = {name: auroc(s[k], t[k]) for name, s, t, k in zip(task.classes, scores.T, truth.T, known.T)}
+    result = {"chance": 0.5, "per_class": aucs, "positives": {name: int(np.nansum(t)) for name, t in zip(task.classes, truth.T)}}
     if task.exclusive:
         pred, label = scores.argmax(1), truth.argmax(1)
-        result |= dict(value=accuracy(pred, label), interval=bootstrap(accuracy, pred, label), protocol="all items",
-                       chance=float(np.bincount(label).max() / len(label)), auc=aucs,
-                       per_class={name: float((pred[label == k] == k).mean()) if (label == k).any() else math.nan
-                                  for k, name in enumerate(task.classes)})         # the share of each class that is found
+        found = {name: accuracy(pred[label == k], k) if (label == k).any() else math.nan for k, name in enumerate(task.classes)}
+        result |= dict(value=accuracy(pred, label), interval=bootstrap(accuracy, pred, label), per_class=found, auc=aucs,
+                       chance=float(np.bincount(label).max() / len(label)), protocol="all items; chance: all in the commonest class")
     elif task.kind == "prompt":
-        result |= dict(value=macro_auroc(scores, truth), interval=bootstrap(macro_auroc, scores, truth), chance=0.5,
-                       per_class=aucs, protocol=f"all items, macro mean of {len(task.classes)}, '{{name}}.' against 'not {{name}}.'")
+        result |= dict(value=macro_auroc(scores, truth), interval=bootstrap(macro_auroc, scores, truth),
+                       protocol=f"all items, mean of {len(task.classes)}, '{{name}}.' against 'not {{name}}.'")
     else:
-        # The last class, among those who have all classes before it: severe among COVID-19-positive, as the STOIC challenge asks.
+        # The last class, among those who have the classes before it: severe among COVID-19-positive, as the STOIC challenge asks.
         among = (truth[:, :-1] == 1).all(1) & known[:, -1]
         s, t = scores[among, -1], truth[among, -1]
-        result |= dict(value=auroc(s, t), interval=bootstrap(auroc, s, t), n=len(t), chance=0.5, per_class=aucs,
+        result |= dict(value=auroc(s, t), interval=bootstrap(auroc, s, t), n=len(t),
                        protocol=" ".join([task.classes[-1], *(f"among items with {name}" for name in task.classes[:-1])]))
         if len(task.classes) > 1:
             result |= dict(auc_all_items=aucs[task.classes[-1]], n_all_items=len(items))
     if out:
-        _write_csv(out / "predictions.csv", [["id", *task.classes, *(f"true {name}" for name in task.classes)],
-                                             *([item.id, *s, *t] for item, s, t in zip(items, scores.tolist(), truth.tolist()))])
+        rows = ([item.id, *s, *t] for item, s, t in zip(items, scores.tolist(), truth.tolist()))
+        _write_csv(out / "predictions.csv", [["id", *task.classes, *(f"true {name}" for name in task.classes)], *rows])
         plot_roc(scores, truth, task.classes, out / "roc.png")
     return result
 
@@ -423,6 +425,10 @@ def _evaluate_classes(network, items, task, config, cache, device, out, progress
 def _to_axial(xyz, affine):
     """A stored label map or scan (x, y, z) -> (z, y, x), RAS"""
     return nib.apply_orientation(xyz, nib.io_orientation(affine)).T
+
+
+def _mean(values):
+    return float(values.mean()) if len(values) else math.nan
 
 
 def _save_mask(path, labels, affine):
@@ -461,10 +467,9 @@ def _evaluate_masks(network, items, task, config, cache, device, out, progress, 
         if examples:
             plot_overlay(examples, out / "overlay.png")
     known = {name: column[~np.isnan(column)] for name, column in zip(task.classes, scores.T)}
-    return dict(value=float(cases.mean()) if len(cases) else math.nan, interval=bootstrap(np.mean, cases) if len(cases) else (math.nan,) * 2,
-                n=int(counted.sum()), chance=float(np.nanmean(constant[counted], 1).mean()) if len(cases) else math.nan,
+    return dict(value=_mean(cases), interval=bootstrap(np.mean, cases) if len(cases) else (math.nan,) * 2, n=len(cases),
+                chance=_mean(np.nanmean(constant[counted], 1)), per_class={name: _mean(column) for name, column in known.items()},
                 protocol="mean over scans in their own grid, scans and classes without truth left out; chance: all voxels marked",
-                per_class={name: float(column.mean()) if len(column) else math.nan for name, column in known.items()},
                 positives={name: len(column) for name, column in known.items()}, chance_of_an_empty_mask=0.0,
                 without_truth=int(np.isnan(scores).sum()), marked_without_truth=int(false_alarms))
 
@@ -472,26 +477,24 @@ def _evaluate_masks(network, items, task, config, cache, device, out, progress, 
 def _evaluate_reports(network, items, task, config, cache, device, out, progress, train_items):
     reports = generate_reports(network, items, task, config, cache, device, progress)
     truth = [" ".join(data.report_words(item.report)) for item in items]
+    # The released protocol cuts references to 150 words and replaces words that the network cannot say, which flatters.
     words = set(config["vocabulary"])
-    # The released protocol cuts the references to 150 words and replaces the words that the network cannot say: it flatters.
     released = [" ".join(word if word in words else "<unk>" for word in text.split()[:150]) for text in truth]
     counts = np.stack([_bleu_counts(*pair) for pair in zip(reports, truth)])
-
-    # The constant report is the one of up to 100 that fits up to 200 others best; both are of the training part if that is given.
+    # To compare with: of up to 100 reports the one that fits up to 200 best, all of the training part where it is given.
     rng = np.random.default_rng(0)
     pool = [" ".join(data.report_words(item.report)) for item in train_items] or truth
-    others = [pool[i] for i in rng.permutation(len(pool))[:200]]
-    constant = max(sorted({pool[i] for i in rng.permutation(len(pool))[:100]}), key=lambda one: bleu([one] * len(others), others)[3])
-    scores = {"BLEU": _bleu(counts), "BLEU, released protocol": bleu(reports, released),
-              "BLEU of a constant report": bleu([constant] * len(truth), truth)}
+    some, others = ([pool[i] for i in rng.permutation(len(pool))[:n]] for n in (100, 200))
+    best = max(sorted(set(some)), key=lambda one: bleu([one] * len(others), others)[3])
+    constant, scores = bleu([best] * len(truth), truth), _bleu(counts)
     if out:
         rows = [dict(id=item.id, generated=report, truth=text) for item, report, text in zip(items, reports, truth)]
         (out / "reports.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
         plot_reports([(row["id"], row["generated"], row["truth"]) for row in rows[:3]], out / "reports.png")
-    return dict(value=scores["BLEU"][3], interval=bootstrap(lambda c: _bleu(c)[3], counts), chance=scores["BLEU of a constant report"][3],
+    return dict(value=scores[3], interval=bootstrap(lambda c: _bleu(c)[3], counts), chance=constant[3],
                 protocol=f"whole references; chance: the best constant report of the {'training' if train_items else 'same'} part",
-                per_class={f"BLEU-{n + 1}": scores["BLEU"][n] for n in range(4)}, bleu_released=scores["BLEU, released protocol"],
-                bleu_constant=scores["BLEU of a constant report"], distinct_reports=len(set(reports)) / len(reports),
+                per_class={f"BLEU-{n}": score for n, score in enumerate(scores, 1)}, bleu_released=bleu(reports, released),
+                bleu_constant=constant, distinct_reports=len(set(reports)) / len(reports),
                 distinct_true_reports=len(set(truth)) / len(truth))
 
 
@@ -502,26 +505,23 @@ def _evaluate_retrieval(network, items, task, config, cache, device, out, progre
     first = {}                                          # train_1_a_2 is the second reconstruction of the scan train_1_a
     for i in sorted(range(len(items)), key=lambda i: items[i].id):
         first.setdefault(re.sub(r"(?<=_[a-z])_\d+$", "", items[i].id), i)
-    scans = sorted(first.values())
-    protocols = {}
-    for name, some in (("volumes", np.arange(len(items))), ("scans", scans)):
-        ranks = retrieval_ranks(similarity[np.ix_(some, some)])
-        protocols[name] = {"n": len(some), "median_rank": float(np.median(ranks)),
-                           "ids_sha1": hashlib.sha1("\n".join(sorted(items[i].id for i in some)).encode()).hexdigest(),
-                           **{f"Recall@{k}": float((ranks <= k).mean()) for k in ks},
+    scans, protocols = sorted(first.values()), {}
+    for name, some in (("scans", scans), ("volumes", range(len(items)))):
+        ranks = retrieval_ranks(similarity[np.ix_(some, some)])                     # in the end those of all volumes
+        protocols[name] = {"n": len(some), "ids_sha1": _hash([items[i] for i in some]), "median_rank": float(np.median(ranks)),
+                           "recall": {f"Recall@{k}": float((ranks <= k).mean()) for k in ks},
                            "chance": {f"Recall@{k}": min(1.0, k / len(some)) for k in ks}}
-    ranks = retrieval_ranks(similarity)
     if out:
         best = (-similarity).argsort(1, kind="stable")[:, :5]
-        _write_csv(out / "ranks.csv", [["id", "rank", *(f"volume {k + 1}" for k in range(best.shape[1]))],
-                                       *([item.id, rank, *(items[j].id for j in row)] for item, rank, row in zip(items, ranks, best))])
-        plot_retrieval([(items[i].id, data.network_input(items[i], task, cache),
-                         [(j == i, items[j].report) for j in (-similarity[:, i]).argsort(kind="stable")[:3]], items[i].report)
-                        for i in scans[:3]], out / "retrieval.png")
+        rows = ([item.id, rank, *(items[j].id for j in row)] for item, rank, row in zip(items, ranks, best))
+        _write_csv(out / "ranks.csv", [["id", "rank", *(f"volume {k + 1}" for k in range(best.shape[1]))], *rows])
+        nearest = (-similarity).argsort(0, kind="stable")[:3].T                     # reports of each volume
+        plot_retrieval([(items[i].id, data.network_input(items[i], task, cache), [(j == i, items[j].report) for j in nearest[i]],
+                         items[i].report) for i in scans[:3]], out / "retrieval.png")
     k = int(task.metric.split("@")[1])
     return dict(value=float((ranks <= k).mean()), interval=bootstrap(lambda r: (r <= k).mean(), ranks), chance=min(1.0, k / len(items)),
-                protocol="volumes: a report finds its own among all volumes; ties count against it",
-                per_class={name: protocols["volumes"][name] for name in protocols["volumes"]["chance"]}, protocols=protocols)
+                per_class=protocols["volumes"]["recall"], protocols=protocols,
+                protocol="volumes: a report finds its own among all volumes; ties count against it")
 
 
 # --------------------------------------------------------------------------------------------------- pictures
@@ -620,20 +620,20 @@ def plot_overlay(examples, out):
 
     examples: (title, image in [0, 1], pred, truth, Dice, height of a pixel in widths), slices (y, x) in RAS.
     """
-    fig, axes = plt.subplots(2, len(examples), figsize=(2.8 * len(examples), 5.9), squeeze=False)
+    colours = {"correct": (0.1, 0.8, 0.2), "wrong": (0.95, 0.15, 0.1), "missing": (1, 0.85, 0)}
+    fig, axes = plt.subplots(2, len(examples), figsize=(2.8 * len(examples), 6), squeeze=False, layout="constrained")
     for (top, bottom), (title, image, pred, truth, score, aspect) in zip(axes.T, examples):
         rgb = np.repeat(np.clip(image, 0, 1)[..., None], 3, -1)
-        for where, colour in (((pred == truth) & (truth > 0), (0.1, 0.8, 0.2)), ((pred != truth) & (pred > 0), (0.95, 0.15, 0.1)),
-                              ((pred == 0) & (truth > 0), (1, 0.85, 0))):
-            rgb[where] = 0.4 * rgb[where] + 0.6 * np.array(colour)
+        places = (pred == truth) & (truth > 0), (pred != truth) & (pred > 0), (pred == 0) & (truth > 0)
+        for where, colour in zip(places, colours.values()):
+            rgb[where] = 0.25 * rgb[where] + 0.75 * np.array(colour)
         for ax, picture in ((top, image), (bottom, rgb)):
             ax.imshow(picture[:, ::-1], cmap="gray", vmin=0, vmax=1, origin="lower", aspect=aspect, interpolation="nearest")
             ax.axis("off")
-        top.set_title(title if len(title) < 32 else "…" + title[-31:], fontsize=8)
+        top.set_title(title[-32:], fontsize=8)
         bottom.set_title(f"Dice {score:.3f}", fontsize=8)
-    for x, (colour, name) in zip((0.3, 0.5, 0.7), (("#1acc33", "correct"), ("#f22619", "wrong"), ("#d9a800", "missing"))):
-        fig.text(x, 0.015, "■ " + name, color=colour, ha="center", fontsize=9)
-    fig.tight_layout(rect=(0, 0.03, 1, 1))
+    patches = [Patch(color=colour, label=name) for name, colour in colours.items()]
+    fig.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False, fontsize=8, handlelength=1, columnspacing=1)
     fig.savefig(out, dpi=120)
     plt.close(fig)
 
@@ -679,7 +679,7 @@ def plot_retrieval(examples, out):
         y = 1.0
         for head, text, colour in [("its own", own, "0.35"), *((f"nearest {k + 1}", text, "#0a7d28" if same else "#b03020")
                                                                for k, (same, text) in enumerate(nearest))]:
-            lines = textwrap.wrap(text, 118)
+            lines = textwrap.wrap(text, 125)
             lines = lines[:4] + ["…"] * (len(lines) > 4)
             right.text(0, y, head, transform=right.transAxes, fontsize=7, weight="bold", va="top")
             right.text(0.11, y, "\n".join(lines), transform=right.transAxes, fontsize=7, color=colour, va="top", parse_math=False)
@@ -695,23 +695,22 @@ def plot_radar(results, out):
     results: {method: {task: result of `evaluate`}}; a method without a task has a gap there.
     """
     tasks = [task for task in data.TASKS if any(task in of for of in results.values())]
+    of_task = {task: [of[task] for of in results.values() if task in of] for task in tasks}
+    chance = {task: found[0]["chance"] for task, found in of_task.items()}
+    best = {task: max(one["value"] for one in found) for task, found in of_task.items()}
     angles = np.linspace(0, 2 * np.pi, len(tasks), endpoint=False)
-    best = {task: max(of[task]["value"] for of in results.values() if task in of) for task in tasks}
     fig, ax = plt.subplots(figsize=(6.4, 5.6), subplot_kw={"projection": "polar"})
     ax.set_theta_zero_location("N")
     ax.set_theta_direction(-1)
     for method, of in results.items():
-        radii = [np.clip((of[t]["value"] - of[t]["chance"]) / max(best[t] - of[t]["chance"], 1e-9), 0, 1) if t in of else np.nan
-                 for t in tasks]
-        line, = ax.plot([*angles, 2 * np.pi], [*radii, radii[0]], marker="o", ms=3, lw=1.5, label=method)
-        ax.fill(angles, np.nan_to_num(radii), color=line.get_color(), alpha=0.08)
-    chance = {task: next(of[task]["chance"] for of in results.values() if task in of) for task in tasks}
-    metric = {task: next(of[task]["metric"] for of in results.values() if task in of) for task in tasks}
-    ax.set_xticks(angles, [f"{task}\n{metric[task]} {chance[task]:.3g} … {best[task]:.3g}" for task in tasks], fontsize=8)
-    ax.tick_params(axis="x", pad=14)
+        radii = [(of[t]["value"] - chance[t]) / max(best[t] - chance[t], 1e-9) if t in of else np.nan for t in tasks]
+        ax.plot([*angles, 2 * np.pi], np.clip([*radii, radii[0]], 0, 1), marker="o", ms=3, lw=1.5, label=method)
+    ax.set_xticks(angles, [f"{t}\n{of_task[t][0]['metric']} {chance[t]:.3g} … {best[t]:.3g}" for t in tasks], fontsize=8)
+    for label, side in zip(ax.get_xticklabels(), np.sin(angles).round(3)):
+        label.set_horizontalalignment("center" if side == 0 else "left" if side > 0 else "right")
     ax.set_yticks([0.25, 0.5, 0.75, 1], [])
     ax.set_ylim(0, 1)
-    ax.legend(loc="upper left", bbox_to_anchor=(1.1, 1.1), fontsize=8, frameon=False)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.15, 1.1), fontsize=8, frameon=False)
     fig.savefig(out, dpi=120, bbox_inches="tight")
     plt.close(fig)
 
@@ -835,13 +834,8 @@ def predict(network, item, task, config, cache, device, out, index=()):
 
 def write_result(result, path):
     """A result as JSON, which has no NaN: null"""
-    def plain(x):
-        if isinstance(x, dict):
-            return {key: plain(value) for key, value in x.items()}
-        if isinstance(x, (list, tuple)):
-            return [plain(value) for value in x]
-        return None if isinstance(x, float) and not math.isfinite(x) else x
-    Path(path).write_text(json.dumps(plain(result), indent=1, ensure_ascii=False), encoding="utf-8")
+    result = json.loads(json.dumps(result), parse_constant=lambda name: None)
+    Path(path).write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def print_result(result):

@@ -492,10 +492,10 @@ def test_retrieval_under_both_protocols(constant_inputs, text_encoder, tmp_path)
     ranks = [sum(row) for row in close]
     volumes, scans = result["protocols"]["volumes"], result["protocols"]["scans"]
     assert volumes["n"] == result["n"] == 12 and scans["n"] == 6
-    assert volumes["Recall@5"] == result["value"] == pytest.approx(np.mean(np.array(ranks) <= 5))
+    assert volumes["recall"]["Recall@5"] == result["value"] == pytest.approx(np.mean(np.array(ranks) <= 5))
     assert volumes["chance"]["Recall@5"] == result["chance"] == 5 / 12 and scans["chance"]["Recall@50"] == 1
     ranks = [sum(row[::2]) for row in close[::2]]
-    assert scans["Recall@5"] == pytest.approx(np.mean(np.array(ranks) <= 5)) and scans["median_rank"] == np.median(ranks)
+    assert scans["recall"]["Recall@5"] == pytest.approx(np.mean(np.array(ranks) <= 5)) and scans["median_rank"] == np.median(ranks)
     assert scans["ids_sha1"] == hashlib.sha1("\n".join(sorted(ids[::2])).encode()).hexdigest()
     rows = list(csv.reader((tmp_path / "ranks.csv").open()))
     assert rows[0][:2] == ["id", "rank"] and rows[1][0] == "valid_1_a_1" and int(rows[1][1]) == 3
