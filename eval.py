@@ -30,7 +30,7 @@ def flags():
     parser.add_argument("--task", help="one of the nine, a row of TASKS in data.py")
     parser.add_argument("--checkpoint", type=Path, help="best.pt of finetune.py")
     parser.add_argument("--data", help="the task's data in their own layout; with --input: the reports to search")
-    parser.add_argument("--split", default="test", help="train, valid or test (default: test)")
+    parser.add_argument("--split", choices=("train", "valid", "test"), default="test", help="part to report on (default: test)")
     parser.add_argument("--fold", type=int, help="fold of sets that have folds (default: as in training)")
     parser.add_argument("--input", type=Path, help="instead of --data: one scan, any file or folder that data.py reads")
     parser.add_argument("--centre", type=float, nargs=3, metavar=("X", "Y", "Z"), help="mm of the place to look at, for tasks "
@@ -380,8 +380,11 @@ def evaluate(network, items, task, config, cache, device, out=None, progress=Tru
         out.mkdir(parents=True, exist_ok=True)
     of_kind = {"classify": _evaluate_classes, "prompt": _evaluate_classes, "segment": _evaluate_masks,
                "report": _evaluate_reports, "retrieve": _evaluate_retrieval}[task.kind]
-    return {"task": config["task"], "metric": task.metric, "n": len(items), "split": "+".join(sorted({item.split for item in items})),
-            "ids_sha1": _hash(items)} | of_kind(network, items, task, config, cache, device, out, progress, train_items)
+    found = of_kind(network, items, task, config, cache, device, out, progress, train_items)
+    head = {"task": config["task"], "metric": task.metric, "value": found["value"], "interval": found["interval"], "n": len(items),
+            "chance": found["chance"], "split": "+".join(sorted({item.split for item in items})), "ids_sha1": _hash(items),
+            "per_class": found["per_class"], "positives": {}, "protocol": found["protocol"]}
+    return head | found
 
 
 def _hash(items):
@@ -753,19 +756,18 @@ def embed_command(args):
     """Features of every scan of a folder; a scan that cannot be read is named and left out."""
     encoder, config = load_encoder(args.checkpoint, args.encoder)
     whole = "task" not in config or data.TASKS[config["task"]].view == "whole"      # a run on patches knows no size for this
-    size = tuple(args.size or (config.get("size") if whole else None) or data.SIZE)
+    size, hu = tuple(args.size or whole and config.get("size") or data.SIZE), args.hu or config.get("hu", "auto")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder.to(device).eval()
-    scans = [args.input]
-    if args.input.is_dir():
-        scans = sorted(f for f in args.input.rglob("*") if f.name.lower().endswith((".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".npz")))
-        if not scans:                                   # then folders that hold files are scans: DICOM or pictures
-            scans = sorted({f.parent for f in args.input.rglob("*") if f.is_file()})
+    folder = args.input if args.input.is_dir() else args.input.parent
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    known = [file for file in files if file.name.lower().endswith((".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".npz"))]
+    scans = sorted(known or {file.parent for file in files}) if args.input.is_dir() else [args.input]   # or DICOM, pictures
     ids, rows, failed = [], [], []
     for scan in tqdm(scans, desc="embed", unit="scan", disable=None):
-        name = scan.relative_to(args.input).as_posix() if scan != args.input else scan.name
+        name = scan.relative_to(folder).as_posix()
         try:
-            volume = data.load_volume(data.Item(name, scan, "", "test", name, None, None), args.cache, size, args.hu or config.get("hu", "auto"))
+            volume = data.load_volume(data.Item(name, scan, "", None, name, None, None), args.cache, size, hu)
         except ValueError as error:
             failed.append(str(error))
             continue
@@ -789,12 +791,12 @@ def radar_command(args):
             result = json.loads(path.read_text(encoding="utf-8"))
             task, _ = result["task"], float(result["value"]) + float(result["chance"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: found {type(error).__name__}: {error}; expected a result.json of eval.py with task, value and chance")
+            raise ValueError(f"{path}: found {error!r}, expected a result.json of eval.py with task, metric, value and chance") from None
         folder = path.resolve().parent
         method = result.get("method") or (folder.parent if folder.name == task else folder).name
         if task not in data.TASKS or task in results.setdefault(method, {}):
-            raise ValueError(f"{path}: found the task {task} {'twice ' if task in data.TASKS else ''}for the method {method}, expected "
-                             f"each of {', '.join(data.TASKS)} at most once")
+            raise ValueError(f"{path}: found the task {task} of the method {method}, expected each of {', '.join(data.TASKS)} "
+                             "at most once for a method")
         results[method][task] = result
     args.out.parent.mkdir(parents=True, exist_ok=True)
     plot_radar(results, args.out)
@@ -803,7 +805,6 @@ def radar_command(args):
 
 def predict(network, item, task, config, cache, device, out, index=()):
     """One scan: writes a mask, probabilities, a report or the nearest reports of `index` (items) to `out` and prints them."""
-    rows = []
     if task.kind == "segment":
         labels, affine = segment(network, item, task, cache, device, progress=True)
         path, voxel = out / f"{_file_name(item)}_mask.nii.gz", abs(np.linalg.det(affine[:3, :3])) / 1000
@@ -811,24 +812,24 @@ def predict(network, item, task, config, cache, device, out, index=()):
         for k, name in enumerate(task.classes, 1):
             print(f"{name:40s} {(labels == k).sum() * voxel:10.2f} ml")
     elif task.kind in ("classify", "prompt"):
-        rows = [("class", "probability"), *zip(task.classes, probabilities(network, [item], task, config, cache, device)[0].tolist())]
+        found = probabilities(network, [item], task, config, cache, device)[0].tolist()
         path = out / "probabilities.csv"
-        for name, probability in rows[1:]:
+        _write_csv(path, [("class", "probability"), *zip(task.classes, found)])
+        for name, probability in zip(task.classes, found):
             print(f"{name:40s} {probability:.3f}")
     elif task.kind == "report":
         report, path = generate_reports(network, [item], task, config, cache, device)[0], out / "report.txt"
         path.write_text(report + "\n", encoding="utf-8")
         print(report)
     else:
-        reports = list({other.report: other.id for other in index}.items())         # two reconstructions, one report
-        similarity = text_features(network, [report for report, _ in reports], device) @ image_features(network, [item], task, config, cache, device)[0]
-        best = similarity.argsort(descending=True, stable=True)[:10].tolist()
-        rows = [("rank", "id", "similarity", "report"), *((k + 1, reports[i][1], float(similarity[i]), reports[i][0]) for k, i in enumerate(best))]
+        ids = {other.report: other.id for other in index}                           # two reconstructions, one report
+        feature = image_features(network, [item], task, config, cache, device)[0]
+        found = zip((text_features(network, list(ids), device) @ feature).tolist(), ids.items())
+        rows = [(k, name, score, report) for k, (score, (report, name)) in enumerate(sorted(found, reverse=True)[:10], 1)]
         path = out / "retrieved.csv"
-        for rank, name, score, report in rows[1:6]:
+        _write_csv(path, [("rank", "id", "similarity", "report"), *rows])
+        for rank, name, score, report in rows[:5]:
             print(f"{rank:3d}  {score:.3f}  {name}  {textwrap.shorten(report, 160)}")
-    if rows:
-        _write_csv(path, rows)
     print(f"wrote {path}")
 
 
@@ -840,21 +841,20 @@ def write_result(result, path):
 
 def print_result(result):
     """The per-class table, what more there is, and the number in one line."""
-    print(f"{'':40s} {'positives' if 'positives' in result else '':>9s} {result['metric']:>9s}")
+    positives, (low, high) = result.get("positives", {}), result["interval"]
+    print(f"{'':40s} {'positives' if positives else '':>9s} {result['metric'] if positives else '':>9s}")
     for name, value in result["per_class"].items():
-        print(f"{name:40s} {result.get('positives', {}).get(name, ''):>9} {value:9.3f}")
-    known = {"task", "metric", "value", "interval", "n", "chance", "protocol", "split", "ids_sha1", "per_class", "positives"}
-    for name, value in result.items():
-        if name not in known:
-            print(f"{name.replace('_', ' ')}: {json.dumps(value, default=str)}")
-    (low, high), n = result["interval"], result["n"]
-    print(f"{result['task']}: {result['metric']} {result['value']:.3f} [{low:.3f}, {high:.3f}], n = {n} ({result['split']}), chance "
-          f"{result['chance']:.3f}\n{result['protocol']}; ids {result['ids_sha1'][:10]}")
+        print(f"{name:40s} {positives.get(name, ''):>9} {value:9.3f}")
+    for name in [*result][[*result].index("protocol") + 1:]:
+        print(f"{name.replace('_', ' ')}: {json.dumps(result[name])}")
+    print(f"{result['protocol']}; ids {result['ids_sha1'][:10]}")
+    print(f"{result['task']}: {result['metric']} {result['value']:.3f} [{low:.3f}, {high:.3f}], n = {result['n']} "
+          f"({result['split']}), chance {result['chance']:.3f}")
 
 
 def task_command(args):
     if args.task not in data.TASKS:
-        raise ValueError(f"--task {args.task}: expected one of {', '.join(data.TASKS)}, or a command: probe, embed, radar")
+        raise ValueError(f"found --task {args.task}, expected one of {', '.join(data.TASKS)}, or a command: probe, embed, radar")
     if not args.checkpoint or not (args.data or args.input):
         raise ValueError("expected --checkpoint, and --data or --input")
     network, task, config = load_checkpoint(args.checkpoint)
@@ -866,21 +866,21 @@ def task_command(args):
     if args.data:
         items = data.load_task(args.task, Path(args.data), config["fold"] if args.fold is None else args.fold, config["seed"])
         part = [item for item in items if item.split == args.split]
-        if not part:
-            raise ValueError(f"{args.data}: found no item of the split {args.split}, expected one of {', '.join(sorted({i.split for i in items}))}")
     if args.input:
-        if (args.centre is not None) != (task.view == "cube"):
-            raise ValueError(f"--task {args.task}: expected {'--centre X Y Z, the place to look at in mm' if task.view == 'cube' else 'no --centre'}")
-        if task.kind == "retrieve" and not items:
-            raise ValueError(f"--task {args.task}: expected --data, whose reports are the index to search")
-        item = data.Item(args.input.name, args.input, "", args.split, args.input.name, None, None)
-        if args.centre:
-            signs = (1, 1, 1) if args.input.name.lower().endswith((".nii", ".nii.gz")) else (-1, -1, 1)
-            item = item._replace(centre=tuple(sign * mm for sign, mm in zip(signs, args.centre)))
+        by_place = task.view == "cube"
+        if (args.centre is not None) != by_place:
+            raise ValueError(f"--task {args.task}: expected {'--centre X Y Z, the place to look at' if by_place else 'no --centre'}")
+        if task.kind == "retrieve" and not part:
+            raise ValueError(f"--task {args.task}: expected --data, whose reports are those to search")
+        item = data.Item(args.input.name, args.input, "", None, args.input.name, None, None)
+        if by_place:
+            x, y, z = args.centre
+            item = item._replace(centre=(x, y, z) if ".nii" in args.input.name.lower() else (-x, -y, z))
         out.mkdir(parents=True, exist_ok=True)
         predict(network.to(device), item, task, config, args.cache, device, out, part)
         return
-    result = evaluate(network, part, task, config, args.cache, device, out, train_items=[i for i in items if i.split == "train"])
+    train_items = [item for item in items if item.split == "train"]
+    result = evaluate(network, part, task, config, args.cache, device, out, train_items=train_items)
     print_result(result)
     write_result(result, out / "result.json")
     print(f"wrote {out / 'result.json'}")

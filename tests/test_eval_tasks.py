@@ -581,7 +581,7 @@ def test_radar(tmp_path):
     assert done.returncode == 0 and "2 methods" in done.stdout, done.stderr
     drawn(tmp_path / "radar.png")
     done = run("radar", *files, files[0], "--out", tmp_path / "radar.png")
-    assert done.returncode == 1 and "twice" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "at most once" in done.stderr and "Traceback" not in done.stderr
     (tmp_path / "other.json").write_text("[1]")
     done = run("radar", tmp_path / "other.json")
     assert done.returncode == 1 and "other.json" in done.stderr and "Traceback" not in done.stderr
