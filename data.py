@@ -23,6 +23,7 @@ import re
 import shutil
 import sys
 import uuid
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,7 +129,8 @@ def _read_npz(path):
 def read_stored(path):
     """Read any volume as it is stored: array (x, y, z) in file units and its affine 4×4, voxel index -> RAS world mm.
 
-    NIfTI; .mha, .mhd, .nrrd; a folder of DICOM or of PNG/JPEG slices; CT-RATE .npz; grey slices in a .npy. Raises ValueError naming the file.
+    NIfTI; .mha, .mhd, .nrrd; a folder of DICOM or of PNG/JPEG slices; CT-RATE .npz; grey slices in a .npy.
+    Raises ValueError naming the file.
     """
     path = Path(path)
     name = path.name.lower()
@@ -151,11 +153,11 @@ def read_stored(path):
                          f"{' with its .raw beside it' if name.endswith('.mhd') else ''}") from error
 
 
-def to_ras(path, xyz, affine):
+def to_ras(path, xyz, affine, is_mask=False):
     """Turn a stored array (x, y, z) so that x runs to the right, y to the front, z to the head.
 
     Returns array (z, y, x) float32, spacing (z, y, x) mm, affine 4×4 of the turned (x, y, z) index -> world mm.
-    Raises ValueError, naming `path`, for what is no scan: not 3D, no geometry, NaN, constant.
+    Raises ValueError, naming `path`, for what is no scan: not 3D, no geometry, NaN, constant (which a mask may be).
     """
     if xyz.ndim > 3:
         xyz = xyz.reshape(xyz.shape[:3] + tuple(n for n in xyz.shape[3:] if n != 1))
@@ -170,7 +172,7 @@ def to_ras(path, xyz, affine):
     affine = affine @ nib.orientations.inv_ornt_aff(orientation, xyz.shape)
     array = np.ascontiguousarray(nib.apply_orientation(xyz, orientation).T, dtype=np.float32)    # (z, y, x)
     low, high = array.min(), array.max()
-    if not np.isfinite([low, high]).all() or low == high:
+    if not np.isfinite([low, high]).all() or low == high and not is_mask:
         raise ValueError(f"{path}: found values from {low} to {high}, expected finite ones that differ")
     return array, tuple(np.linalg.norm(affine[:3, 2::-1], axis=0).tolist()), affine
 
@@ -729,9 +731,9 @@ def _recipe(epochs, warmup, batch_size, lr, lr_encoder=None, weight_decay=0., de
                 weight_decay=weight_decay, decay=decay, clip_grad=clip_grad)
 
 
-# NOTE(paper): most settings come from the released scripts. Not given anywhere and ours: the epochs of luna16 and
-# ct-rate-retrieval, the batch of the segmentation tasks, the probability of rot90 and affine where there is one, the
-# zoom's, and clip_grad but for msd-lung and covid-19-20.
+# NOTE(paper): most settings are those of the released scripts. Given nowhere and ours: the recipe of ct-rate-retrieval
+# (the rates of pre-training), the epochs of luna16, the batch of the segmentation tasks, the probabilities of rot90 and
+# affine in luna16 and of affine and zoom in msd-lung, clip_grad but for msd-lung and covid-19-20.
 _CASES = ", or a JSON {training: [{image, label[, fold]}][, validation: [...]]} anywhere in the folder"
 _CT_RATE = "a CT-RATE folder (train/ and valid/ volumes, reports and labels CSVs) or a manifest .csv"
 TASKS = {
@@ -1001,6 +1003,275 @@ class Batches:
                 order, order_epoch = np.random.default_rng((self.seed, epoch)).permutation(self.n), epoch
             first = (batch * self.world + self.rank) * self.batch_size
             yield [(int(index), step) for index in order[first:first + self.batch_size]]
+
+
+# -------------------------------------------------------------------------------------- examples of the nine tasks
+# A scan is prepared once (oriented, windowed, resampled; float16, cached and memory-mapped), then cut to what the network sees.
+
+BOX = 384.                                      # mm, side of the box around the middle of a scan (view "box")
+
+
+def _resize(array, size, mode):
+    array = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))[None, None]         # (1, 1, z, y, x)
+    flags = {"align_corners": False} if mode == "trilinear" else {}
+    return F.interpolate(array, size=tuple(size), mode=mode, **flags)[0, 0].numpy()
+
+
+def _read_mask(item, task, shape, affine):
+    """The mask of a case, uint8 (z, y, x) in RAS. ValueError for another grid than the scan's and for unknown labels."""
+    mask, _, mask_affine = to_ras(item.mask, *read_stored(item.mask), is_mask=True)
+    if mask.shape != shape or not np.allclose(mask_affine, affine, atol=0.05):
+        raise ValueError(f"{item.mask}: found a mask of {mask.shape} voxels (z, y, x) and affine {mask_affine[:3].round(3).tolist()}, "
+                         f"expected the grid of {item.volume}: {shape} and {affine[:3].round(3).tolist()}")
+    values = np.unique(mask)
+    if unknown := sorted(set(values.tolist()) - set(range(len(task.classes) + 1))):
+        raise ValueError(f"{item.mask}: found the label values {unknown[:5]}, expected 0 to {len(task.classes)} "
+                         f"(background, {', '.join(task.classes)})")
+    return mask.astype(np.uint8)
+
+
+def prepare(item, task, cache="cache"):
+    """A scan of a task, from the cache or made and put there: volume (z, y, x) float16, mask uint8 of its shape or None,
+    affine 4×4 of its (x, y, z) index -> RAS world mm.
+
+    Windowed to [0, 1], or z-scored where the task has no window; resampled to the task's spacing (view "patch"), to the whole
+    field of view (view "slices": 4/3 of the size in plane) or to a box of BOX mm padded with air (view "box"). Raises ValueError.
+    """
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in (item.volume, item.mask) if file]
+    size = task.size if task.view in ("slices", "box") else None
+    key = hashlib.sha1(repr((stats, task.view, size, task.window, task.spacing, len(task.classes), item.rescale)).encode()).hexdigest()
+    path = Path(cache) / f"{task.view}-{key}.npy"
+    mask_path, affine_path = path.with_suffix(".mask.npy"), path.with_suffix(".affine.npy")
+    if not path.exists():                                   # it is written last: what lies beside it is complete
+        array, spacing, affine = read_volume(item.volume)
+        mask = _read_mask(item, task, array.shape, affine) if item.mask else None
+        if task.window:
+            array, _ = to_hounsfield(array, item.volume, "auto", item.rescale)
+            if task.view == "box":
+                n = [round(BOX / side) for side in spacing]
+                before = [max(0, (k - m) // 2) for k, m in zip(n, array.shape)]
+                array = np.pad(array, [(b, max(0, k - m - b)) for k, m, b in zip(n, array.shape, before)],
+                               constant_values=task.window[0])
+                array = array[tuple(slice((m - k) // 2, (m - k) // 2 + k) for k, m in zip(n, array.shape))]
+            low, high = task.window
+            array = (np.clip(array, low, high) - low) / (high - low)
+        else:
+            inside = array[array != 0]
+            array = (array - inside.mean()) / max(inside.std(), 1e-6)
+        shape = array.shape
+        if task.view == "box":
+            shape = task.size
+        elif task.view == "slices":
+            shape = (task.size[0], *(round(side * 4 / 3) for side in task.size[1:]))
+        elif task.spacing:
+            shape = tuple(max(1, round(n * side / new)) for n, side, new in zip(array.shape, spacing, task.spacing))
+        ratio = np.array(array.shape[::-1]) / shape[::-1]                           # (x, y, z) of old voxels in a new one
+        affine = affine @ np.block([[np.diag(ratio), (ratio[:, None] - 1) / 2], [np.zeros((1, 3)), np.ones((1, 1))]])
+        if shape != array.shape:
+            array = _resize(array, shape, "trilinear")
+            mask = None if mask is None else _resize(mask, shape, "nearest-exact").astype(np.uint8)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for file, content in ((affine_path, affine), (mask_path, mask), (path, array.astype(np.float16))):
+            if content is not None:
+                temporary = file.with_suffix(f".{uuid.uuid4().hex}.tmp")
+                with open(temporary, "wb") as opened:
+                    np.save(opened, content)
+                os.replace(temporary, file)
+    return (np.load(path, mmap_mode="r", allow_pickle=False), np.load(mask_path, mmap_mode="r", allow_pickle=False) if item.mask else None,
+            np.load(affine_path, allow_pickle=False))
+
+
+def candidate_voxel(item, shape, affine):
+    """Where the candidate of an item lies in its scan: index (z, y, x). ValueError if it lies outside."""
+    index = (np.linalg.inv(affine) @ [*item.centre, 1])[2::-1]
+    if ((index < -0.5) | (index > np.array(shape) - 0.5)).any():
+        raise ValueError(f"{item.volume}: found the candidate {item.id} at {np.round(item.centre, 1).tolist()} (RAS, mm), voxel "
+                         f"{index.round(1).tolist()} (z, y, x), expected it inside the scan of {tuple(shape)} voxels")
+    return np.rint(index).astype(int)
+
+
+def _cut(array, corner, size):
+    """A box of voxels, moved inside the array; where the array is smaller, filled up with its least value."""
+    corner = [min(max(int(c), 0), max(0, n - k)) for c, n, k in zip(corner, array.shape, size)]
+    box = np.asarray(array[tuple(slice(c, c + k) for c, k in zip(corner, size))])
+    if box.shape == tuple(size):
+        return box
+    fill = [((k - n) // 2, k - n - (k - n) // 2) for n, k in zip(box.shape, size)]
+    return np.pad(box, fill, constant_values=box.min())
+
+
+def cut_views(item, task, cache, generator=None):
+    """What the network sees of an item: float32 (P, 1, D, H, W) and mask int64 (P, D, H, W) or None.
+
+    With a `generator` places are drawn: crops of "slices", patches about a voxel of the mask and elsewhere in turns. Without,
+    the middle is taken; a "cube" has its candidate in its middle either way.
+    """
+    if task.view == "whole":
+        return load_volume(item, cache, task.size)[None], None
+    volume, mask, affine = prepare(item, task, cache)
+    room = np.maximum(np.array(volume.shape) - task.size, 0)
+    corners = [room // 2 if generator is None else generator.integers(0, room + 1)]
+    if task.view == "cube":
+        corners = [candidate_voxel(item, volume.shape, affine) - np.array(task.size) // 2]
+    elif task.view == "patch" and generator is not None:
+        truth, corners = np.asarray(mask), []
+        for i in range(task.patches):
+            places = np.flatnonzero(truth) if i % 2 == 0 else np.flatnonzero((truth == 0) & (volume > volume.min()))
+            place = np.unravel_index(generator.choice(places), truth.shape) if len(places) else np.array(truth.shape) // 2
+            corners.append(np.array(place) - np.array(task.size) // 2)
+    volumes = np.stack([_cut(volume, corner, task.size) for corner in corners]).astype(np.float32)
+    masks = None if mask is None else torch.from_numpy(np.stack([_cut(mask, corner, task.size) for corner in corners]).astype(np.int64))
+    return torch.from_numpy(volumes)[:, None], masks
+
+
+def network_input(item, task, cache="cache"):
+    """What a network sees of an item in prediction, float32 (1, D, H, W): no chance in it."""
+    return cut_views(item, task, cache)[0][0]
+
+
+def augment(volume, mask, generator, settings):
+    """One volume (1, D, H, W) and its mask (D, H, W) or None, changed by chance, the same way both. `settings` of the task:
+
+    flip and rot90 (in plane), affine (rotation up to π/15, size ±10 %), intensity (scale and shift ±0.1): probabilities;
+    brightness, contrast: largest change; noise: standard deviation.
+    """
+    def chance(name):
+        return generator.random() < settings.get(name, 0)
+    axes = [axis for axis in (1, 2, 3) if chance("flip")]
+    turns = generator.integers(1, 4) if chance("rot90") and volume.shape[2] == volume.shape[3] else 0
+    volume = volume.flip(axes).rot90(turns, (2, 3))
+    mask = None if mask is None else mask.flip([axis - 1 for axis in axes]).rot90(turns, (1, 2))
+    if chance("affine"):
+        angles, size = generator.uniform(-math.pi / 15, math.pi / 15, 3), generator.uniform(0.9, 1.1)
+        shape = np.array(volume.shape[:0:-1], float)                                # (x, y, z), as grid_sample wants
+        matrix = np.eye(3) / size
+        for axis, angle in enumerate(angles):
+            turn, (i, j) = np.eye(3), [(1, 2), (0, 2), (0, 1)][axis]
+            turn[i, i] = turn[j, j] = math.cos(angle)
+            turn[i, j], turn[j, i] = -math.sin(angle), math.sin(angle)
+            matrix = matrix @ turn
+        matrix = matrix * shape / shape[:, None]                                    # coordinates run from -1 to 1 on each axis
+        theta = torch.from_numpy(np.c_[matrix, np.zeros(3)]).float()[None]
+        grid = F.affine_grid(theta, (1, 1, *volume.shape[1:]), align_corners=False)
+        volume = F.grid_sample(volume[None], grid, padding_mode="border", align_corners=False)[0]
+        if mask is not None:
+            mask = F.grid_sample(mask[None, None].float(), grid, mode="nearest", align_corners=False)[0, 0].long()
+    if chance("intensity"):
+        volume = volume * generator.uniform(0.9, 1.1) + generator.uniform(-0.1, 0.1)
+    volume = volume + generator.uniform(-1, 1) * settings.get("brightness", 0)
+    volume = (volume - volume.mean()) * (1 + generator.uniform(-1, 1) * settings.get("contrast", 0)) + volume.mean()
+    if "noise" in settings:
+        volume = volume + settings["noise"] * torch.from_numpy(generator.standard_normal(volume.shape, dtype=np.float32))
+    return volume, mask
+
+
+def report_words(report):
+    """A report in lower case, without punctuation, cut at blanks: what a generator learns and BLEU compares"""
+    return re.sub(r"[^\w\s]", " ", report.lower()).split()
+
+
+def build_vocabulary(reports, min_count=3):
+    """Words that stand at least min_count times in the training reports, after 4 special ones. ValueError if there is none."""
+    count = Counter(word for report in reports for word in report_words(report))
+    words = sorted(word for word, times in count.items() if times >= min_count)
+    if not words:
+        raise ValueError(f"found no word that stands {min_count} times or more in {len(reports)} training reports, expected a "
+                         "vocabulary; are the reports empty?")
+    return ["<pad>", "<bos>", "<eos>", "<unk>", *words]
+
+
+class TaskDataset(torch.utils.data.Dataset):
+    """Training examples of a task; asked for (index, step), as `Batches` does. Chance comes from (seed, step, index) alone.
+
+    Of "cube" tasks with far more negative than positive candidates, an epoch holds all positives and as many negatives, drawn
+    anew for each. A dict: id; volume (P, 1, D, H, W); label (P, K), mask (P, D, H, W) or tokens (L,), by the kind of the task.
+    """
+
+    def __init__(self, items, task, cache="cache", seed=0, vocabulary=None, max_length=150):
+        self.items, self.task, self.cache, self.seed, self.max_length = items, task, cache, seed, max_length
+        self.word_ids = {word: i for i, word in enumerate(vocabulary or [])}
+        self.negatives = []
+        if task.view == "cube":
+            self.items, self.negatives = ([item for item in items if item.labels[0] == label] for label in (1, 0))
+
+    def __len__(self):
+        return len(self.items) * (2 if self.negatives else 1)
+
+    def __getitem__(self, index_and_step):
+        index, step = index_and_step
+        generator = np.random.default_rng((self.seed, step, index))
+        item = self.items[index] if index < len(self.items) else self.negatives[generator.integers(len(self.negatives))]
+        volumes, masks = cut_views(item, self.task, self.cache, generator)
+        if self.task.augment:
+            changed = [augment(volume, None if masks is None else masks[i], generator, self.task.augment)
+                       for i, volume in enumerate(volumes)]
+            volumes = torch.stack([volume for volume, _ in changed])
+            masks = None if masks is None else torch.stack([mask for _, mask in changed])
+        example = {"id": item.id, "volume": volumes}
+        if self.task.kind == "segment":
+            example["mask"] = masks
+        elif self.task.kind == "report":
+            words = [self.word_ids.get(word, 3) for word in report_words(item.report)[:self.max_length]]
+            example["tokens"] = torch.tensor([1, *words, 2])
+        else:
+            example["label"] = torch.from_numpy(item.labels)[None]
+        return example
+
+
+def collate_task(batch):
+    """Examples of a task -> one batch: volumes, labels and masks one behind the other, tokens padded with 0, a list of ids"""
+    out = {"ids": [example["id"] for example in batch]}
+    for key in batch[0].keys() - {"id"}:
+        column = [example[key] for example in batch]
+        out[key] = pad_sequence(column, batch_first=True) if key == "tokens" else torch.cat(column)
+    return out
+
+
+def _prepare_job(job):
+    torch.set_num_threads(1)
+    items, task, cache = job
+    try:
+        if task.view == "whole":
+            load_volume(items[0], cache, task.size)
+            return [], None
+        volume, _, affine = prepare(items[0], task, cache)
+        if task.view == "cube":
+            for item in items:
+                candidate_voxel(item, volume.shape, affine)
+    except ValueError as error:
+        return items, str(error)
+    return [], None
+
+
+def prepare_all(items, task, cache="cache", workers=None):
+    """Prepare every scan of a task in `workers` processes -> the items that are good. A scan that is wrong is named and left
+    out; ValueError where that happens to more than 5 %."""
+    groups = {}
+    for item in items:
+        groups.setdefault(item.volume, []).append(item)
+    bad, problems = set(), []
+    with multiprocessing.Pool(workers) as pool:
+        jobs = [(group, task, cache) for group in groups.values()]
+        for left_out, problem in tqdm(pool.imap_unordered(_prepare_job, jobs), total=len(jobs), desc="prepare", unit="scan", disable=None):
+            if problem:
+                problems.append(problem)
+                bad.update(item.volume for item in left_out)
+    if len(problems) > 0.05 * len(groups):
+        raise ValueError("\n  ".join([f"{len(problems)} of {len(groups)} scans are wrong, more than 5 %:", *sorted(problems)[:5]]))
+    for problem in sorted(problems):
+        log.warning("left out %s", problem)
+    return [item for item in items if item.volume not in bad]
+
+
+def to_own_grid(probabilities, item):
+    """Probabilities (K, D, H, W) on the prepared grid of an item -> label map uint8 (x, y, z) as its scan is stored, affine 4×4"""
+    xyz, affine = read_stored(item.volume)
+    orientation = nib.io_orientation(affine)
+    xyz = xyz.reshape(xyz.shape[:3])
+    size = nib.apply_orientation(np.broadcast_to(np.uint8(0), xyz.shape), orientation).shape[::-1]         # (z, y, x) in RAS
+    labels = F.interpolate(probabilities[None].float(), size=size, mode="trilinear", align_corners=False)[0].argmax(0)
+    back = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), orientation)
+    return nib.apply_orientation(labels.numpy().astype(np.uint8).T, back), affine
 
 
 # ------------------------------------------------------------------------------------------------ demo phantoms
@@ -1528,7 +1799,8 @@ def check_task(args):
     try:
         items = load_task(args.task, args.data, args.fold)
     except ValueError as error:
-        raise ValueError(f"{error}\n{args.task} lies on disk as: {task.layout}") from error
+        known = task.layout in str(error)
+        raise ValueError(str(error) + ("" if known else f"\n{args.task} lies on disk as: {task.layout}")) from error
     print(f"{args.task}: {task.layout}")
     for split in SPLITS:
         part = [item for item in items if item.split == split]

@@ -5,7 +5,7 @@ Read it from the bottom if you like: `MG3D.forward` is the method, everything ab
 """
 import functools
 import logging
-import os
+import math
 import pickle
 from collections import defaultdict
 
@@ -29,12 +29,12 @@ LOSSES = ("mim", "mlm", "sfr", "cml", "ssm", "dfa", "clip")
 #   - windows of one shape are worked on a few at a time, so that their scores stay in cache.
 
 @functools.lru_cache(maxsize=64)
-def window_plan(size, window, shift, device):
-    """Which tokens share a window, for a (d, h, w) map and windows of (wd, wh, ww) tokens shifted by (sd, sh, sw).
+def window_plan(batch, size, window, shift, device):
+    """Which tokens share a window, for B maps of (d, h, w) tokens and windows of (wd, wh, ww) tokens shifted by (sd, sh, sw).
 
-    Returns (order, groups). `order` (d·h·w,) sorts the tokens window by window, group by group; a group is
-    (number of windows, real, padding): windows of one shape, the places of their real and of their padding tokens in the
-    raster of the uncut window.
+    Returns (order, inverse, groups). `order` (B·d·h·w,) sorts the tokens window by window, group by group, `inverse` undoes
+    it; a group is (number of windows, real, padding): windows of one shape, the places of their real and of their padding
+    tokens in the raster of the uncut window.
     """
     padded = [-(-s // w) * w for s, w in zip(size, window)]
     token = np.full(padded, -1)                                                     # -1 = padding
@@ -58,23 +58,26 @@ def window_plan(size, window, shift, device):
             if len(real):
                 groups[tuple(real), tuple(padding)].append(tokens[real])
     with torch.inference_mode(False):                   # the plan is kept, and later calls may want gradients
-        order = torch.from_numpy(np.concatenate([np.concatenate(windows) for windows in groups.values()])).to(device)
-        return order, [(len(windows), torch.tensor(real, device=device), torch.tensor(padding, device=device).long())
-                       for (real, padding), windows in groups.items()]
+        first = np.arange(batch)[:, None] * np.prod(size)                           # token of each map
+        order = np.concatenate([(first + np.concatenate(windows)).ravel() for windows in groups.values()])
+        order = torch.from_numpy(order).to(device)
+        return order, order.argsort(), [
+            (batch * len(windows), torch.tensor(real, device=device), torch.tensor(padding, device=device).long())
+            for (real, padding), windows in groups.items()]
 
 
 class _Permute(torch.autograd.Function):
-    """x[:, order]; as no row repeats, the backward pass is the inverse permutation and not a slow scatter-add."""
+    """x[order]; as no row repeats, the backward pass is the inverse permutation and not a slow scatter-add."""
 
     @staticmethod
     def forward(ctx, x, order, inverse):
         ctx.save_for_backward(inverse)
-        return x[:, order]
+        return x[order]
 
     @staticmethod
     def backward(ctx, grad):
         inverse, = ctx.saved_tensors
-        return grad[:, inverse], None, None
+        return grad[inverse], None, None
 
 
 class _Attention(torch.autograd.Function):
@@ -93,15 +96,17 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         q, k, v, bias = ctx.saved_tensors
-        d, scale = q.shape[-1], q.shape[-1] ** -0.5
-        # Matrix libraries are slow at making 4 or 8 columns: 16 take half the time.
-        wide = [F.pad(x, (0, max(0, 16 - d))) for x in (q, k, grad)]
+        d = q.shape[-1]
+        q_scaled, k_scaled = q * d ** -0.5, k * d ** -0.5
+        wide = [q_scaled, k_scaled, grad]
+        if d < 16:                                      # matrix libraries are slow at making 4 or 8 columns: 16 take half the time
+            wide = [F.pad(x, (0, 16 - d)) for x in wide]
         grads = []
         for head, (q_h, k_h, grad_h) in enumerate(zip(*(x.unbind(1) for x in wide))):       # one head's scores stay in cache
-            weights = torch.baddbmm(bias[head], q[:, head], k[:, head].mT, alpha=scale).softmax(-1)     # (W, n, m)
+            weights = torch.baddbmm(bias[head], q_scaled[:, head], k[:, head].mT).softmax(-1)           # (W, n, m)
             grad_scores = torch._softmax_backward_data(grad[:, head] @ v[:, head].mT, weights, -1, weights.dtype)
-            grads.append(((grad_scores @ k_h)[..., :d] * scale, (grad_scores.mT @ q_h)[..., :d] * scale,
-                          (weights.mT @ grad_h)[..., :d], grad_scores.sum(0)))
+            grads.append(((grad_scores @ k_h)[..., :d], (grad_scores.mT @ q_h)[..., :d], (weights.mT @ grad_h)[..., :d],
+                          grad_scores.sum(0)))
         grad_q, grad_k, grad_v, grad_bias = zip(*grads)
         return torch.stack(grad_q, 1), torch.stack(grad_k, 1), torch.stack(grad_v, 1), torch.stack(grad_bias)
 
@@ -173,22 +178,20 @@ class SwinBlock(nn.Module):
         # NOTE(compat): along an axis that a window covers whole, the window shrinks to the map and is not shifted.
         window = tuple(min(s, self.window_size) for s in size)
         shift = tuple(self.window_size // 2 if self.shifted and s > self.window_size else 0 for s in size)
-        order, groups = window_plan(tuple(size), window, shift, x.device)
-        inverse = order.argsort()
-        x = _Permute.apply(x.flatten(1, 3), order, inverse)                         # (B, tokens, C), sorted
-        parts = x.split([number * len(real) for number, real, _ in groups], dim=1)
+        order, inverse, groups = window_plan(B, tuple(size), window, shift, x.device)
+        x = _Permute.apply(x.reshape(-1, C), order, inverse)                        # (tokens of all maps, C), sorted
+        parts = x.split([number * len(real) for number, real, _ in groups])
         done = []
         for part, (number, real, padding) in zip(parts, groups):
             bias = self.attn.bias(real, padding)
             few = max(1, self.scores_at_a_time[x.device.type] // bias[0].numel())
-            part = part.reshape(B * number, len(real), C)
-            if self.use_checkpoint and torch.is_grad_enabled():
-                part = [checkpoint(self.run_windows, w, bias, use_reentrant=False, preserve_rng_state=False)
-                        for w in part.split(few)]
-            else:
-                part = [self.run_windows(w, bias) for w in part.split(few)]
-            done.append(torch.cat(part).view(B, -1, C))
-        return _Permute.apply(torch.cat(done, dim=1), inverse, order).view(B, *size, C)
+            for windows in part.view(number, len(real), C).split(few):
+                if self.use_checkpoint and torch.is_grad_enabled():
+                    windows = checkpoint(self.run_windows, windows, bias, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    windows = self.run_windows(windows, bias)
+                done.append(windows.flatten(0, 1))
+        return _Permute.apply(torch.cat(done), inverse, order).view(B, *size, C)
 
 
 class PatchMerging(nn.Module):
@@ -634,6 +637,204 @@ class MG3D(nn.Module):
             if on("dfa"):
                 out["h_s"] = self.visual_sentence_pool(h_s, sentence_mask)                      # (B, E)
         return out
+
+
+# -------------------------------------------------------------------------------------- heads of the nine tasks
+# Each holds its `encoder`, which `load_weights` fills from a pre-trained file. Nothing is masked here, so the mask token,
+# which would never have a gradient, does not ask for one.
+
+class Classifier(nn.Module):
+    """Average pooling of the last map, LayerNorm, one linear layer: volume (B, 1, D, H, W) -> logits (B, K)"""
+
+    def __init__(self, encoder, num_classes):
+        super().__init__()
+        self.encoder = encoder
+        self.norm = nn.LayerNorm(encoder.channels[-1])
+        self.head = nn.Linear(encoder.channels[-1], num_classes)
+        encoder.mask_token.requires_grad_(False)
+
+    def forward(self, volume):
+        return self.head(self.norm(self.encoder(volume)[-1].mean((2, 3, 4))))
+
+
+class _Conv(nn.Module):
+    """A convolution under MONAI's name."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+class ResBlock(nn.Module):
+    """Two 3×3×3 convolutions with instance norm (no parameters, no running mean) and a shortcut."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.conv1 = _Conv(nn.Conv3d(c_in, c_out, 3, padding=1, bias=False))
+        self.conv2 = _Conv(nn.Conv3d(c_out, c_out, 3, padding=1, bias=False))
+        self.conv3 = _Conv(nn.Conv3d(c_in, c_out, 1, bias=False)) if c_in != c_out else None
+
+    def forward(self, x):
+        def norm(x):                                    # of each channel over the volume; a map of one voxel becomes 0
+            return F.layer_norm(x, x.shape[2:])
+        shortcut = x if self.conv3 is None else norm(self.conv3(x))
+        x = norm(self.conv2(F.leaky_relu(norm(self.conv1(x)), 0.01)))
+        return F.leaky_relu(x + shortcut, 0.01)
+
+
+class SkipBlock(nn.Module):
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.layer = ResBlock(c_in, c_out)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+class UpBlock(nn.Module):
+    """Twice the size by a transposed convolution, then a ResBlock on that and the skip connection."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.transp_conv = _Conv(nn.ConvTranspose3d(c_in, c_out, 2, stride=2, bias=False))
+        self.conv_block = ResBlock(2 * c_out, c_out)
+
+    def forward(self, x, skip):
+        return self.conv_block(torch.cat([self.transp_conv(x), skip], dim=1))
+
+
+class SwinUNETR(nn.Module):
+    """A Swin encoder with the decoder of Swin UNETR (Hatamizadeh et al. 2022): MONAI's names, numbers and order.
+
+    volume (B, 1, D, H, W) with sides that are multiples of 32 -> logits (B, out_channels, D, H, W). ValueError for an encoder
+    that is no Swin and for other sides.
+    """
+
+    def __init__(self, encoder, out_channels):
+        super().__init__()
+        if not isinstance(encoder, SwinTransformer3D):
+            raise ValueError(f"found the encoder {type(encoder).__name__}, expected a SwinTransformer3D: this decoder needs its maps")
+        self.encoder = encoder
+        c = encoder.channels                                                        # widths of the maps: C, 2C, 4C, 8C, 16C
+        self.encoder1 = SkipBlock(encoder.patch_embed.proj.in_channels, c[0])
+        self.encoder2, self.encoder3, self.encoder4 = (SkipBlock(n, n) for n in c[:3])
+        self.encoder10 = SkipBlock(c[4], c[4])
+        self.decoder5, self.decoder4, self.decoder3, self.decoder2 = (UpBlock(c[i], c[i - 1]) for i in (4, 3, 2, 1))
+        self.decoder1 = UpBlock(c[0], c[0])
+        self.out = _Conv(_Conv(nn.Conv3d(c[0], out_channels, 1)))
+        encoder.mask_token.requires_grad_(False)
+
+    def forward(self, volume):
+        if any(side % 32 for side in volume.shape[2:]):
+            raise ValueError(f"found a volume of {tuple(volume.shape[2:])} voxels, expected sides that are multiples of 32")
+        maps = self.encoder(volume)                                                 # strides 2, 4, 8, 16, 32
+        x = self.decoder5(self.encoder10(maps[4]), maps[3])
+        x = self.decoder4(x, self.encoder4(maps[2]))
+        x = self.decoder3(x, self.encoder3(maps[1]))
+        x = self.decoder2(x, self.encoder2(maps[0]))
+        return self.out(self.decoder1(x, self.encoder1(volume)))
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention, attention to a context whose keys and values are given, feed-forward; pre-norm, residual."""
+
+    def __init__(self, dim, num_heads, dropout):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
+        self.qkv, self.self_out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.query, self.key, self.value, self.cross_out = (nn.Linear(dim, dim) for _ in range(4))
+        self.mlp, self.dropout = MLP(dim, 4 * dim), nn.Dropout(dropout)
+
+    def context(self, x):
+        """(B, M, E) -> keys and values (B, heads, M, d)"""
+        return _heads(self.key(x), self.num_heads), _heads(self.value(x), self.num_heads)
+
+    def forward(self, x, context, past=None):
+        """x (B, L, E), or (B, 1, E) where `past` holds keys and values of the tokens before -> x, all keys and values"""
+        q, k, v = (_heads(y, self.num_heads) for y in self.qkv(self.norm1(x)).chunk(3, dim=-1))     # (B, heads, L, d)
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=past is None)
+        x = x + self.dropout(self.self_out(y.transpose(1, 2).flatten(2)))
+        y = F.scaled_dot_product_attention(_heads(self.query(self.norm2(x)), self.num_heads), *context)
+        x = x + self.dropout(self.cross_out(y.transpose(1, 2).flatten(2)))
+        return x + self.dropout(self.mlp(self.norm3(x))), (k, v)
+
+
+class ReportGenerator(nn.Module):
+    """Knowledge-enhanced report generation: a transformer decoder that attends to visual tokens and, beside them, to a
+    learned memory of `memory_slots` vectors. Token 0 is padding, 1 begins and 2 ends a report.
+
+    NOTE(paper): it only says that the head follows M2KT; one encoder and one decoder layer, width 512, 8 heads, 60 slots are
+    the release's. Their memory is no parameter there and never learns; here it does.
+    """
+
+    def __init__(self, encoder, vocab_size, dim=512, num_heads=8, memory_slots=60, max_length=150, dropout=0.1):
+        super().__init__()
+        self.encoder, self.num_heads, self.max_length = encoder, num_heads, max_length
+        self.project = nn.Linear(encoder.channels[-1], dim)
+        self.visual_norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3))
+        self.visual_attention, self.visual_mlp = ClassicalAttention(dim, num_heads), MLP(dim, 4 * dim)
+        self.memory = nn.Parameter(torch.randn(memory_slots, dim) * 0.02)
+        self.words, self.places = nn.Embedding(vocab_size, dim), nn.Embedding(max_length + 1, dim)
+        self.decoder = DecoderLayer(dim, num_heads, dropout)
+        self.norm, self.head, self.dropout = nn.LayerNorm(dim), nn.Linear(dim, vocab_size), nn.Dropout(dropout)
+        for table in (self.words, self.places):
+            nn.init.normal_(table.weight, std=0.02)
+        encoder.mask_token.requires_grad_(False)
+
+    def context(self, volume):
+        """(B, 1, D, H, W) -> keys and values of the N visual tokens and the memory, each (B, heads, N + slots, d)"""
+        x = self.project(self.encoder(volume)[-1].flatten(2).mT)                    # (B, N, E)
+        y = self.visual_norms[0](x)
+        x = x + self.visual_attention(y, y)
+        x = self.visual_norms[2](x + self.visual_mlp(self.visual_norms[1](x)))
+        return self.decoder.context(torch.cat([x, self.memory.to(x.dtype).expand(len(x), -1, -1)], dim=1))
+
+    def decode(self, tokens, context, past=None):
+        """tokens (B, L), the first of them after those in `past` -> logits (B, L, V), keys and values so far"""
+        place = torch.arange(tokens.shape[1], device=tokens.device) + (0 if past is None else past[0].shape[2])
+        x, past = self.decoder(self.dropout(self.words(tokens) + self.places(place)), context, past)
+        return self.head(self.norm(x)), past
+
+    def forward(self, volume, tokens):
+        """volume (B, 1, D, H, W), tokens (B, L <= max_length + 1) -> logits (B, L, V) of the token after each"""
+        return self.decode(tokens, self.context(volume))[0]
+
+    @torch.no_grad()
+    def generate(self, volume, beams=3, max_length=None, bos=1, eos=2):
+        """Beam search, the mean log-probability of a report's tokens (its end, too) decides -> B lists of token ids.
+
+        A report that reaches max_length words without an end is taken as it is, if none has ended.
+        """
+        B, max_length = len(volume), min(max_length or self.max_length, self.max_length)
+        context = [x.repeat_interleave(beams, 0) for x in self.context(volume)]     # (B·beams, heads, M, d)
+        tokens = torch.full((B * beams, 1), bos, device=volume.device)
+        scores = torch.full((B, beams), -torch.inf, device=volume.device)
+        scores[:, 0] = 0                                                            # all beams begin alike: one counts
+        past, ended = None, [(-math.inf, [])] * B                                   # the best report that has its end
+        for length in range(1, max_length + 2):
+            logits, past = self.decode(tokens[:, -1:], context, past)
+            step = logits[:, -1].float().log_softmax(-1)                            # (B·beams, V)
+            step[:, [0, bos]] = -torch.inf
+            total = (scores.view(-1, 1) + step).view(B, beams, -1)
+            done = total[:, :, eos] / length                                        # (B, beams)
+            for b, (score, beam) in enumerate(zip(*(x.tolist() for x in done.max(-1)))):
+                if score > ended[b][0]:
+                    ended[b] = score, tokens[b * beams + beam, 1:].tolist()
+            total[:, :, eos] = -torch.inf
+            # A report only gets less probable as it grows: what is left at its best would be divided by the full length.
+            if length > max_length or all(best[0] >= score / (max_length + 1) for best, score in zip(ended, total.amax((1, 2)).tolist())):
+                break
+            scores, choice = total.flatten(1).topk(beams)                           # (B, beams)
+            beam = (choice // total.shape[-1] + torch.arange(B, device=volume.device)[:, None] * beams).flatten()
+            tokens = torch.cat([tokens[beam], (choice % total.shape[-1]).view(-1, 1)], dim=1)
+            past = tuple(x[beam] for x in past)
+        return [best[1] if best[0] > -math.inf else tokens[b * beams, 1:].tolist() for b, best in enumerate(ended)]
 
 
 # -------------------------------------------------------------------------------------------- foreign weights

@@ -4,6 +4,7 @@
     python tests/bench.py step                    what a pre-training step with all six losses spends its time on
     python tests/bench.py loader                  reading, preprocessing, waiting for data, the start of a script
     python tests/bench.py growth --plot g.png     time and memory as volumes, batches and reports grow
+    python tests/bench.py memory                  the largest batch for cards of 8 to 80 GB, computed from small batches
     python tests/bench.py all
 
 Figures of encoder and growth are medians of --rounds measurements, each in a process of its own so that its peak memory is its
@@ -29,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 def flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["encoder", "step", "loader", "growth", "all", "one"], help="one: for this script itself")
+    parser.add_argument("what", choices=["encoder", "step", "loader", "growth", "memory", "all", "one"], help="one: for this script itself")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda runs in bf16 autocast (default: cpu)")
     parser.add_argument("--encoder", default="swin_b", choices=["swin_b", "swin_l", "swin_t"])
     parser.add_argument("--size", type=int, nargs=3, default=[128, 96, 128], metavar=("D", "H", "W"))
@@ -127,7 +128,7 @@ def pretraining(job):
         items = [data.Item(str(i), scan, report, "train", str(i), None, None) for i, report in enumerate(reports)]
         dataset = data.VolumeReports(items, text_encoder.tokenizer, size=tuple(job["size"]), hu="header")
         batch = data.collate([dataset[i, 0] for i in range(len(items))], text_encoder.tokenizer.pad_token_id)
-    network = model.MG3D(model.build_encoder(job["encoder"]), text_encoder).to(job["device"]).train()
+    network = model.MG3D(model.build_encoder(job["encoder"], use_checkpoint=job["use_checkpoint"]), text_encoder).to(job["device"]).train()
     return network, {key: value.to(job["device"]) for key, value in batch.items() if torch.is_tensor(value)}
 
 
@@ -173,6 +174,7 @@ def measure_step(job):
         with autocast:
             network.text_encoder.encode_sentences(batch["single_ids"], batch["single_mask"])
     out = dict(seconds=clock(step, device), gb=peak() - before)
+    out["weights_gb"] = sum(p.numel() * p.element_size() for p in network.parameters()) / 1e9
     if job["parts"]:
         out["parts"] = {one.__name__: clock(one, device) for one in (encoder, decoder, words, sentences)}
     return out
@@ -210,7 +212,7 @@ def encoder_flop(encoder, size):
         tokens, window = np.prod(size), tuple(min(7, side) for side in size)
         for shifted in (False, True):
             shift = tuple(3 if shifted and side > 7 else 0 for side in size)
-            _, groups = model.window_plan(tuple(size), window, shift, torch.device("cpu"))
+            _, _, groups = model.window_plan(1, tuple(size), window, shift, torch.device("cpu"))
             flop += 24 * tokens * C ** 2                                            # qkv 3, proj 1, mlp 8 matrices of C × C
             flop += sum(4 * number * len(real) * (len(real) + (len(padding) > 0)) * C for number, real, padding in groups)
         size = [-(-side // 2) for side in size]
@@ -243,7 +245,7 @@ def encoder_bench(args):
 def step_bench(args):
     batch = args.batch_size or (4 if args.device == "cuda" else 2)
     job = dict(kind="measure_step", device=args.device, encoder=args.encoder, size=args.size, batch_size=batch, sentences=15,
-               parts=True)
+               use_checkpoint=False, parts=True)
     print(f"a step with six losses, {args.encoder}, {batch} × {' × '.join(map(str, args.size))}, 15 sentences a report, "
           f"{args.device}")
     this = one(job)
@@ -312,7 +314,7 @@ def loader_bench(args):
 def growth_bench(args):
     """Time and memory against size, each with the exponent of the power law that fits best"""
     base = dict(kind="measure_step", device=args.device, encoder="swin_t", size=[64, 64, 64], batch_size=2, sentences=8,
-                parts=False)
+                use_checkpoint=False, parts=False)
     volumes = [[32, 32, 64], [64, 64, 64], [64, 64, 128], [64, 128, 128]]
     curves = {
         f"{args.encoder} forward and backward, voxels": [(float(np.prod(size)), dict(
@@ -348,6 +350,22 @@ def growth_bench(args):
         fig.savefig(args.plot, dpi=120)
 
 
+def memory_bench(args):
+    """Peak of a whole step at two batch sizes; a straight line through them tells what would fit"""
+    rows = []
+    for encoder in ("swin_b", "swin_l"):
+        for use_checkpoint in (False, True):
+            gb = []
+            for batch in (1, 2):
+                this = one(dict(kind="measure_step", device=args.device, encoder=encoder, size=args.size, batch_size=batch, sentences=15,
+                                use_checkpoint=use_checkpoint, parts=False))
+                gb.append(this["gb"] + this["weights_gb"])
+            each = gb[1] - gb[0]
+            fits = [max(0, int((0.9 * card - gb[0]) / each + 1)) for card in (8, 12, 24, 80)]
+            rows.append([encoder, "yes" if use_checkpoint else "no", *gb, *fits])
+    table(["encoder", "--use_checkpoint", "GB, batch 1", "GB, batch 2", "batch in 8 GB", "in 12 GB", "in 24 GB", "in 80 GB"], rows)
+
+
 if __name__ == "__main__":
     if args.what == "one":
         job = json.loads(args.job)
@@ -356,6 +374,6 @@ if __name__ == "__main__":
     else:
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads"
               + (f", {torch.cuda.get_device_name()}" if args.device == "cuda" else ""))
-        for name, bench in dict(encoder=encoder_bench, step=step_bench, loader=loader_bench, growth=growth_bench).items():
+        for name, bench in dict(encoder=encoder_bench, step=step_bench, loader=loader_bench, growth=growth_bench, memory=memory_bench).items():
             if args.what in (name, "all"):
                 bench(args)

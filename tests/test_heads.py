@@ -1,0 +1,185 @@
+"""The heads of the nine tasks: SwinUNETR against MONAI's, the report generator against searches that try everything."""
+import itertools
+
+import pytest
+import torch
+import torch.nn as nn
+
+import model
+
+
+class OneMap(nn.Module):
+    """An encoder whose last map is the volume itself, pooled"""
+    channels, stride = [4] * 5, 32
+
+    def __init__(self):
+        super().__init__()
+        self.mask_token = nn.Parameter(torch.zeros(4))
+        self.layer = nn.Conv3d(1, 4, 4, stride=4)
+
+    def forward(self, x, mask=None):
+        return [self.layer(x)] * 5
+
+
+def generator(vocab_size=7, **kwargs):
+    torch.manual_seed(0)
+    net = model.ReportGenerator(OneMap(), vocab_size, dim=16, num_heads=2, memory_slots=3, **kwargs).eval()
+    for p in net.parameters():                          # the first weights are so small that all words are alike
+        nn.init.normal_(p, std=0.5)
+    return net
+
+
+# ------------------------------------------------------------------------------------------------- classifier
+
+def test_classifier_is_its_formula():
+    net = model.Classifier(OneMap(), 3)
+    volume = torch.rand(2, 1, 8, 8, 12)
+    pooled = torch.stack([torch.stack([channel.mean() for channel in one]) for one in net.encoder(volume)[-1]])      # (B, C)
+    normed = (pooled - pooled.mean(1, keepdim=True)) / (pooled.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    expected = torch.stack([net.head.weight @ one + net.head.bias for one in normed])
+    assert torch.allclose(net(volume), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("head", [lambda e: model.Classifier(e, 2), lambda e: model.SwinUNETR(e, 2), lambda e: model.ReportGenerator(e, 9)])
+def test_every_parameter_has_a_gradient(head):
+    net = head(model.build_encoder("swin_t"))           # DDP would wait for one that has none
+    volume = torch.rand(1, 1, 64, 64, 64)
+    out = net(volume, torch.tensor([[1, 3, 4]])) if isinstance(net, model.ReportGenerator) else net(volume)
+    out.square().mean().backward()
+    assert [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+# -------------------------------------------------------------------------------------------------- SwinUNETR
+
+def monai_pair(in_channels=1, out_channels=3):
+    monai = pytest.importorskip("monai.networks.nets", reason="MONAI is not installed")
+    torch.manual_seed(0)
+    theirs = monai.SwinUNETR(in_channels=in_channels, out_channels=out_channels, feature_size=12)
+    ours = model.SwinUNETR(model.build_encoder("swin_t", in_channels=in_channels), out_channels)
+    return ours, theirs
+
+
+def test_swin_unetr_is_monais(tmp_path):
+    ours, theirs = monai_pair()
+    torch.save(theirs.state_dict(), tmp_path / "monai.pt")
+    loaded = model.load_weights(ours, tmp_path / "monai.pt")
+    assert loaded["missing"] == ["encoder.mask_token"] and loaded["unexpected"] == []
+    a = torch.rand(2, 1, 64, 32, 96, requires_grad=True)
+    b = a.detach().clone().requires_grad_()
+    x, y = ours(a), theirs(b)
+    assert x.shape == (2, 3, 64, 32, 96) and torch.allclose(x, y, atol=1e-4)
+    weight = torch.rand_like(x)
+    (x * weight).mean().backward()
+    (y * weight).mean().backward()
+    assert torch.allclose(a.grad, b.grad, atol=1e-6)
+    named = dict(theirs.named_parameters())
+    for name, p in ours.named_parameters():
+        if p.requires_grad:
+            grad = named[name.replace("encoder.", "swinViT.", 1) if name.startswith("encoder.") else name].grad
+            assert torch.allclose(p.grad, grad, atol=1e-6, rtol=1e-3), name
+
+
+def test_swin_unetr_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match="UNetEncoder.*SwinTransformer3D"):
+        model.SwinUNETR(model.build_encoder("unet"), 2)
+    with pytest.raises(ValueError, match=r"\(32, 48, 32\).*multiples of 32"):
+        model.SwinUNETR(model.build_encoder("swin_t"), 2)(torch.zeros(1, 1, 32, 48, 32))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_authors_files_fill_an_encoder_inside_a_head(tmp_path, nested):
+    source = model.build_encoder("swin_t").state_dict()
+    state = {f"vision_encoder.{name}": tensor + 1 for name, tensor in source.items() if name != "mask_token"}
+    state["vision_encoder.proj_head.weight"] = torch.zeros(3, 3)
+    torch.save({"state_dict": state, "epoch": 3} if nested else state, tmp_path / "authors.ckpt")
+    net = model.Classifier(model.build_encoder("swin_t"), 2)
+    loaded = model.load_weights(net, tmp_path / "authors.ckpt")
+    assert loaded["unexpected"] == ["encoder.proj_head.weight"] and net.encoder.merging == "v0.9"
+    assert all(torch.equal(net.encoder.state_dict()[name], tensor + 1) for name, tensor in source.items() if name != "mask_token")
+
+
+# ------------------------------------------------------------------------------------------- report generator
+
+def test_a_word_sees_only_the_words_before_it():
+    net, volume = generator(), torch.rand(1, 1, 8, 8, 8)
+    tokens = torch.tensor([[1, 3, 4, 5, 6]])
+    logits = net(volume, tokens)
+    changed = tokens.clone()
+    changed[0, 3] = 2
+    other = net(volume, changed)
+    assert torch.allclose(logits[:, :3], other[:, :3], atol=1e-5) and not torch.allclose(logits[:, 3:], other[:, 3:], atol=1e-3)
+
+
+def test_keys_that_are_kept_change_nothing():
+    net, volume = generator(), torch.rand(2, 1, 8, 8, 8)
+    tokens = torch.randint(1, 7, (2, 6))
+    context, past, steps = net.context(volume), None, []
+    for i in range(6):
+        logits, past = net.decode(tokens[:, i:i + 1], context, past)
+        steps.append(logits)
+    assert torch.allclose(torch.cat(steps, 1), net(volume, tokens), atol=1e-4)
+
+
+def test_the_memory_is_attended_and_learns():
+    net, volume, tokens = generator(), torch.rand(1, 1, 8, 8, 8), torch.tensor([[1, 3]])
+    logits = net(volume, tokens)
+    logits.square().mean().backward()
+    assert net.memory.grad.abs().sum() > 0
+    with torch.no_grad():
+        net.memory += 1
+    assert not torch.allclose(net(volume, tokens), logits, atol=1e-3)
+
+
+def best_of_all(net, volume, max_length):
+    """Every sequence of up to max_length words: the one with the highest mean log-probability, its end counted"""
+    best = (-float("inf"), None)
+    words = [word for word in range(net.head.out_features) if word not in (0, 1, 2)]
+    for length in range(max_length + 1):
+        for sequence in itertools.product(words, repeat=length):
+            logits = net(volume, torch.tensor([[1, *sequence]])).log_softmax(-1)[0]
+            score = sum(logits[i, word] for i, word in enumerate([*sequence, 2])) / (length + 1)
+            best = max(best, (float(score), list(sequence)))
+    return best[1]
+
+
+@pytest.mark.parametrize("seed", range(6))
+@torch.no_grad()
+def test_a_beam_as_wide_as_the_tree_finds_the_best_report(seed):
+    net = generator(vocab_size=6, max_length=3)
+    torch.manual_seed(seed)
+    nn.init.normal_(net.head.weight)
+    volumes = torch.rand(2, 1, 8, 8, 8)
+    assert net.generate(volumes, beams=27) == [best_of_all(net, one[None], 3) for one in volumes]
+
+
+@torch.no_grad()
+def test_beam_of_one_is_greedy_and_a_batch_is_its_volumes():
+    net, volumes = generator(vocab_size=30, max_length=12), torch.rand(3, 1, 8, 8, 8)
+    nn.init.constant_(net.head.bias, 0.0)
+    net.head.bias[2] = -100.0                           # it never ends
+    together = net.generate(volumes, beams=1)
+    for report, volume in zip(together, volumes):
+        tokens = [1]
+        for _ in range(13):
+            logits = net(volume[None], torch.tensor([tokens]))[0, -1]
+            logits[[0, 1, 2]] = -torch.inf
+            tokens.append(int(logits.argmax()))
+            if len(tokens) == 13:
+                break
+        assert report == tokens[1:] and len(report) == 12
+    assert net.generate(volumes, beams=3) == [net.generate(one[None], beams=3)[0] for one in volumes]
+
+
+def test_it_learns_a_report_by_heart():
+    torch.manual_seed(0)
+    net = model.ReportGenerator(OneMap(), 12, dim=32, num_heads=2, dropout=0.0)
+    volumes = torch.stack([torch.zeros(1, 8, 8, 8), torch.ones(1, 8, 8, 8)])
+    reports = torch.tensor([[1, 3, 4, 5, 2, 0], [1, 8, 3, 9, 7, 2]])
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    for _ in range(150):
+        logits = net(volumes, reports[:, :-1])
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), reports[:, 1:].flatten(), ignore_index=0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert net.eval().generate(volumes) == [[3, 4, 5], [8, 3, 9, 7]]
