@@ -1132,8 +1132,8 @@ def network_input(item, task, cache="cache"):
 def augment(volume, mask, generator, settings):
     """One volume (1, D, H, W) and its mask (D, H, W) or None, changed by chance, the same way both. `settings` of the task:
 
-    flip and rot90 (in plane), affine (rotation up to π/15, size ±10 %), intensity (scale and shift ±0.1): probabilities;
-    brightness, contrast: largest change; noise: standard deviation.
+    flip (of each axis), rot90 (in plane), affine (rotation up to π/15), zoom (size ±10 %), scale and shift (of values, ±0.1):
+    probabilities; brightness, contrast: largest change; noise: standard deviation.
     """
     def chance(name):
         return generator.random() < settings.get(name, 0)
@@ -1141,8 +1141,10 @@ def augment(volume, mask, generator, settings):
     turns = generator.integers(1, 4) if chance("rot90") and volume.shape[2] == volume.shape[3] else 0
     volume = volume.flip(axes).rot90(turns, (2, 3))
     mask = None if mask is None else mask.flip([axis - 1 for axis in axes]).rot90(turns, (1, 2))
-    if chance("affine"):
-        angles, size = generator.uniform(-math.pi / 15, math.pi / 15, 3), generator.uniform(0.9, 1.1)
+    turned, zoomed = chance("affine"), chance("zoom")
+    if turned or zoomed:
+        angles = generator.uniform(-math.pi / 15, math.pi / 15, 3) * turned
+        size = generator.uniform(0.9, 1.1) if zoomed else 1
         shape = np.array(volume.shape[:0:-1], float)                                # (x, y, z), as grid_sample wants
         matrix = np.eye(3) / size
         for axis, angle in enumerate(angles):
@@ -1156,8 +1158,10 @@ def augment(volume, mask, generator, settings):
         volume = F.grid_sample(volume[None], grid, padding_mode="border", align_corners=False)[0]
         if mask is not None:
             mask = F.grid_sample(mask[None, None].float(), grid, mode="nearest", align_corners=False)[0, 0].long()
-    if chance("intensity"):
-        volume = volume * generator.uniform(0.9, 1.1) + generator.uniform(-0.1, 0.1)
+    if chance("scale"):
+        volume = volume * generator.uniform(0.9, 1.1)
+    if chance("shift"):
+        volume = volume + generator.uniform(-0.1, 0.1)
     volume = volume + generator.uniform(-1, 1) * settings.get("brightness", 0)
     volume = (volume - volume.mean()) * (1 + generator.uniform(-1, 1) * settings.get("contrast", 0)) + volume.mean()
     if "noise" in settings:
@@ -1811,18 +1815,10 @@ def check_task(args):
     scans = list({item.volume: item for item in items}.values())[:args.limit]
     for item in tqdm(scans, unit="scan", disable=None):
         try:
-            xyz, affine = read_stored(item.volume)
-            array, spacing, _ = to_ras(item.volume, xyz, affine)
+            array, spacing, affine = read_volume(item.volume)
             note = to_hounsfield(array, item.volume, args.hu, item.rescale)[1] if task.window else "no CT: z-score"
             if item.mask:
-                truth, own = read_stored(item.mask)
-                values, counts = np.unique(truth, return_counts=True)
-                if truth.shape != xyz.shape or not np.allclose(own, affine, atol=1e-2):
-                    raise ValueError(f"{item.mask}: found shape {truth.shape} and affine {own[:3].tolist()}, expected "
-                                     f"those of {item.volume}, {xyz.shape} and {affine[:3].tolist()}")
-                if not np.isin(values, range(len(task.classes) + 1)).all():
-                    raise ValueError(f"{item.mask}: found the labels {values[:10].tolist()}, expected 0 background"
-                                     + "".join(f", {k} {name}" for k, name in enumerate(task.classes, 1)))
+                values, counts = np.unique(_read_mask(item, task, array.shape, affine), return_counts=True)
                 note += "; voxels " + ", ".join(f"{value:g}: {count}" for value, count in zip(values, counts))
         except ValueError as error:
             problems += 1

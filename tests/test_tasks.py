@@ -406,11 +406,11 @@ def test_msd_lung_bad_input(tmp_path, command):
     mask(tmp_path / rows[4]["label"])
     mask(tmp_path / rows[5]["label"], label=7)
     code, text = command("--task", "msd-lung", "--data", tmp_path)
-    assert code == 1 and re.search(r"lung_005.nii.gz: found the labels \[0, 7\], expected 0 background, 1 lung cancer", text)
+    assert code == 1 and re.search(r"lung_005.nii.gz: found the label values \[7.0\], expected 0 to 1 \(background, lung cancer\)", text)
     assert "10 scans read, 1 of them" in text and "0: 2000, 1: 48" in text
     mask(tmp_path / rows[5]["label"], affine=np.diag([1, 1, 1, 1]))
     code, text = command("--task", "msd-lung", "--data", tmp_path)
-    assert code == 1 and re.search("lung_005.nii.gz: found shape .* expected those of", text)
+    assert code == 1 and re.search("lung_005.nii.gz: found a mask of .* expected the grid of", text)
     for content, message in (('{"training": [', "dataset.json: found JSONDecodeError"),
                              ('{"training": [{"image": "a"}]}', "dataset.json: .*no label in {'image': 'a'}"),
                              ('{"training": ["a"]}', "dataset.json: found"), ("[]", "found nothing of msd-lung"),
