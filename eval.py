@@ -54,8 +54,8 @@ def flags():
     p.add_argument("--input", type=Path, required=True, help="a scan, or a folder of scans, however deep")
     p.add_argument("--out", type=Path, default="embeddings.npz", help="file with ids (n,) and features (n, C) float32")
     p = commands.add_parser("radar", help="a chart with one axis a task and one line a method", **shown)
-    p.add_argument("results", type=Path, nargs="+", help="result.json files. The method is their key `method`, else the name of their "
-                   "folder, or of the folder above where theirs is named after the task")
+    p.add_argument("results", type=Path, nargs="+", help="result.json files. The method is their key `method`, else the "
+                   "name of their folder, or of the one above where that is named after the task")
     p.add_argument("--out", type=Path, default="radar.png")
     return parser
 
@@ -275,11 +275,11 @@ def sliding_window(network, volume, size, overlap, batch_size=2, device="cpu", p
     """Class probabilities of a volume of any size: volume (1, D, H, W) -> (K, D, H, W) float32 on the CPU.
 
     Windows of `size` overlap by `overlap` or a little more; their logits are averaged with Gaussian weights (σ = an eighth
-    of a side). A smaller volume is padded with 0 and cut back. `device` holds one batch of windows at a time, nothing else.
+    of a side). A smaller volume is padded with its least value, as in training, and cut back. `device` holds one batch of windows at a time, nothing else.
     """
     shape = volume.shape[1:]
     pad = [max(0, s - n) for s, n in zip(size, shape)]
-    volume = F.pad(volume, [side for p in pad[::-1] for side in (p // 2, p - p // 2)])
+    volume = F.pad(volume, [side for p in pad[::-1] for side in (p // 2, p - p // 2)], value=float(volume.min()))
     starts, weight = [], torch.ones(())
     for n, s in zip(volume.shape[1:], size):
         count = math.ceil((n - s) / max(1, int(s * (1 - overlap)))) + 1
@@ -381,8 +381,8 @@ def evaluate(network, items, task, config, cache, device, out=None, progress=Tru
     of_kind = {"classify": _evaluate_classes, "prompt": _evaluate_classes, "segment": _evaluate_masks,
                "report": _evaluate_reports, "retrieve": _evaluate_retrieval}[task.kind]
     found = of_kind(network, items, task, config, cache, device, out, progress, train_items)
-    head = {"task": config["task"], "metric": task.metric, "value": found["value"], "interval": found["interval"], "n": len(items),
-            "chance": found["chance"], "split": "+".join(sorted({item.split for item in items})), "ids_sha1": _hash(items),
+    head = {"task": config["task"], "metric": task.metric, "value": found["value"], "interval": found["interval"],
+            "n": len(items), "chance": found["chance"], "split": "+".join(sorted({item.split for item in items})), "ids_sha1": _hash(items),
             "per_class": found["per_class"], "positives": {}, "protocol": found["protocol"]}
     return head | found
 
@@ -406,7 +406,7 @@ def _evaluate_classes(network, items, task, config, cache, device, out, progress
         pred, label = scores.argmax(1), truth.argmax(1)
         found = {name: accuracy(pred[label == k], k) if (label == k).any() else math.nan for k, name in enumerate(task.classes)}
         result |= dict(value=accuracy(pred, label), interval=bootstrap(accuracy, pred, label), per_class=found, auc=aucs,
-                       chance=float(np.bincount(label).max() / len(label)), protocol="all items; chance: all in the commonest class")
+                       chance=float(np.bincount(label).max() / len(label)), protocol="all items; chance: the commonest class")
     elif task.kind == "prompt":
         result |= dict(value=macro_auroc(scores, truth), interval=bootstrap(macro_auroc, scores, truth),
                        protocol=f"all items, mean of {len(task.classes)}, '{{name}}.' against 'not {{name}}.'")
@@ -423,11 +423,6 @@ def _evaluate_classes(network, items, task, config, cache, device, out, progress
         _write_csv(out / "predictions.csv", [["id", *task.classes, *(f"true {name}" for name in task.classes)], *rows])
         plot_roc(scores, truth, task.classes, out / "roc.png")
     return result
-
-
-def _to_axial(xyz, affine):
-    """A stored label map or scan (x, y, z) -> (z, y, x), RAS"""
-    return nib.apply_orientation(xyz, nib.io_orientation(affine)).T
 
 
 def _mean(values):
@@ -448,7 +443,8 @@ def _evaluate_masks(network, items, task, config, cache, device, out, progress, 
     scores, constant, false_alarms, examples = [], [], 0, []
     for item in tqdm(items, desc="evaluate", unit="scan", leave=False, disable=None if progress else True):
         labels, affine = segment(network, item, task, cache, device)
-        pred, truth = _to_axial(labels, affine), _to_axial(*data.read_stored(item.mask))
+        pred = nib.apply_orientation(labels, nib.io_orientation(affine)).T          # (z, y, x), RAS
+        truth = data.to_ras(item.mask, *data.read_stored(item.mask), is_mask=True)[0]
         scores.append(dice(pred, truth, K))
         volumes = np.array([(truth == k).sum() for k in range(1, K)])
         constant.append(np.where(volumes > 0, 2 * volumes / (volumes + truth.size), np.nan))     # all voxels are of class k
@@ -457,11 +453,10 @@ def _evaluate_masks(network, items, task, config, cache, device, out, progress, 
             _save_mask(out / "masks" / f"{_file_name(item)}.nii.gz", labels, affine)
             if len(examples) < 4 and truth.any():
                 z = (truth > 0).sum((1, 2)).argmax()
-                image = _to_axial(*data.read_stored(item.volume)[:2])[z].astype(np.float32)
-                spacing = np.linalg.norm(affine[:3, :3], axis=0)[nib.io_orientation(affine)[:, 0].argsort()]
-                low, high = task.window or np.percentile(image, (1, 99))
-                examples.append((item.id, (image - low) / (high - low), pred[z], truth[z], np.nanmean(scores[-1]),
-                                 spacing[1] / spacing[0]))
+                image, spacing, _ = data.read_volume(item.volume)
+                low, high = task.window or np.percentile(image[z], (1, 99))
+                examples.append((item.id, (image[z] - low) / (high - low), pred[z], truth[z], np.nanmean(scores[-1]),
+                                 spacing[1] / spacing[2]))
     scores, constant = np.array(scores), np.array(constant)                         # (n, K - 1)
     counted = ~np.isnan(scores).all(1)
     cases = np.nanmean(scores[counted], 1)                                          # classes first, then scans, as MONAI does
@@ -495,7 +490,7 @@ def _evaluate_reports(network, items, task, config, cache, device, out, progress
         (out / "reports.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
         plot_reports([(row["id"], row["generated"], row["truth"]) for row in rows[:3]], out / "reports.png")
     return dict(value=scores[3], interval=bootstrap(lambda c: _bleu(c)[3], counts), chance=constant[3],
-                protocol=f"whole references; chance: the best constant report of the {'training' if train_items else 'same'} part",
+                protocol=f"whole references; chance: a constant report of the {'training' if train_items else 'same'} part",
                 per_class={f"BLEU-{n}": score for n, score in enumerate(scores, 1)}, bleu_released=bleu(reports, released),
                 bleu_constant=constant, distinct_reports=len(set(reports)) / len(reports),
                 distinct_true_reports=len(set(truth)) / len(truth))
@@ -522,8 +517,8 @@ def _evaluate_retrieval(network, items, task, config, cache, device, out, progre
         plot_retrieval([(items[i].id, data.network_input(items[i], task, cache), [(j == i, items[j].report) for j in nearest[i]],
                          items[i].report) for i in scans[:3]], out / "retrieval.png")
     k = int(task.metric.split("@")[1])
-    return dict(value=float((ranks <= k).mean()), interval=bootstrap(lambda r: (r <= k).mean(), ranks), chance=min(1.0, k / len(items)),
-                per_class=protocols["volumes"]["recall"], protocols=protocols,
+    return dict(value=float((ranks <= k).mean()), interval=bootstrap(lambda r: (r <= k).mean(), ranks),
+                chance=min(1.0, k / len(items)), per_class=protocols["volumes"]["recall"], protocols=protocols,
                 protocol="volumes: a report finds its own among all volumes; ties count against it")
 
 
@@ -645,7 +640,8 @@ def plot_reports(examples, out, width=62):
     """Generated beside true reports; words that match in order are green. examples: (id, generated, truth)"""
     texts, row = [], 0                                                              # (column, row, text, colour, weight)
     for name, generated, truth in examples:
-        texts += [(0, row, name, "black", "bold"), (0, row + 1, "generated", "0.5", "normal"), (width + 3, row + 1, "true", "0.5", "normal")]
+        texts += [(0, row, name, "black", "bold"), (0, row + 1, "generated", "0.5", "normal"),
+                  (width + 3, row + 1, "true", "0.5", "normal")]
         pair, end = (generated.split(), truth.split()), 0
         blocks = difflib.SequenceMatcher(None, *pair, autojunk=False).get_matching_blocks()
         for side, words in enumerate(pair):
@@ -791,7 +787,7 @@ def radar_command(args):
             result = json.loads(path.read_text(encoding="utf-8"))
             task, _ = result["task"], float(result["value"]) + float(result["chance"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: found {error!r}, expected a result.json of eval.py with task, metric, value and chance") from None
+            raise ValueError(f"{path}: found {error!r}, expected a result.json with task, metric, value and chance") from None
         folder = path.resolve().parent
         method = result.get("method") or (folder.parent if folder.name == task else folder).name
         if task not in data.TASKS or task in results.setdefault(method, {}):
@@ -869,7 +865,7 @@ def task_command(args):
     if args.input:
         by_place = task.view == "cube"
         if (args.centre is not None) != by_place:
-            raise ValueError(f"--task {args.task}: expected {'--centre X Y Z, the place to look at' if by_place else 'no --centre'}")
+            raise ValueError(f"--task {args.task}: expected {'--centre X Y Z' if by_place else 'no --centre'}")
         if task.kind == "retrieve" and not part:
             raise ValueError(f"--task {args.task}: expected --data, whose reports are those to search")
         item = data.Item(args.input.name, args.input, "", None, args.input.name, None, None)
@@ -879,6 +875,7 @@ def task_command(args):
         out.mkdir(parents=True, exist_ok=True)
         predict(network.to(device), item, task, config, args.cache, device, out, part)
         return
+    part = data.prepare_all(part, task, args.cache, config.get("workers") or None)  # names what cannot be read
     train_items = [item for item in items if item.split == "train"]
     result = evaluate(network, part, task, config, args.cache, device, out, train_items=train_items)
     print_result(result)

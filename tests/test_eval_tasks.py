@@ -226,9 +226,11 @@ def test_a_smaller_volume_is_padded_around():
     def network(x):
         seen.append(x)
         return torch.cat([x, x], 1)
-    evaluation.sliding_window(network, torch.ones(1, 4, 8, 5), (8, 8, 8), 0.5)
+    volume = torch.full((1, 4, 8, 5), 2.)
+    volume[0, 0, 0, 0] = -1                                                         # its least value
+    evaluation.sliding_window(network, volume, (8, 8, 8), 0.5)
     assert len(seen) == 1 and seen[0].shape == (1, 1, 8, 8, 8)
-    assert seen[0].sum() == 4 * 8 * 5 and seen[0][0, 0, 2:6, :, 1:6].all()
+    assert torch.equal(seen[0][0, :, 2:6, :, 1:6], volume) and (seen[0] == -1).sum() == 512 - 160 + 1
 
 
 def test_a_batch_holds_no_more_than_asked():
@@ -252,7 +254,7 @@ def items_of(labels=None, n=None, reports=None, **more):
 @pytest.fixture
 def constant_inputs(monkeypatch):
     """The network's input of case_3 is a cube of 3s: a network that takes the mean sees which case it is."""
-    monkeypatch.setattr(data, "network_input", lambda item, task, cache: torch.full((1, 4, 4, 4), float(item.id.split("_")[1])), raising=False)
+    monkeypatch.setattr(data, "network_input", lambda item, task, cache: torch.full((1, 4, 4, 4), float(item.id.split("_")[1])))
 
 
 class Table(nn.Module):
@@ -316,7 +318,7 @@ def write_scan(path, array, affine, lps=False):
 
 
 @pytest.fixture
-def scans(tmp_path, monkeypatch):
+def scans(tmp_path):
     """Three scans with masks: a cube of class 1, a cube of each of two classes, and one without any."""
     items = []
     for i in range(3):
@@ -324,7 +326,7 @@ def scans(tmp_path, monkeypatch):
         if i < 2:
             mask[2:6, 2:6, 2:6] = 1
         else:
-            image[0, 0, 0] = 400
+            image[0, 0, 0] = 200
         if i == 1:
             mask[7:9, 7:9, 1:3] = 2
         image[mask > 0] = 100 * mask[mask > 0].astype(np.int16)
@@ -335,17 +337,6 @@ def scans(tmp_path, monkeypatch):
         items.append(data.Item(f"sub/scan{i}.nii.gz", tmp_path / f"scan{i}.nii.gz", "", "test", f"p{i}", None, None, tmp_path / f"mask{i}.nii.gz"))
     task = data.TASKS["acdc"]._replace(classes=("a", "b"), size=(8, 8, 8), overlap=0.5, window=(-1000., 1000.), spacing=None)
 
-    def prepare(item, task, cache):
-        array, _, affine = data.read_volume(item.volume)
-        return ((array + 1000) / 2000).astype(np.float16), None, affine
-
-    def to_own_grid(probabilities, item):
-        xyz, affine = data.read_stored(item.volume)
-        turn = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.io_orientation(affine))
-        return nib.apply_orientation(probabilities.argmax(0).numpy().astype(np.uint8).T, turn), affine
-    if not hasattr(data, "prepare"):
-        monkeypatch.setattr(data, "prepare", prepare, raising=False)
-        monkeypatch.setattr(data, "to_own_grid", to_own_grid, raising=False)
     return items, task, tmp_path
 
 
@@ -394,8 +385,7 @@ class Writer(nn.Module):
         return [self.tokens[round(float(v.mean()))] for v in volume]
 
 
-def test_reports_under_both_protocols(constant_inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "report_words", lambda text: [w.strip(".,").lower() for w in text.split()], raising=False)
+def test_reports_under_both_protocols(constant_inputs, tmp_path):
     vocabulary = ["<pad>", "<bos>", "<eos>", "<unk>", *WORDS]
     reports = ["The lung is clear. No effusion.", "Nodule in the left lobe of the lung.", " ".join(["heart"] * 160) + ".", "No strange effusion in the lung."]
     said = ["the lung is clear no effusion", "nodule in the lung", " ".join(["heart"] * 150), "no <unk> effusion in the lung"]
@@ -484,7 +474,7 @@ def test_retrieval_under_both_protocols(constant_inputs, text_encoder, tmp_path)
     items = [item._replace(id=name) for item, name in zip(items_of(reports=reports), ids)]
     order = dict(zip(ids, range(12)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "network_input", lambda item, task, cache: torch.full((1, 4, 4, 4), float(order[item.id])), raising=False)
+        patch.setattr(data, "network_input", lambda item, task, cache: torch.full((1, 4, 4, 4), float(order[item.id])))
         task = data.TASKS["ct-rate-retrieval"]._replace(metric="Recall@5")
         result = evaluation.evaluate(TwoTowers(text_encoder, images, texts), items, task, {"task": "ct-rate-retrieval"}, None, "cpu", tmp_path)
     cosine = np.array([texts(report) for report in reports]) @ np.array(images).T
@@ -585,3 +575,167 @@ def test_radar(tmp_path):
     (tmp_path / "other.json").write_text("[1]")
     done = run("radar", tmp_path / "other.json")
     assert done.returncode == 1 and "other.json" in done.stderr and "Traceback" not in done.stderr
+
+
+# -------------------------------------------------------------------------- checkpoints and the nine command lines
+
+def save_checkpoint(path, task, **more):
+    """A network of a task that was never trained, as finetune.py writes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    config = {"task": task, "encoder": "swin_t", "size": [32, 32, 32], "spacing": None, "text_encoder": "demo", "embed_dim": 24,
+              "vocabulary": ["<pad>", "<bos>", "<eos>", "<unk>", *WORDS], "seed": 0, "fold": 0, "batch_size": 4, "workers": 1, **more}
+    if data.TASKS[task].kind in ("prompt", "retrieve") and not (path.parent / "text_encoder").exists():
+        model.make_demo_text_encoder(path.parent / "text_encoder", [f"not {name}." for name in data.LABELS])
+    torch.manual_seed(0)
+    network = evaluation.build_network(config, path.parent).eval()
+    weights = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("text_encoder.")}
+    torch.save({"model": weights, "config": config, "merging": "monai"}, path)
+    return network
+
+
+@pytest.mark.parametrize("task", list(data.TASKS))
+def test_a_checkpoint_comes_back(tmp_path, task):
+    network = save_checkpoint(tmp_path / "best.pt", task, spacing=[2., 2., 2.])
+    torch.manual_seed(1)
+    found, row, config = evaluation.load_checkpoint(tmp_path / "best.pt")
+    assert type(found) is type(network) and not found.training and config["task"] == task
+    assert row.size == (32, 32, 32) and row.spacing == (2, 2, 2) and row.kind == data.TASKS[task].kind
+    ours, theirs = found.state_dict(), network.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_what_is_no_checkpoint_of_a_task_is_refused(tmp_path, encoder):
+    torch.save(model.export_encoder(encoder), tmp_path / "encoder.pt")
+    torch.save({"model": {}, "config": {"encoder": "swin_t", "steps": 9}}, tmp_path / "last.pt")
+    (tmp_path / "text.pt").write_text("no weights")
+    for name, found in (("encoder.pt", "weights alone"), ("last.pt", "pre-training"), ("text.pt", "no file that can be read"),
+                        ("absent.pt", "no file that can be read")):
+        with pytest.raises(ValueError, match=f"{name}.*{found}"):
+            evaluation.load_checkpoint(tmp_path / name)
+    save_checkpoint(tmp_path / "best.pt", "stoic")
+    checkpoint = torch.load(tmp_path / "best.pt", weights_only=True)
+    del checkpoint["model"]["head.weight"]
+    torch.save(checkpoint, tmp_path / "best.pt")
+    with pytest.raises(ValueError, match="head.weight"):
+        evaluation.load_checkpoint(tmp_path / "best.pt")
+
+
+def chest(rng, shape=(40, 40, 40)):
+    """Air, a body and two lungs: what passes as Hounsfield units (z, y, x)"""
+    volume = rng.normal(-1000, 5, shape)
+    volume[:, 4:-4, 4:-4] = rng.normal(40, 10, volume[:, 4:-4, 4:-4].shape)
+    volume[6:-6, 8:-8, 8:16] = volume[6:-6, 8:-8, -16:-8] = -850
+    return volume.astype(np.int16)
+
+
+def write_itk(path, array, spacing=(2., 2., 2.), origin=(10., -20., 30.), direction=None):
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(spacing)
+    image.SetOrigin(origin)
+    image.SetDirection(direction or np.eye(3).ravel().tolist())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(image, str(path))
+    return image
+
+
+@pytest.fixture(scope="module")
+def stoic(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stoic")
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(60):
+        write_itk(folder / "set" / "data" / "mha" / f"{i}.mha", chest(rng, (12, 40, 40)), (8., 8., 25.))
+        rows.append((i, *((0, 0), (1, 0), (1, 1))[i % 3]))
+    (folder / "set" / "metadata").mkdir()
+    with (folder / "set" / "metadata" / "reference.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("PatientID", "probCOVID", "probSevere"), *rows])
+    save_checkpoint(folder / "best.pt", "stoic")
+    return folder
+
+
+def test_the_command_line_of_a_task(stoic):
+    done = run("--task", "stoic", "--data", "set", "--checkpoint", "best.pt", cwd=stoic)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((stoic / "eval" / "result.json").read_text())
+    test = [item for item in data.load_task("stoic", stoic / "set") if item.split == "test"]
+    assert result["n_all_items"] == len(test) == 12 and result["n"] == 8 and result["split"] == "test"
+    assert result["ids_sha1"] == hashlib.sha1("\n".join(sorted(item.id for item in test)).encode()).hexdigest()
+    rows = list(csv.DictReader((stoic / "eval" / "predictions.csv").open()))
+    among = [row for row in rows if row["true COVID-19"] == "1.0"]
+    score, label = (np.array([float(row[name]) for row in among]) for name in ("severe", "true severe"))
+    assert result["value"] == pytest.approx(evaluation.auroc(score, label))
+    last = done.stdout.strip().splitlines()[-2]
+    assert f"stoic: AUC {result['value']:.3f} [" in last and "n = 8 (test), chance 0.500" in last
+    drawn(stoic / "eval" / "roc.png")
+
+
+def test_one_scan_has_the_probabilities_of_the_set(stoic):
+    network, task, config = evaluation.load_checkpoint(stoic / "best.pt")
+    item = data.load_task("stoic", stoic / "set")[0]
+    expected = evaluation.probabilities(network, [item], task, config, stoic / "cache", "cpu")[0]
+    done = run("--task", "stoic", "--checkpoint", "best.pt", "--input", item.volume, "--out", "one", cwd=stoic)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((stoic / "one" / "probabilities.csv").open()))
+    assert [row["class"] for row in rows] == ["COVID-19", "severe"]
+    assert [float(row["probability"]) for row in rows] == pytest.approx(expected.tolist(), abs=1e-6)
+    assert f"{expected[1]:.3f}" in done.stdout
+
+
+def test_wrong_requests_are_named(stoic):
+    (stoic / "notes.txt").write_text("no scan")
+    nib.save(nib.Nifti1Image(np.eye(32, dtype=np.uint8)[..., None].repeat(8, 2), np.eye(4)), stoic / "a_mask.nii.gz")
+    scan = "set/data/mha/0.mha"
+    for flags, *words in ((["--task", "acdc", "--input", scan], "task stoic", "acdc"), (["--task", "lung", "--input", scan], "lung", "luna16"),
+                          (["--task", "stoic"], "--data or --input"), (["--task", "stoic", "--input", "notes.txt"], "notes.txt", "unknown kind"),
+                          (["--task", "stoic", "--input", "absent.nii"], "absent.nii"), (["--task", "stoic", "--input", "a_mask.nii.gz"], "a_mask", "Hounsfield"),
+                          (["--task", "stoic", "--input", scan, "--centre", 1, 2, 3], "no --centre"), (["--task", "stoic", "--data", "nowhere"], "nowhere")):
+        done = run(*flags, "--checkpoint", "best.pt", cwd=stoic)
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+        assert all(word in done.stderr for word in words), done.stderr
+
+
+def test_a_candidate_is_looked_at_where_the_file_says(tmp_path):
+    rng = np.random.default_rng(0)
+    volume = chest(rng, (40, 44, 48))
+    volume[20:24, 28:32, 34:38] = 300                                               # what the cubes below hold
+    write_itk(tmp_path / "scan.mhd", volume)
+    nib.save(nib.Nifti1Image(volume.T, np.array([[-2., 0, 0, -10], [0, -2, 0, 20], [0, 0, 2, 30], [0, 0, 0, 1]])), tmp_path / "scan.nii.gz")
+    save_checkpoint(tmp_path / "best.pt", "luna16")
+    lps = np.array([10 + 2 * 36, -20 + 2 * 30, 30 + 2 * 22])
+    found = []
+    for name, centre in (("scan.mhd", lps), ("scan.nii.gz", lps * [-1, -1, 1]), ("scan.mhd", lps - 20)):
+        done = run("--task", "luna16", "--checkpoint", "best.pt", "--input", name, "--centre", *centre, "--out", "o", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        found.append(float(list(csv.DictReader((tmp_path / "o" / "probabilities.csv").open()))[0]["probability"]))
+    assert found[0] == pytest.approx(found[1], abs=1e-6) and found[0] != pytest.approx(found[2], abs=1e-6)
+    done = run("--task", "luna16", "--checkpoint", "best.pt", "--input", "scan.mhd", cwd=tmp_path)
+    assert done.returncode == 1 and "--centre X Y Z" in done.stderr
+
+
+def test_the_mask_of_a_meta_image_has_its_world(tmp_path):
+    """Smaller than the patch along z, oblique and flipped: the mask lies over the scan."""
+    turn = np.array([[np.cos(.2), -np.sin(.2), 0], [np.sin(.2), np.cos(.2), 0], [0, 0, -1]])
+    image = write_itk(tmp_path / "scan.mha", chest(np.random.default_rng(0), (20, 40, 70)), (1.5, 2., 3.), direction=turn.ravel().tolist())
+    save_checkpoint(tmp_path / "best.pt", "msd-lung", spacing=[3., 3., 3.])
+    done = run("--task", "msd-lung", "--checkpoint", "best.pt", "--input", "scan.mha", "--out", "o", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    mask = sitk.ReadImage(str(tmp_path / "o" / "scan_mask.nii.gz"))
+    assert mask.GetSize() == image.GetSize() and np.allclose(mask.GetSpacing(), image.GetSpacing(), atol=1e-5)
+    for index in ((0, 0, 0), (5, 30, 11)):
+        assert np.allclose(mask.TransformIndexToPhysicalPoint(index), image.TransformIndexToPhysicalPoint(index), atol=1e-3)
+    assert "lung cancer" in done.stdout and " ml" in done.stdout
+
+
+def test_reports_to_search_are_asked_for(tmp_path):
+    write_itk(tmp_path / "scan.mha", chest(np.random.default_rng(0)))
+    save_checkpoint(tmp_path / "best.pt", "ct-rate-retrieval")
+    done = run("--task", "ct-rate-retrieval", "--checkpoint", "best.pt", "--input", "scan.mha", cwd=tmp_path)
+    assert done.returncode == 1 and "--data" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_report_of_one_scan(tmp_path):
+    write_itk(tmp_path / "scan.mha", chest(np.random.default_rng(0)))
+    save_checkpoint(tmp_path / "best.pt", "ctrg")
+    done = run("--task", "ctrg", "--checkpoint", "best.pt", "--input", "scan.mha", "--out", "o", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "o" / "report.txt").read_text().strip() in done.stdout
