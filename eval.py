@@ -275,7 +275,8 @@ def sliding_window(network, volume, size, overlap, batch_size=2, device="cpu", p
     """Class probabilities of a volume of any size: volume (1, D, H, W) -> (K, D, H, W) float32 on the CPU.
 
     Windows of `size` overlap by `overlap` or a little more; their logits are averaged with Gaussian weights (σ = an eighth
-    of a side). A smaller volume is padded with its least value, as in training, and cut back. `device` holds one batch of windows at a time, nothing else.
+    of a side). A smaller volume is padded with its least value, as in training, and cut back. `device` holds one batch of
+    windows at a time, nothing else.
     """
     shape = volume.shape[1:]
     pad = [max(0, s - n) for s, n in zip(size, shape)]
@@ -306,7 +307,8 @@ def _stack_inputs(items, task, cache):
 
 def _batches(items, task, config, cache, device, progress):
     """The network's inputs (B, 1, D, H, W) of items in order, on the device, with a progress bar."""
-    loader = DataLoader(items, config.get("batch_size") or task.recipe["batch_size"], num_workers=config.get("workers") or 0,
+    workers = (config.get("workers") or 0) if len(items) > 1 else 0
+    loader = DataLoader(items, config.get("batch_size") or task.recipe["batch_size"], num_workers=workers,
                         collate_fn=functools.partial(_stack_inputs, task=task, cache=cache),
                         generator=torch.Generator())    # of its own: evaluation leaves the random state of training alone
     for volume in tqdm(loader, desc="evaluate", leave=False, disable=None if progress else True):
@@ -382,8 +384,8 @@ def evaluate(network, items, task, config, cache, device, out=None, progress=Tru
                "report": _evaluate_reports, "retrieve": _evaluate_retrieval}[task.kind]
     found = of_kind(network, items, task, config, cache, device, out, progress, train_items)
     head = {"task": config["task"], "metric": task.metric, "value": found["value"], "interval": found["interval"],
-            "n": len(items), "chance": found["chance"], "split": "+".join(sorted({item.split for item in items})), "ids_sha1": _hash(items),
-            "per_class": found["per_class"], "positives": {}, "protocol": found["protocol"]}
+            "n": len(items), "chance": found["chance"], "split": "+".join(sorted({item.split for item in items})),
+            "ids_sha1": _hash(items), "per_class": found["per_class"], "positives": {}, "protocol": found["protocol"]}
     return head | found
 
 
@@ -883,9 +885,11 @@ def task_command(args):
     print(f"wrote {out / 'result.json'}")
 
 
+COMMANDS = {None: task_command, "probe": probe_command, "embed": embed_command, "radar": radar_command}
+
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        {None: task_command, "probe": probe_command, "embed": embed_command, "radar": radar_command}[args.command](args)
+        COMMANDS[args.command](args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
