@@ -152,3 +152,26 @@ def ssm_loss(text_sentences, visual_sentences, sentence_mask):
     per_pair = (difference.abs() * both_real).sum((2, 3)) / both_real.sum((2, 3)).clamp(min=1)   # (B, B)
     pairs = torch.ones_like(per_pair).triu(diagonal=1)                              # 1 where i < j
     return (per_pair * pairs).sum() / pairs.sum().clamp(min=1)                      # Eq. (12)
+
+
+# ---------------------------------------------------------------------------------------- losses of fine-tuning
+# Means over the volumes of one process: with equal batches, the average of DistributedDataParallel is the global mean.
+
+@_in_float32
+def dice_ce_loss(logits, mask):
+    """Soft Dice of the foreground classes plus cross entropy: logits (B, K, D, H, W), mask (B, D, H, W) of 0 … K - 1."""
+    truth = F.one_hot(mask, logits.shape[1]).movedim(-1, 1).to(logits.dtype)        # (B, K, D, H, W)
+    guess = logits.softmax(1)
+    overlap, total = (guess * truth).sum((2, 3, 4)), (guess + truth).sum((2, 3, 4))             # (B, K)
+    dice = (2 * overlap + 1e-5) / (total + 1e-5)                                    # 1 where both are empty
+    return 1 - dice[:, 1:].mean() + F.cross_entropy(logits, mask)
+
+
+@_in_float32
+def prompt_loss(f_i, f_t, labels, temperature=0.1):
+    """Cross entropy of the pair "name." against "not name." for every volume and class.
+
+    f_i (B, E) of volumes; f_t (2K, E) of the prompts, a class's two in a row; labels (B, K) of 0 and 1.
+    """
+    similarity = F.normalize(f_i, dim=-1) @ F.normalize(f_t, dim=-1).T / temperature            # (B, 2K)
+    return F.cross_entropy(similarity.unflatten(1, (-1, 2)).flatten(0, 1), (1 - labels).long().flatten())

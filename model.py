@@ -6,6 +6,7 @@ Read it from the bottom if you like: `MG3D.forward` is the method, everything ab
 import functools
 import logging
 import math
+import os
 import pickle
 from collections import defaultdict
 
@@ -572,15 +573,16 @@ class MG3D(nn.Module):
         on = self.losses.__contains__
         volume, word_mask = batch["volume"], batch["attention_mask"].bool()
         sentence_ids, sentence_mask = batch["sentence_ids"], batch["sentence_mask"]
-        B, S = sentence_mask.shape
+        B, S = len(volume), sentence_mask.shape[1]
         by_sentence = functools.partial(sentence_mean, sentence_ids=sentence_ids, num_sentences=S)
         out = {}
 
         # Visual tokens F_I of the whole volume and I_M of the masked one; the two passes share a batch.
         whole, masked = bool(self.losses - {"mim"}), on("mim")
-        volumes = torch.cat([volume] * (whole + masked))
-        nothing, mask = torch.zeros_like(batch["volume_mask"]), batch["volume_mask"]
-        tokens = self.encode_image(volumes, torch.cat([nothing] * whole + [mask]) if masked else None)
+        volumes, masks = torch.cat([volume] * (whole + masked)), None
+        if masked:
+            masks = torch.cat([torch.zeros_like(batch["volume_mask"])] * whole + [batch["volume_mask"]])
+        tokens = self.encode_image(volumes, masks)
         f_i, i_m = (tokens[:B] if whole else None), (tokens[-B:] if masked else None)           # (B, N, E)
 
         # Word features F_T, their sentence means F_S, and T_M of the masked report.
@@ -837,7 +839,23 @@ class ReportGenerator(nn.Module):
         return [best[1] if best[0] > -math.inf else tokens[b * beams, 1:].tolist() for b, best in enumerate(ended)]
 
 
-# -------------------------------------------------------------------------------------------- foreign weights
+# ---------------------------------------------------------------------------------------------- files of weights
+
+def save_file(state, path, before=None):
+    """torch.save to `path`, whole or not at all; the file that was there stays as `before`."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        raise SystemExit(f"error: {part} cannot be written ({error}); is the disk full? {path} is as it was before") from None
+    if before and path.exists():
+        os.replace(path, before)
+    os.replace(part, path)
+
 
 def export_encoder(encoder):
     """A flat state dict of the encoder with MONAI's names (no mask token), which notes the order of its patch merging."""

@@ -113,22 +113,6 @@ FREE = {"resume", "init", "out", "steps", "cache", "workers", "save_every", "log
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
-def save_file(state, path, before=None):
-    """torch.save to `path`, whole or not at all; the file that was there stays as `before`."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        raise SystemExit(f"error: {part} cannot be written ({error}); is the disk full? {path} is as it was before") from None
-    if before and path.exists():
-        os.replace(path, before)
-    os.replace(part, path)
-
-
 def load_checkpoint(out):
     """OUT/last.pt, or OUT/previous.pt where that is broken. ValueError where neither can be read."""
     found = []
@@ -304,10 +288,10 @@ def main(args, given):
             dist.all_gather_object(all_rng, rng)
         if main_process:
             weights = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("text_encoder.")}
-            save_file(dict(model=weights, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step, config=config,
+            model.save_file(dict(model=weights, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step, config=config,
                            world=world, ids=ids, rng=all_rng, checksum=float(sums[0]), merging=getattr(encoder, "merging", None)),
                       out / "last.pt", before=out / "previous.pt")
-            save_file(model.export_encoder(encoder), out / "encoder.pt")
+            model.save_file(model.export_encoder(encoder), out / "encoder.pt")
 
     # ---------------------------------------------------------------------------------- what is about to run
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
