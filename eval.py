@@ -533,12 +533,12 @@ def read_log(path):
 
 
 def plot_curves(log_path, out):
-    """One panel a loss, and one for their weighted sum, over steps; the line is a running mean."""
+    """One panel a loss, one for their weighted sum, one for validation, over steps; the line is a running mean."""
     rows = read_log(log_path)
-    names = [name for name in ("loss", *model.LOSSES) if name in rows[0]]
+    names = [name for name in ("loss", *model.LOSSES, "valid") if any(name in row for row in rows)]
     fig, axes = plt.subplots(1, len(names), figsize=(2.6 * len(names), 2.4), squeeze=False)
     for ax, name in zip(axes[0], names):
-        steps, values = np.array([(row["step"], row[name]) for row in rows], float).T       # None becomes NaN: a gap
+        steps, values = np.array([(row["step"], row[name]) for row in rows if name in row], float).T     # None: NaN, a gap
         width = max(1, len(values) // 10)
         kernel = np.ones(width) / width
         ax.plot(steps, values, color="0.8", lw=0.8)
@@ -837,17 +837,22 @@ def write_result(result, path):
     Path(path).write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
+def summary(result):
+    """The number of a task in one line"""
+    low, high = result["interval"]
+    return (f"{result['task']}: {result['metric']} {result['value']:.3f} [{low:.3f}, {high:.3f}], n = {result['n']} "
+            f"({result['split']}), chance {result['chance']:.3f}")
+
+
 def print_result(result):
-    """The per-class table, what more there is, and the number in one line."""
-    positives, (low, high) = result.get("positives", {}), result["interval"]
+    """The per-class table, what more there is, and the number."""
+    positives = result["positives"]
     print(f"{'':40s} {'positives' if positives else '':>9s} {result['metric'] if positives else '':>9s}")
     for name, value in result["per_class"].items():
         print(f"{name:40s} {positives.get(name, ''):>9} {value:9.3f}")
     for name in [*result][[*result].index("protocol") + 1:]:
         print(f"{name.replace('_', ' ')}: {json.dumps(result[name])}")
-    print(f"{result['protocol']}; ids {result['ids_sha1'][:10]}")
-    print(f"{result['task']}: {result['metric']} {result['value']:.3f} [{low:.3f}, {high:.3f}], n = {result['n']} "
-          f"({result['split']}), chance {result['chance']:.3f}")
+    print(f"{result['protocol']}; ids {result['ids_sha1'][:10]}\n{summary(result)}")
 
 
 def task_command(args):
