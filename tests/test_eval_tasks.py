@@ -1,0 +1,761 @@
+"""Metrics of the nine tasks against naive loops and other libraries; sliding window; evaluation, prediction, pictures."""
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib.image
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import data
+import eval as evaluation
+import model
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = "the lung is clear no effusion nodule in left lobe of heart".split()
+
+
+def drawn(path):
+    picture = matplotlib.image.imread(path)[..., :3]
+    assert picture.std() > 0.02, f"{path} is blank"
+    return picture
+
+
+# ---------------------------------------------------------------------------------------------------- metrics
+
+def test_accuracy():
+    rng = np.random.default_rng(0)
+    pred, label = rng.integers(0, 3, 50), rng.integers(0, 3, 50)
+    assert evaluation.accuracy(pred, label) == pytest.approx(sum(int(p == t) for p, t in zip(pred, label)) / 50)
+    assert evaluation.accuracy([1, 1, 0], [1, 0, 0]) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_area_under_the_roc_curve_is_the_auc(seed):
+    rng = np.random.default_rng(seed)
+    label = rng.permutation([0, 1] + rng.integers(0, 2, 38).tolist())
+    for score in (rng.normal(size=40), rng.integers(0, 4, 40).astype(float), np.zeros(40)):
+        false, true = evaluation.roc(score, label)
+        assert false[0] == true[0] == 0 and false[-1] == true[-1] == 1
+        assert np.trapezoid(true, false) == pytest.approx(evaluation.auroc(score, label), abs=1e-12)
+
+
+def dice_of_sets(pred, truth, k):
+    p, t = ({tuple(i) for i in np.argwhere(x == k)} for x in (pred, truth))
+    return 2 * len(p & t) / (len(p) + len(t)) if t else math.nan
+
+
+@pytest.mark.parametrize("seed, classes", [(0, 2), (1, 4), (2, 4)])
+def test_dice_counts_voxels(seed, classes):
+    rng = np.random.default_rng(seed)
+    pred, truth = rng.integers(0, classes, (2, 5, 6, 7))
+    if seed == 2:
+        truth[truth == 2] = 0                               # absent, and yet predicted
+        pred[pred == 3] = 0                                 # there, and never predicted
+    expected = [dice_of_sets(pred, truth, k) for k in range(1, classes)]
+    assert np.allclose(evaluation.dice(pred, truth, classes), expected, atol=1e-12, equal_nan=True)
+    if seed == 2:
+        assert np.isnan(expected[1]) and expected[2] == 0
+
+
+def test_dice_by_hand():
+    truth = np.array([[0, 1, 1, 2]])
+    assert evaluation.dice(truth, truth, 3).tolist() == [1, 1]
+    assert evaluation.dice(np.array([[1, 1, 0, 0]]), truth, 3).tolist() == [0.5, 0]
+    assert np.isnan(evaluation.dice(truth, np.zeros((1, 4)), 3)).all()
+    assert np.isnan(evaluation.dice(np.zeros((1, 4)), np.zeros((1, 4)), 2)).all()
+    with pytest.raises(ValueError, match=r"\(1, 4\).*\(4, 1\)"):
+        evaluation.dice(truth, truth.T, 3)
+
+
+def test_dice_is_that_of_monai():
+    metrics = pytest.importorskip("monai.metrics")
+    rng = np.random.default_rng(0)
+    pred, truth = rng.integers(0, 4, (2, 6, 4, 5, 6))
+    truth[0][truth[0] == 1] = 0
+    truth[1] = 0
+    metric = metrics.DiceMetric(include_background=False, reduction="none", ignore_empty=True)
+    one_hot = [F.one_hot(torch.from_numpy(x), 4).movedim(-1, 1) for x in (pred, truth)]
+    theirs = metric(*one_hot).numpy()
+    ours = np.stack([evaluation.dice(p, t, 4) for p, t in zip(pred, truth)])
+    assert np.allclose(ours, theirs, atol=1e-6, equal_nan=True) and np.isnan(ours[1]).all()
+
+
+def bleu_by_loops(hypotheses, references):
+    scores = []
+    for longest in range(1, 5):
+        product = 1.0
+        for n in range(1, longest + 1):
+            matched = possible = 0
+            for hypothesis, reference in zip(hypotheses, references):
+                words, left = hypothesis.split(), reference.split()
+                left = [left[i:i + n] for i in range(len(left) - n + 1)]
+                for i in range(len(words) - n + 1):
+                    possible += 1
+                    if words[i:i + n] in left:
+                        left.remove(words[i:i + n])         # a reference's n-gram matches once
+                        matched += 1
+            product *= matched / possible if possible else 0
+        h, r = (sum(len(text.split()) for text in texts) for texts in (hypotheses, references))
+        brevity = 0 if h == 0 else 1 if h > r else math.exp(1 - r / h)
+        scores.append(100 * brevity * product ** (1 / longest))
+    return scores
+
+
+def random_reports(rng, n, shortest=0):
+    return [" ".join(rng.choice(WORDS, rng.integers(shortest, 25))) for _ in range(n)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_bleu_is_the_naive_loop(seed):
+    rng = np.random.default_rng(seed)
+    references = random_reports(rng, 12, 3)
+    for hypotheses in (random_reports(rng, 12), [" ".join(text.split()[:9]) for text in references],
+                       [text + " and more" for text in references], ["of"] * 12, [""] * 12):
+        assert evaluation.bleu(hypotheses, references) == pytest.approx(bleu_by_loops(hypotheses, references), abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bleu_is_that_of_sacrebleu(seed):
+    BLEU = pytest.importorskip("sacrebleu.metrics").BLEU
+    rng = np.random.default_rng(seed)
+    references = random_reports(rng, 12, 3)
+    hypotheses = [" ".join(word for word in text.split() if rng.random() < 0.8) for text in references]
+    theirs = [BLEU(max_ngram_order=n, tokenize="none", smooth_method="none", force=True).corpus_score(hypotheses, [references]).score
+              for n in range(1, 5)]
+    assert evaluation.bleu(hypotheses, references) == pytest.approx(theirs, abs=1e-6)
+
+
+def test_bleu_by_hand():
+    assert evaluation.bleu(["a b c d e"], ["a b c d e"]) == pytest.approx([100] * 4)
+    # 3 of 4 words, 1 of 3 pairs (b c is in neither order), brevity exp(1 - 5/4)
+    found = evaluation.bleu(["a b x c"], ["a b c d e"])
+    assert found == pytest.approx([100 * math.exp(-0.25) * 3 / 4, 100 * math.exp(-0.25) * math.sqrt(3 / 4 / 3), 0, 0])
+    assert evaluation.bleu(["the the the"], ["the lung"])[0] == pytest.approx(100 / 3)      # a word matches once
+    with pytest.raises(ValueError, match="2 hypotheses and 1"):
+        evaluation.bleu(["a", "b"], ["a"])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_recall_counts_ties_against_the_query(seed):
+    rng = np.random.default_rng(seed)
+    similarity = rng.integers(0, 6, (9, 9)) if seed % 2 else rng.normal(size=(9, 9))
+    expected = []
+    for k in (1, 3, 9):
+        hits = 0
+        for i in range(9):
+            before = sum(similarity[i, j] >= similarity[i, i] for j in range(9) if j != i)
+            hits += before < k
+        expected.append(hits / 9)
+    assert evaluation.recall_at_k(similarity, (1, 3, 9)) == pytest.approx(expected)
+
+
+def test_recall_by_hand():
+    assert evaluation.recall_at_k(np.eye(4), (1, 2)) == [1, 1]
+    assert evaluation.recall_at_k(np.zeros((4, 4)), (1, 3, 4)) == [0, 0, 1]                 # all alike: nothing is found
+    rows_are_queries = np.array([[1, 2, 0], [0, 3, 1], [5, 0, 1]])
+    assert evaluation.recall_at_k(rows_are_queries, (1, 2)) == pytest.approx([1 / 3, 1])
+    with pytest.raises(ValueError, match="1 similarities"):
+        evaluation.recall_at_k(np.array([[np.nan, 0], [0, 1.]]), (1,))
+
+
+# --------------------------------------------------------------------------------------------- sliding window
+
+class Bumps(nn.Module):
+    """Logits of three classes that differ from place to place of a window: what a real network does near its borders."""
+
+    def forward(self, x):
+        place = torch.linspace(0, 3, x[0].numel()).view(x.shape[1:])
+        return torch.cat([x, x * place.sin(), place.cos() + x], 1)
+
+
+def blended_by_loops(network, volume, size, overlap):
+    """Every voxel's weighted mean over the windows that hold it."""
+    shape = volume.shape[1:]
+    starts = []
+    for n, s in zip(shape, size):
+        step = int(s * (1 - overlap))
+        number = 1
+        while (number - 1) * step < n - s:
+            number += 1
+        starts.append([round((n - s) * i / (number - 1)) if number > 1 else 0 for i in range(number)])
+    gauss = [[math.exp(-0.5 * ((i - (s - 1) / 2) / (s / 8)) ** 2) for i in range(s)] for s in size]
+    total, weight = np.zeros((3, *shape)), np.zeros(shape)
+    for z in starts[0]:
+        for y in starts[1]:
+            for x in starts[2]:
+                logits = network(volume[None, :, z:z + size[0], y:y + size[1], x:x + size[2]])[0].numpy()
+                for i, j, k in np.ndindex(*size):
+                    w = max(gauss[0][i] * gauss[1][j] * gauss[2][k], 1e-3)
+                    total[:, z + i, y + j, x + k] += w * logits[:, i, j, k]
+                    weight[z + i, y + j, x + k] += w
+    return torch.from_numpy(total / weight).softmax(0)
+
+
+@pytest.mark.parametrize("shape, overlap", [((11, 8, 19), 0.5), ((9, 9, 9), 0.75), ((8, 8, 8), 0.5), ((17, 8, 9), 0.0)])
+def test_sliding_window_is_the_naive_loop(shape, overlap):
+    volume = torch.rand(1, *shape, generator=torch.Generator().manual_seed(0))
+    expected = blended_by_loops(Bumps(), volume, (8, 8, 8), overlap)
+    for batch_size in (1, 3):
+        found = evaluation.sliding_window(Bumps(), volume, (8, 8, 8), overlap, batch_size)
+        assert found.dtype == torch.float32 and torch.allclose(found.double(), expected, atol=1e-6)
+
+
+def test_what_looks_at_single_voxels_does_not_see_the_windows():
+    def network(x):
+        return torch.cat([x, 1 - x], 1)
+    for shape in ((13, 20, 9), (5, 20, 3), (4, 4, 4)):                              # larger, in part smaller, smaller
+        volume = torch.rand(1, *shape)
+        found = evaluation.sliding_window(network, volume, (8, 8, 8), 0.5)
+        assert found.shape == (2, *shape)
+        assert torch.allclose(found, network(volume[None])[0].softmax(0), atol=1e-6)
+
+
+def test_a_smaller_volume_is_padded_around():
+    seen = []
+
+    def network(x):
+        seen.append(x)
+        return torch.cat([x, x], 1)
+    volume = torch.full((1, 4, 8, 5), 2.)
+    volume[0, 0, 0, 0] = -1                                                         # its least value
+    evaluation.sliding_window(network, volume, (8, 8, 8), 0.5)
+    assert len(seen) == 1 and seen[0].shape == (1, 1, 8, 8, 8)
+    assert torch.equal(seen[0][0, :, 2:6, :, 1:6], volume) and (seen[0] == -1).sum() == 512 - 160 + 1
+
+
+def test_a_batch_holds_no_more_than_asked():
+    sizes = []
+
+    def network(x):
+        sizes.append(len(x))
+        return torch.cat([x, x], 1).bfloat16()                                      # what autocast gives
+    found = evaluation.sliding_window(network, torch.rand(1, 8, 8, 20), (8, 8, 8), 0.5, batch_size=3)
+    assert sizes == [3, 1] and found.dtype == torch.float32
+
+
+# --------------------------------------------------------------------------------------- evaluation, by its kinds
+
+def items_of(labels=None, n=None, reports=None, **more):
+    return [data.Item(f"case_{i}", Path(f"case_{i}.nii.gz"), reports[i] if reports else "", "test", f"p{i}",
+                      None if labels is None else np.array(labels[i], np.float32), None, **more)
+            for i in range(n or len(reports or labels))]
+
+
+@pytest.fixture
+def constant_inputs(monkeypatch):
+    """The network's input of case_3 is a cube of 3s: a network that takes the mean sees which case it is."""
+    monkeypatch.setattr(data, "network_input", lambda item, task, cache: torch.full((1, 4, 4, 4), float(item.id.split("_")[1])))
+
+
+class Table(nn.Module):
+    """Answers case i with row i."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.rows = torch.tensor(rows, dtype=torch.float32)
+
+    def forward(self, volume):
+        return self.rows[volume.mean((1, 2, 3, 4)).round().long()]
+
+
+def test_accuracy_of_exclusive_classes(constant_inputs, tmp_path):
+    label = [0, 0, 0, 1, 1, 2, 0]
+    pred = [0, 0, 1, 1, 1, 1, 0]
+    items = items_of(np.eye(3)[label])
+    result = evaluation.evaluate(Table(np.eye(3)[pred] * 5), items, data.TASKS["cc-ccii"], {"task": "cc-ccii", "batch_size": 3}, None, "cpu", tmp_path)
+    assert result["task"] == "cc-ccii" and result["metric"] == "ACC" and result["n"] == 7 and result["split"] == "test"
+    assert result["value"] == pytest.approx(5 / 7) and result["chance"] == pytest.approx(4 / 7)
+    assert result["interval"][0] <= 5 / 7 <= result["interval"][1]
+    assert result["per_class"] == pytest.approx({"normal": 3 / 4, "common pneumonia": 1, "COVID-19": 0})
+    assert result["ids_sha1"] == hashlib.sha1("\n".join(f"case_{i}" for i in range(7)).encode()).hexdigest()
+    rows = list(csv.DictReader((tmp_path / "predictions.csv").open()))
+    p = math.exp(5) / (math.exp(5) + 2)
+    assert [float(rows[2][name]) for name in data.TASKS["cc-ccii"].classes] == pytest.approx([(1 - p) / 2, p, (1 - p) / 2], abs=1e-6)
+    assert rows[5]["id"] == "case_5" and rows[5]["true COVID-19"] == "1.0"
+    drawn(tmp_path / "roc.png")
+
+
+def test_severity_is_told_among_those_with_covid(constant_inputs):
+    labels = [(1, 1), (1, 0), (1, 0), (1, 1), (0, 0), (0, 0)]
+    scores = [[0, 2], [0, 1], [0, 0], [0, 0.5], [0, 9], [0, 8]]
+    result = evaluation.evaluate(Table(scores), items_of(labels), data.TASKS["stoic"], {"task": "stoic"}, None, "cpu")
+    assert result["value"] == pytest.approx(3 / 4) and result["n"] == 4 and "among items with COVID-19" in result["protocol"]
+    assert result["auc_all_items"] == result["per_class"]["severe"] == pytest.approx(3 / 8) and result["n_all_items"] == 6
+    assert result["per_class"]["COVID-19"] == 0.5 and result["chance"] == 0.5
+
+
+def test_auc_over_all_candidates(constant_inputs):
+    result = evaluation.evaluate(Table([[0], [1], [2], [3]]), items_of([[0], [1], [0], [1]]), data.TASKS["luna16"], {"task": "luna16"}, None, "cpu")
+    assert result["value"] == pytest.approx(3 / 4) and result["n"] == 4 and result["per_class"] == {"nodule": result["value"]}
+
+
+def test_an_absent_class_is_null_in_the_file(constant_inputs, tmp_path):
+    with pytest.warns(RuntimeWarning):
+        result = evaluation.evaluate(Table([[0], [1]]), items_of([[1], [1]]), data.TASKS["luna16"], {"task": "luna16"}, None, "cpu", tmp_path)
+    assert math.isnan(result["value"])
+    evaluation.write_result(result, tmp_path / "result.json")
+    assert json.loads((tmp_path / "result.json").read_text())["value"] is None
+    evaluation.print_result(result)
+
+
+# segmentation: scans of 12³ voxels on disk in different orientations, "networks" that know where the truth is
+
+def write_scan(path, array, affine, lps=False):
+    image = nib.Nifti1Image(array, affine)
+    if lps:
+        image = image.as_reoriented(nib.orientations.ornt_transform(*(nib.orientations.axcodes2ornt(c) for c in ("RAS", "LPS"))))
+    nib.save(image, path)
+
+
+@pytest.fixture
+def scans(tmp_path):
+    """Three scans with masks: a cube of class 1, a cube of each of two classes, and one without any."""
+    items = []
+    for i in range(3):
+        image, mask = np.full((12, 10, 8), -1000, np.int16), np.zeros((12, 10, 8), np.uint8)
+        if i < 2:
+            mask[2:6, 2:6, 2:6] = 1
+        else:
+            image[0, 0, 0] = 200
+        if i == 1:
+            mask[7:9, 7:9, 1:3] = 2
+        image[mask > 0] = 100 * mask[mask > 0].astype(np.int16)
+        affine = np.diag([2., 2., 3., 1])
+        affine[:3, 3] = -20, 5, 100
+        write_scan(tmp_path / f"scan{i}.nii.gz", image, affine, lps=i == 1)
+        write_scan(tmp_path / f"mask{i}.nii.gz", mask, affine, lps=i == 1)
+        items.append(data.Item(f"sub/scan{i}.nii.gz", tmp_path / f"scan{i}.nii.gz", "", "test", f"p{i}", None, None, tmp_path / f"mask{i}.nii.gz"))
+    task = data.TASKS["acdc"]._replace(classes=("a", "b"), size=(8, 8, 8), overlap=0.5, window=(-1000., 1000.), spacing=None)
+
+    return items, task, tmp_path
+
+
+class ByGrey(nn.Module):
+    """Class k where the grey is nearest to that of k: -1000, 100 and 200 HU."""
+
+    def forward(self, x):
+        return -99 * torch.cat([x.abs(), (x - 0.55).abs(), (x - 0.6).abs()], 1)
+
+
+def test_dice_in_the_own_grid(scans):
+    items, task, folder = scans
+    result = evaluation.evaluate(ByGrey(), items, task, {"task": "acdc"}, folder / "cache", "cpu", folder / "out")
+    assert result["value"] == 1 and result["per_class"] == {"a": 1, "b": 1} and result["interval"] == (1, 1)
+    assert result["n"] == 2 and result["without_truth"] == 3 and result["marked_without_truth"] == 1     # the bright corner of scan2
+    full_a, full_b = 2 * 64 / (64 + 960), 2 * 8 / (8 + 960)
+    assert result["chance"] == pytest.approx((full_a + (full_a + full_b) / 2) / 2)
+    for i in range(3):
+        saved, scan = (nib.load(folder / name) for name in (f"out/masks/sub_scan{i}.nii.gz", f"scan{i}.nii.gz"))
+        assert np.allclose(saved.affine, scan.affine) and saved.shape == scan.shape
+        assert saved.get_data_dtype() == np.uint8
+    assert np.array_equal(nib.load(folder / "out/masks/sub_scan1.nii.gz").get_fdata(), nib.load(folder / "mask1.nii.gz").get_fdata())
+    rows = list(csv.reader((folder / "out" / "dice.csv").open()))
+    assert rows[0] == ["id", "a", "b"] and rows[2] == ["sub/scan1.nii.gz", "1.0", "1.0"] and rows[3][1:] == ["nan", "nan"]
+    drawn(folder / "out" / "overlay.png")
+
+
+def test_segmenting_one_scan(scans, capsys):
+    items, task, folder = scans
+    alone = data.Item("scan1.nii.gz", items[1].volume, "", "test", "x", None, None)
+    evaluation.predict(ByGrey(), alone, task, {"task": "acdc"}, folder / "cache", "cpu", folder / "one")
+    saved, truth = nib.load(folder / "one" / "scan1_mask.nii.gz"), nib.load(folder / "mask1.nii.gz")
+    assert np.array_equal(saved.get_fdata(), truth.get_fdata()) and np.allclose(saved.affine, truth.affine)
+    assert nib.aff2axcodes(saved.affine) == ("L", "P", "S")
+    assert f"{64 * 12 / 1000:.2f} ml" in capsys.readouterr().out
+
+
+# reports
+
+class Writer(nn.Module):
+    def __init__(self, texts, vocabulary):
+        super().__init__()
+        self.tokens = [[vocabulary.index(word) for word in text.split()] for text in texts]
+
+    def generate(self, volume):
+        return [self.tokens[round(float(v.mean()))] for v in volume]
+
+
+def test_reports_under_both_protocols(constant_inputs, tmp_path):
+    vocabulary = ["<pad>", "<bos>", "<eos>", "<unk>", *WORDS]
+    reports = ["The lung is clear. No effusion.", "Nodule in the left lobe of the lung.", " ".join(["heart"] * 160) + ".", "No strange effusion in the lung."]
+    said = ["the lung is clear no effusion", "nodule in the lung", " ".join(["heart"] * 150), "no <unk> effusion in the lung"]
+    train = items_of(reports=["The lung is clear. No effusion.", "The lung is clear.", "The lung is clear. No nodule."])
+    result = evaluation.evaluate(Writer(said, vocabulary), items_of(reports=reports), data.TASKS["ctrg"], {"task": "ctrg", "vocabulary": vocabulary},
+                                 None, "cpu", tmp_path, train_items=train)
+    whole = ["the lung is clear no effusion", "nodule in the left lobe of the lung", " ".join(["heart"] * 160), "no strange effusion in the lung"]
+    cut = [*whole[:2], " ".join(["heart"] * 150), "no <unk> effusion in the lung"]
+    assert [result["per_class"][f"BLEU-{n}"] for n in range(1, 5)] == pytest.approx(bleu_by_loops(said, whole))
+    assert result["bleu_released"] == pytest.approx(bleu_by_loops(said, cut))
+    assert result["value"] == result["per_class"]["BLEU-4"] < result["bleu_released"][3]
+    assert result["interval"][0] <= result["value"] <= result["interval"][1] and result["n"] == 4
+    assert result["bleu_constant"] == pytest.approx(bleu_by_loops(["the lung is clear no effusion"] * 4, whole))
+    assert result["chance"] == result["bleu_constant"][3] and "training part" in result["protocol"]
+    assert result["distinct_reports"] == 1
+    rows = json.loads((tmp_path / "reports.json").read_text())
+    assert rows[1] == {"id": "case_1", "generated": said[1], "truth": whole[1]}
+    drawn(tmp_path / "reports.png")
+
+
+# prompts and retrieval: a volume's feature is a row of a table, a text's is told from its first words
+
+@pytest.fixture(scope="module")
+def text_encoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    model.make_demo_text_encoder(folder, [f"not {name}." for name in data.LABELS] + [" ".join(WORDS) + "."])
+    return model.TextEncoder(str(folder))
+
+
+class TwoTowers(nn.Module):
+    def __init__(self, text_encoder, images, texts):
+        super().__init__()
+        self.text_encoder, self.images, self.texts = text_encoder, torch.tensor(images, dtype=torch.float32), texts
+
+    def encode_image(self, volume):
+        return self.images[volume.mean((1, 2, 3, 4)).round().long()][:, None].repeat(1, 3, 1)
+
+    def encode_text(self, input_ids, attention_mask, sentence_ids, sentence_mask):
+        assert (attention_mask.sum(1) > 2).all() and sentence_mask.any(1).all() and sentence_ids.max() < sentence_mask.shape[1]
+        said = [self.text_encoder.tokenizer.decode(ids[mask.bool()], skip_special_tokens=True) for ids, mask in zip(input_ids, attention_mask)]
+        return torch.stack([torch.tensor(self.texts(text), dtype=torch.float32) for text in said])
+
+
+def test_prompts_are_compared_in_pairs(constant_inputs, text_encoder, tmp_path):
+    names = [name.lower() for name in data.LABELS]
+
+    def texts(text):                                        # finding k points along axis k, its denial the other way
+        feature = np.zeros(18)
+        feature[names.index(text.removeprefix("not ").removesuffix(".").strip())] = -1 if text.startswith("not ") else 1
+        return feature * 7                                  # lengths do not count
+    rng = np.random.default_rng(0)
+    images, labels = rng.normal(size=(9, 18)), rng.integers(0, 2, (9, 18)).astype(float)
+    labels[0], labels[1], labels[2, 4] = 0, 1, np.nan
+    task, config = data.TASKS["ct-rate-vocab"], {"task": "ct-rate-vocab", "batch_size": 4}
+    network = TwoTowers(text_encoder, images, texts)
+    result = evaluation.evaluate(network, items_of(labels), task, config, None, "cpu", tmp_path)
+    cosine = images / np.linalg.norm(images, axis=1, keepdims=True)
+    known = ~np.isnan(labels)
+    expected = [evaluation.auroc(cosine[k, j], labels[k, j]) for j, k in enumerate(known.T)]
+    assert list(result["per_class"]) == list(data.LABELS) and list(result["per_class"].values()) == pytest.approx(expected)
+    assert result["value"] == pytest.approx(np.mean(expected)) and result["chance"] == 0.5
+    found = evaluation.probabilities(network, items_of(labels), task, config, None, "cpu")
+    assert np.allclose(found, 1 / (1 + np.exp(-2 * cosine / 0.1)), atol=1e-5)
+    drawn(tmp_path / "roc.png")
+
+
+def test_texts_do_not_depend_on_their_batch(text_encoder):
+    torch.manual_seed(0)
+    network = model.MG3D(model.build_encoder("swin_t"), text_encoder, losses=("clip",), embed_dim=24).eval()
+    texts = ["The lung is clear. No effusion in the left lobe. Nodule.", "No nodule.", "Heart. Lung is clear"]
+    together = evaluation.text_features(network, texts, "cpu")
+    alone = torch.cat([evaluation.text_features(network, [text], "cpu") for text in texts])
+    assert together.shape == (3, 24) and torch.allclose(together, alone, atol=1e-5)
+    assert torch.allclose(together.norm(dim=1), torch.ones(3))
+
+
+def test_retrieval_under_both_protocols(constant_inputs, text_encoder, tmp_path):
+    angles = np.linspace(0, 1.5, len(WORDS))
+    ids = [f"valid_{i // 2 + 1}_a_{i % 2 + 1}" for i in range(12)]                  # two reconstructions of each of 6 scans
+
+    def texts(text):
+        angle = angles[WORDS.index(text.split()[0].strip(".").lower())]
+        return [np.cos(angle), np.sin(angle)]
+    reports = [f"{WORDS[i // 2]} lung." for i in range(12)]
+    images = [texts(reports[i]) if i != 4 else texts(reports[0]) for i in range(12)]        # the first of scan 3 looks like scan 1
+    items = [item._replace(id=name) for item, name in zip(items_of(reports=reports), ids)]
+    order = dict(zip(ids, range(12)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "network_input", lambda item, task, cache: torch.full((1, 4, 4, 4), float(order[item.id])))
+        task = data.TASKS["ct-rate-retrieval"]._replace(metric="Recall@5")
+        result = evaluation.evaluate(TwoTowers(text_encoder, images, texts), items, task, {"task": "ct-rate-retrieval"}, None, "cpu", tmp_path)
+    cosine = np.array([texts(report) for report in reports]) @ np.array(images).T
+    close = cosine >= cosine.diagonal()[:, None] - 1e-6
+    ranks = [sum(row) for row in close]
+    volumes, scans = result["protocols"]["volumes"], result["protocols"]["scans"]
+    assert volumes["n"] == result["n"] == 12 and scans["n"] == 6
+    assert volumes["recall"]["Recall@5"] == result["value"] == pytest.approx(np.mean(np.array(ranks) <= 5))
+    assert volumes["chance"]["Recall@5"] == result["chance"] == 5 / 12 and scans["chance"]["Recall@50"] == 1
+    ranks = [sum(row[::2]) for row in close[::2]]
+    assert scans["recall"]["Recall@5"] == pytest.approx(np.mean(np.array(ranks) <= 5)) and scans["median_rank"] == np.median(ranks)
+    assert scans["ids_sha1"] == hashlib.sha1("\n".join(sorted(ids[::2])).encode()).hexdigest()
+    rows = list(csv.reader((tmp_path / "ranks.csv").open()))
+    assert rows[0][:2] == ["id", "rank"] and rows[1][0] == "valid_1_a_1" and int(rows[1][1]) == 3
+    drawn(tmp_path / "retrieval.png")
+
+
+def test_the_nearest_reports_of_one_scan(constant_inputs, text_encoder, tmp_path, capsys):
+    def texts(text):
+        return np.eye(12)[WORDS.index(text.split()[0])]
+    index = items_of(reports=[f"{word} lung." for word in WORDS[1:5] * 2])
+    network = TwoTowers(text_encoder, np.eye(12)[[0, 3]], texts)
+    evaluation.predict(network, items_of(n=2)[1], data.TASKS["ct-rate-retrieval"], {}, None, "cpu", tmp_path, index)
+    rows = list(csv.DictReader((tmp_path / "retrieved.csv").open()))
+    assert len(rows) == 4, "each report once"
+    assert rows[0]["report"] == f"{WORDS[3]} lung." and float(rows[0]["similarity"]) == pytest.approx(1)
+    assert f"{WORDS[3]} lung." in capsys.readouterr().out
+
+
+def test_probabilities_and_report_of_one_scan(constant_inputs, tmp_path, capsys):
+    one = items_of(n=2)[1]
+    evaluation.predict(Table([[0, 0, 0], [0, 3, 1]]), one, data.TASKS["cc-ccii"], {}, None, "cpu", tmp_path)
+    rows = list(csv.DictReader((tmp_path / "probabilities.csv").open()))
+    expected = np.exp([0, 3, 1]) / np.exp([0, 3, 1]).sum()
+    assert [float(row["probability"]) for row in rows] == pytest.approx(expected.tolist(), abs=1e-6)
+    evaluation.predict(Writer(["lung", "no effusion"], WORDS), one, data.TASKS["ctrg"], {"vocabulary": WORDS}, None, "cpu", tmp_path)
+    assert (tmp_path / "report.txt").read_text() == "no effusion\n"
+    assert "common pneumonia" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------- the command line
+
+def run(*flags, cwd=None):
+    return subprocess.run([sys.executable, str(ROOT / "eval.py"), *map(str, flags)], cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def here(*flags, cwd):
+    """The same within this process, which need not import torch anew."""
+    args, before = evaluation.flags().parse_args([str(flag) for flag in flags]), os.getcwd()
+    os.chdir(cwd)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            evaluation.COMMANDS[args.command](args)
+        return SimpleNamespace(returncode=0, stdout=out.getvalue(), stderr="")
+    except (ValueError, OSError) as error:
+        return SimpleNamespace(returncode=1, stdout="", stderr=str(error))
+    finally:
+        os.chdir(before)
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, runpy\nsys.argv = ['eval.py', '--help']\ntry:\n runpy.run_path('eval.py', run_name='__main__')\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(word in done.stdout for word in ("--task", "--input", "probe", "embed", "radar"))
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    torch.manual_seed(0)
+    return model.build_encoder("swin_t")
+
+
+def test_embed(tmp_path, encoder):
+    rng = np.random.default_rng(0)
+    (tmp_path / "scans" / "deep").mkdir(parents=True)
+    affine = np.diag([8, 8, 8, 1])
+    for name in ("a.nii.gz", "deep/b.nii.gz"):
+        volume = rng.normal(-1000, 10, (24, 24, 24))
+        volume[4:20, 4:20, 4:20] = rng.normal(40, 10)
+        nib.save(nib.Nifti1Image(volume.astype(np.int16), affine), tmp_path / "scans" / name)
+    image = sitk.GetImageFromArray(volume.astype(np.int16))
+    image.SetSpacing((8, 8, 8))
+    sitk.WriteImage(image, str(tmp_path / "scans" / "c.mha"))
+    (tmp_path / "scans" / "broken.nii.gz").write_bytes(b"nothing")
+    torch.save({"model": {f"encoder.{name}": weight for name, weight in encoder.state_dict().items()},
+                "config": {"encoder": "swin_t", "size": [32, 32, 64]}}, tmp_path / "last.pt")
+    done = run("embed", "--checkpoint", "last.pt", "--input", "scans", "--out", "new/emb.npz", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "broken.nii.gz" in done.stderr and "1 scans left out" in done.stdout
+    with np.load(tmp_path / "new" / "emb.npz", allow_pickle=False) as found:
+        assert found["ids"].tolist() == ["a.nii.gz", "c.mha", "deep/b.nii.gz"]
+        assert found["features"].dtype == np.float32 and found["features"].shape == (3, encoder.channels[-1])
+        items = [data.Item("", tmp_path / "scans" / name, "", "test", "", None, None) for name in found["ids"]]
+        expected = evaluation.global_features(encoder, items, None, (32, 32, 64))
+        assert np.allclose(found["features"], expected, atol=1e-5)
+    done = here("embed", "--checkpoint", "last.pt", "--input", "scans/broken.nii.gz", cwd=tmp_path)
+    assert done.returncode == 1 and "broken.nii.gz" in done.stderr
+
+
+def test_radar(tmp_path):
+    for method, values in (("ours", (0.9, 0.7, 30.)), ("scratch", (0.8, 0.6, 20.))):
+        for task, metric, value, chance in zip(("cc-ccii", "acdc", "ctrg"), ("ACC", "Dice", "BLEU-4"), values, (0.4, 0.1, 10.)):
+            (tmp_path / method / task).mkdir(parents=True)
+            (tmp_path / method / task / "result.json").write_text(json.dumps(dict(task=task, metric=metric, value=value, chance=chance)))
+    files = sorted(tmp_path.glob("*/*/result.json"))
+    done = here("radar", *files, "--out", "radar.png", cwd=tmp_path)
+    assert done.returncode == 0 and "2 methods" in done.stdout, done.stderr
+    drawn(tmp_path / "radar.png")
+    done = here("radar", *files, files[0], cwd=tmp_path)
+    assert done.returncode == 1 and "at most once" in done.stderr
+    (tmp_path / "other.json").write_text("[1]")
+    done = here("radar", "other.json", cwd=tmp_path)
+    assert done.returncode == 1 and "other.json" in done.stderr
+
+
+# -------------------------------------------------------------------------- checkpoints and the nine command lines
+
+def save_checkpoint(path, task, **more):
+    """A network of a task that was never trained, as finetune.py writes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    config = {"task": task, "encoder": "swin_t", "size": [32, 32, 32], "spacing": None, "text_encoder": "demo", "embed_dim": 24,
+              "vocabulary": ["<pad>", "<bos>", "<eos>", "<unk>", *WORDS], "seed": 0, "fold": 0, "batch_size": 4, "workers": 1, **more}
+    if data.TASKS[task].kind in ("prompt", "retrieve") and not (path.parent / "text_encoder").exists():
+        model.make_demo_text_encoder(path.parent / "text_encoder", [f"not {name}." for name in data.LABELS])
+    torch.manual_seed(0)
+    network = evaluation.build_network(config, path.parent).eval()
+    weights = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("text_encoder.")}
+    torch.save({"model": weights, "config": config, "merging": "monai"}, path)
+    return network
+
+
+@pytest.mark.parametrize("task", list(data.TASKS))
+def test_a_checkpoint_comes_back(tmp_path, task):
+    network = save_checkpoint(tmp_path / "best.pt", task, spacing=[2., 2., 2.])
+    torch.manual_seed(1)
+    found, row, config = evaluation.load_checkpoint(tmp_path / "best.pt")
+    assert type(found) is type(network) and not found.training and config["task"] == task
+    assert row.size == (32, 32, 32) and row.spacing == (2, 2, 2) and row.kind == data.TASKS[task].kind
+    ours, theirs = found.state_dict(), network.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_what_is_no_checkpoint_of_a_task_is_refused(tmp_path, encoder):
+    torch.save(model.export_encoder(encoder), tmp_path / "encoder.pt")
+    torch.save({"model": {}, "config": {"encoder": "swin_t", "steps": 9}}, tmp_path / "last.pt")
+    (tmp_path / "text.pt").write_text("no weights")
+    for name, found in (("encoder.pt", "weights alone"), ("last.pt", "pre-training"), ("text.pt", "no file that can be read"),
+                        ("absent.pt", "no file that can be read")):
+        with pytest.raises(ValueError, match=f"{name}.*{found}"):
+            evaluation.load_checkpoint(tmp_path / name)
+    save_checkpoint(tmp_path / "best.pt", "stoic")
+    checkpoint = torch.load(tmp_path / "best.pt", weights_only=True)
+    del checkpoint["model"]["head.weight"]
+    torch.save(checkpoint, tmp_path / "best.pt")
+    with pytest.raises(ValueError, match="head.weight"):
+        evaluation.load_checkpoint(tmp_path / "best.pt")
+
+
+def chest(rng, shape=(40, 40, 40)):
+    """Air, a body and two lungs: what passes as Hounsfield units (z, y, x)"""
+    volume = rng.normal(-1000, 5, shape)
+    volume[:, 4:-4, 4:-4] = rng.normal(40, 10, volume[:, 4:-4, 4:-4].shape)
+    volume[6:-6, 8:-8, 8:16] = volume[6:-6, 8:-8, -16:-8] = -850
+    return volume.astype(np.int16)
+
+
+def write_itk(path, array, spacing=(2., 2., 2.), origin=(10., -20., 30.), direction=None):
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(spacing)
+    image.SetOrigin(origin)
+    image.SetDirection(direction or np.eye(3).ravel().tolist())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(image, str(path))
+    return image
+
+
+@pytest.fixture(scope="module")
+def stoic(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stoic")
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(60):
+        write_itk(folder / "set" / "data" / "mha" / f"{i}.mha", chest(rng, (12, 40, 40)), (8., 8., 25.))
+        rows.append((i, *((0, 0), (1, 0), (1, 1))[i % 3]))
+    (folder / "set" / "metadata").mkdir()
+    with (folder / "set" / "metadata" / "reference.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("PatientID", "probCOVID", "probSevere"), *rows])
+    save_checkpoint(folder / "best.pt", "stoic")
+    return folder
+
+
+def test_the_command_line_of_a_task(stoic):
+    done = run("--task", "stoic", "--data", "set", "--checkpoint", "best.pt", cwd=stoic)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((stoic / "eval" / "result.json").read_text())
+    test = [item for item in data.load_task("stoic", stoic / "set") if item.split == "test"]
+    assert result["n_all_items"] == len(test) == 12 and result["n"] == 8 and result["split"] == "test"
+    assert result["ids_sha1"] == hashlib.sha1("\n".join(sorted(item.id for item in test)).encode()).hexdigest()
+    rows = list(csv.DictReader((stoic / "eval" / "predictions.csv").open()))
+    among = [row for row in rows if row["true COVID-19"] == "1.0"]
+    score, label = (np.array([float(row[name]) for row in among]) for name in ("severe", "true severe"))
+    assert result["value"] == pytest.approx(evaluation.auroc(score, label))
+    last = done.stdout.strip().splitlines()[-2]
+    assert f"stoic: AUC {result['value']:.3f} [" in last and "n = 8 (test), chance 0.500" in last
+    drawn(stoic / "eval" / "roc.png")
+
+
+def test_one_scan_has_the_probabilities_of_the_set(stoic):
+    network, task, config = evaluation.load_checkpoint(stoic / "best.pt")
+    item = data.load_task("stoic", stoic / "set")[0]
+    expected = evaluation.probabilities(network, [item], task, config, stoic / "cache", "cpu")[0]
+    done = here("--task", "stoic", "--checkpoint", "best.pt", "--input", item.volume, "--out", "one", cwd=stoic)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((stoic / "one" / "probabilities.csv").open()))
+    assert [row["class"] for row in rows] == ["COVID-19", "severe"]
+    assert [float(row["probability"]) for row in rows] == pytest.approx(expected.tolist(), abs=1e-6)
+    assert f"{expected[1]:.3f}" in done.stdout
+
+
+def test_wrong_requests_are_named(stoic):
+    (stoic / "notes.txt").write_text("no scan")
+    nib.save(nib.Nifti1Image(np.eye(32, dtype=np.uint8)[..., None].repeat(8, 2), np.eye(4)), stoic / "a_mask.nii.gz")
+    scan = "set/data/mha/0.mha"
+    for flags, *words in ((["--task", "acdc", "--input", scan], "task stoic", "acdc"), (["--task", "lung", "--input", scan], "lung", "luna16"),
+                          (["--task", "stoic"], "--data or --input"), (["--task", "stoic", "--input", "notes.txt"], "notes.txt", "unknown kind"),
+                          (["--task", "stoic", "--input", "absent.nii"], "absent.nii"), (["--task", "stoic", "--input", "a_mask.nii.gz"], "a_mask", "Hounsfield"),
+                          (["--task", "stoic", "--input", scan, "--centre", 1, 2, 3], "no --centre"), (["--task", "stoic", "--data", "nowhere"], "nowhere")):
+        done = here(*flags, "--checkpoint", "best.pt", cwd=stoic)
+        assert done.returncode == 1
+        assert all(word in done.stderr for word in words), done.stderr
+    done = run("--task", "stoic", "--input", "notes.txt", "--checkpoint", "best.pt", cwd=stoic)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+def test_a_candidate_is_looked_at_where_the_file_says(tmp_path):
+    rng = np.random.default_rng(0)
+    volume = chest(rng, (40, 44, 48))
+    volume[20:24, 28:32, 34:38] = 300                                               # what the cubes below hold
+    write_itk(tmp_path / "scan.mhd", volume)
+    nib.save(nib.Nifti1Image(volume.T, np.array([[-2., 0, 0, -10], [0, -2, 0, 20], [0, 0, 2, 30], [0, 0, 0, 1]])), tmp_path / "scan.nii.gz")
+    save_checkpoint(tmp_path / "best.pt", "luna16")
+    lps = np.array([10 + 2 * 36, -20 + 2 * 30, 30 + 2 * 22])
+    found = []
+    for name, centre in (("scan.mhd", lps), ("scan.nii.gz", lps * [-1, -1, 1]), ("scan.mhd", lps - 20)):
+        done = here("--task", "luna16", "--checkpoint", "best.pt", "--input", name, "--centre", *centre, "--out", "o", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        found.append(float(list(csv.DictReader((tmp_path / "o" / "probabilities.csv").open()))[0]["probability"]))
+    assert found[0] == pytest.approx(found[1], abs=1e-6) and found[0] != pytest.approx(found[2], abs=1e-6)
+    done = here("--task", "luna16", "--checkpoint", "best.pt", "--input", "scan.mhd", cwd=tmp_path)
+    assert done.returncode == 1 and "--centre X Y Z" in done.stderr
+
+
+def test_the_mask_of_a_meta_image_has_its_world(tmp_path):
+    """Smaller than the patch along z, oblique and flipped: the mask lies over the scan."""
+    turn = np.array([[np.cos(.2), -np.sin(.2), 0], [np.sin(.2), np.cos(.2), 0], [0, 0, -1]])
+    image = write_itk(tmp_path / "scan.mha", chest(np.random.default_rng(0), (20, 40, 70)), (1.5, 2., 3.), direction=turn.ravel().tolist())
+    save_checkpoint(tmp_path / "best.pt", "msd-lung", spacing=[3., 3., 3.])
+    done = here("--task", "msd-lung", "--checkpoint", "best.pt", "--input", "scan.mha", "--out", "o", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    mask = sitk.ReadImage(str(tmp_path / "o" / "scan_mask.nii.gz"))
+    assert mask.GetSize() == image.GetSize() and np.allclose(mask.GetSpacing(), image.GetSpacing(), atol=1e-5)
+    for index in ((0, 0, 0), (5, 30, 11)):
+        assert np.allclose(mask.TransformIndexToPhysicalPoint(index), image.TransformIndexToPhysicalPoint(index), atol=1e-3)
+    assert "lung cancer" in done.stdout and " ml" in done.stdout
+
+
+def test_reports_to_search_are_asked_for(tmp_path):
+    write_itk(tmp_path / "scan.mha", chest(np.random.default_rng(0)))
+    save_checkpoint(tmp_path / "best.pt", "ct-rate-retrieval")
+    done = here("--task", "ct-rate-retrieval", "--checkpoint", "best.pt", "--input", "scan.mha", cwd=tmp_path)
+    assert done.returncode == 1 and "--data" in done.stderr
+
+
+def test_report_of_one_scan(tmp_path):
+    write_itk(tmp_path / "scan.mha", chest(np.random.default_rng(0)))
+    save_checkpoint(tmp_path / "best.pt", "ctrg")
+    done = here("--task", "ctrg", "--checkpoint", "best.pt", "--input", "scan.mha", "--out", "o", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "o" / "report.txt").read_text().strip() in done.stdout
