@@ -695,7 +695,7 @@ def _stoic_items(folder, fold):
 
 
 def _ctrg_task_items(folder, fold):
-    lists = sorted(folder.glob("*.json")) if folder.is_dir() else [folder]
+    lists = [path for path in sorted(folder.glob("*.json")) if path.name != "recipe.json"] if folder.is_dir() else [folder]
     if len(lists) != 1:
         raise ValueError(f"{folder}: found {[path.name for path in lists]}, expected one .json")
     return load_items(lists[0])
@@ -2062,7 +2062,7 @@ def write_task_demo(task, out, n=None, seed=0, workers=None):
         rows = list(tqdm(pool.imap(partial(write, out, own_seed), range(n)), total=n, desc=task, unit="patient"))
     save_json(out / "recipe.json", DEMO_RECIPES[task])
     write_index(out, rows)
-    return out / "ctrg_chest.json" if task == "ctrg" else out
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------- commands
