@@ -4,6 +4,7 @@
     python data.py check --task T --data DIR         the same for one of the nine tasks: parts, classes, masks
     python data.py cache --data X --cache DIR        preprocess every volume once
     python data.py demo --out DIR --n 64             write synthetic chest phantoms with reports
+    python data.py demo --task luna16 --out DIR      write a synthetic set of a task in that task's own layout
 
 X is a manifest .csv (`volume,report[,split][,patient][,label columns]`, paths relative to it), a CT-RATE folder or a
 CTRG-Chest .json. Letters: B patients, D H W voxels (z, y, x), L report tokens, S sentences.
@@ -694,7 +695,7 @@ def _stoic_items(folder, fold):
 
 
 def _ctrg_task_items(folder, fold):
-    lists = sorted(folder.glob("*.json")) if folder.is_dir() else [folder]
+    lists = [path for path in sorted(folder.glob("*.json")) if path.name != "recipe.json"] if folder.is_dir() else [folder]
     if len(lists) != 1:
         raise ValueError(f"{folder}: found {[path.name for path in lists]}, expected one .json")
     return load_items(lists[0])
@@ -1765,6 +1766,305 @@ def write_demo(out, n=64, seed=0, workers=None):
     return manifest
 
 
+# --------------------------------------------------------------------------------- demo sets of the nine tasks
+# A writer takes (out, seed, index), writes the files of one patient in the layout of its task, and returns what the
+# index files say of them. Arrays are (z, y, x) in RAS, points and spacings (z, y, x) in mm.
+
+def save_nifti(path, array, affine, stored="LPS"):
+    """Writes an array (z, y, x), whose (x, y, z) index `affine` takes to RAS mm, as .nii.gz in orientation `stored`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nib.Nifti1Image(array.transpose(2, 1, 0), affine)
+    image.header.set_xyzt_units("mm")
+    start, end = (nib.orientations.axcodes2ornt(codes) for codes in ("RAS", stored))
+    image = image.as_reoriented(nib.orientations.ornt_transform(start, end))
+    path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))             # no time: the same bytes
+
+
+def save_metaimage(path, array, affine):
+    """The same without rotation as .mha or .mhd with its .raw; x runs to the left and y to the back, as ITK has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = sitk.GetImageFromArray(array[:, ::-1, ::-1])
+    image.SetSpacing(np.diag(affine)[:3].tolist())
+    last = affine @ [array.shape[2] - 1, array.shape[1] - 1, 0, 1]
+    image.SetOrigin((last[:3] * (-1, -1, 1)).tolist())
+    sitk.WriteImage(image, str(path), path.suffix == ".mha")
+
+
+def save_csv(path, columns, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+
+
+def save_json(path, value):
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def chest(seed, index):
+    """The healthy patient of `phantom` to paint on, with a random source of its own, and its affine."""
+    p = anatomy(np.random.default_rng([seed, index, 0]))
+    p.rng = np.random.default_rng([seed, index, 100])
+    affine = np.diag([*p.spacing[::-1], 1])
+    affine[:3, 3] = np.round(p.rng.uniform((-170, -190, -900), (-150, -130, 200)), 1)
+    return p, affine
+
+
+def noisy(volume, rng):
+    """HU with the noise of a scanner, int16."""
+    grain = rng.standard_normal(volume.shape, dtype=np.float32) * np.float32(rng.uniform(12, 24))
+    return np.clip(volume + grain, -1024, 3071).astype(np.int16)
+
+
+def two_sided(seed, index, findings):
+    """The first of the phantoms index, index + 10,000, … whose Lung opacity, if any, is in both lungs."""
+    for one in itertools.count(index, 10_000):
+        p = phantom(seed, one, findings)
+        if all(found["side"] == "bilateral" for found in p["lesions"] if found["label"] == "Lung opacity"):
+            return p
+
+
+def cc_ccii_demo(out, seed, index):
+    """Normal: nothing; CP: consolidation of one lobe; NCP: opacity in both lungs. Every fourth patient has two scans."""
+    target = index % 3
+    name, findings = (("Normal", []), ("CP", [15]), ("NCP", [10]))[target]
+    volume = two_sided(seed, index, findings)["volume"]
+    grey = (np.clip((volume + 1000) / 1400, 0, 1) * 255).astype(np.uint8)[:, ::-1, ::-1]    # -1000 … 400 HU
+    patient, scans = 1000 + index, [2 * index + 1, 2 * index + 2][:2 if index // 3 % 4 == 0 else 1]
+    for first, scan in enumerate(scans):
+        folder = Path(out, name, str(patient), str(scan))
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, picture in enumerate(grey[first::2]):                                        # feet first
+            sitk.WriteImage(sitk.GetImageFromArray(picture), str(folder / f"{i:04d}.png"))
+    part = "valid" if index // 3 % 3 == 2 else "train"
+    return [(part, f"{name}-{index // 30 + 1}.zip", target, name, patient, scan, len(grey[first::2]), len(scans), scans)
+            for first, scan in enumerate(scans)]
+
+
+def cc_ccii_index(out, rows):
+    for part in ("train", "valid"):
+        save_csv(Path(out, f"CC_CCII_fold0_{part}.csv"),
+                 "zip_file target label patient_id scan_id n_slice scan_count all_scan_ids".split(),
+                 [row[1:] for scans in rows for row in scans if row[0] == part])
+
+
+def luna16_demo(out, seed, index):
+    """Both lungs at 2.5 × 2 × 2 mm with four nodules of 9 to 20 mm; 16 other places: air, pleura, vessels."""
+    p, _ = chest(seed, index)
+    voxels = np.stack(np.unravel_index(p.lung, p.vol.shape), 1)                             # (K, 3)
+    low, high = voxels.min(0) - 3, voxels.max(0) + 4
+    box = p.vol[tuple(slice(a, b) for a, b in zip(low, high))]
+    size = np.rint(box.shape * p.spacing / (2.5, 2, 2)).astype(int)
+    volume = F.interpolate(torch.from_numpy(box)[None, None], size=size.tolist(), mode="trilinear")[0, 0].numpy()
+    spacing = box.shape * p.spacing / size
+    at = (voxels - low + .5) * p.spacing                                                    # mm from the box's corner
+    z, y, x = np.ogrid[tuple(slice(0, n) for n in size)]
+    value, rows, nodules = p.flat[p.lung], [], []
+
+    def draw_place(allowed, away):
+        far = [np.linalg.norm(at - one, axis=1) > away for one in nodules]
+        return p.rng.choice(at[np.all([allowed, *far], axis=0)])
+    air = (p.clear > 13) & (value < -600)
+    for _ in range(4):
+        centre, radius = draw_place(air, 32), p.rng.uniform(4.5, 10)
+        nodules.append(centre)
+        distance = np.sqrt(sum(((i + .5) * s - c) ** 2 for i, s, c in zip((z, y, x), spacing, centre)))
+        volume += np.clip((radius - distance) / 2 + .5, 0, 1).astype(np.float32) * (p.rng.uniform(40, 120) - volume)
+    others = (air,) * 6 + ((p.deep > 1) & (p.deep < 6),) * 5 + ((p.deep > 10) & (value > -300),) * 5
+    places = [(one, 1) for one in nodules] + [(draw_place(allowed, 42), 0) for allowed in others]
+    affine = np.diag([*spacing[::-1], 1])
+    affine[:3, 3] = np.round(p.rng.uniform((-150, -140, -400), (-100, -60, -100)), 1)
+    uid = f"1.3.6.1.4.1.14519.5.2.1.6279.6001.{10 ** 29 + 1000 * seed + index}"
+    save_metaimage(Path(out, f"subset{index % 10}", uid + ".mhd"), noisy(volume, p.rng), affine)
+    for place, positive in places:
+        world = affine @ [*(place / spacing - .5)[::-1], 1]
+        rows.append((uid, *np.round(world[:3] * (-1, -1, 1), 4).tolist(), positive))        # LPS
+    return rows
+
+
+def msd_lung_demo(out, seed, index):
+    """A solid tumour of 30 to 50 mm in one lung; every 15th case is a test image without label."""
+    p, affine = chest(seed, index)
+    radius, mask = p.rng.uniform(15, 25), np.zeros(p.vol.shape, np.uint8)
+    centre, _ = spot(p, int(p.rng.integers(1, 6)), radius + 2)
+    share = soft(p, radius - apart(p.at, centre) - 2 * waves(p, 30))
+    p.flat[p.lung] += share * (p.rng.uniform(40, 80) - p.flat[p.lung])
+    mask.reshape(-1)[p.lung[share > .5]] = 1
+    test, name = index % 15 == 14, f"lung_{index + 1:03d}.nii.gz"
+    save_nifti(Path(out, "imagesTs" if test else "imagesTr", name), noisy(p.vol, p.rng), affine, STORED[index % 4])
+    if test:
+        return f"./imagesTs/{name}"
+    save_nifti(Path(out, "labelsTr", name), mask, affine, STORED[index % 4])
+    return {"fold": index % 5, "image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"}
+
+
+def decathlon_index(file, name, lesion, out, rows):
+    """The JSON of the Decathlon, with folds; a row that is a str is a test image."""
+    training, test = ([row for row in rows if isinstance(row, kind)] for kind in (dict, str))
+    save_json(Path(out, file), {"name": name, "description": "synthetic", "tensorImageSize": "3D", "modality": {"0": "CT"},
+                                "labels": {"0": "background", "1": lesion}, "numTraining": len(training),
+                                "numTest": len(test), "training": training, "test": test})
+
+
+def covid_19_20_demo(out, seed, index):
+    """Lung opacity, and in every other patient a consolidation with it."""
+    p, name = phantom(seed, index, [10] if index % 2 else [10, 15]), f"volume-covid19-A-{index + 1:04d}"
+    save_nifti(Path(out, f"{name}_ct.nii.gz"), p["volume"], p["affine"], STORED[index % 4])
+    save_nifti(Path(out, f"{name}_seg.nii.gz"), (p["mask"] > 0).astype(np.uint8), p["affine"], STORED[index % 4])
+    return {"fold": index % 5, "image": f"{name}_ct.nii.gz", "label": f"{name}_seg.nii.gz"}
+
+
+def acdc_demo(out, seed, index):
+    """Short-axis heart at end-diastole and end-systole: 1 right ventricle, 2 myocardium, 3 left ventricle."""
+    rng, name = np.random.default_rng([seed, index]), f"patient{index + 1:03d}"
+    slices, (height, width), step = int(rng.integers(9, 12)), rng.integers(64, 81, 2), rng.uniform(2.7, 3.2)
+    y, x = ((np.arange(n) - (n - 1) / 2) * step for n in (height, width))
+    y, level = y[:, None], np.arange(slices)[:, None, None]
+    affine = np.diag([step, step, 10, 1])
+    affine[:3, 3] = np.round(rng.uniform(-120, 20, 3), 1)
+    # chest wall with its fat, lungs, liver at the lower right, spine
+    body = np.hypot(x / (width * step / 2 - 5), y / (height * step / 2 - rng.uniform(5, 20)))
+    tissue = np.where(body > 1, 6, np.where(body > .93, 230, 75.))
+    lungs = np.minimum(np.hypot((np.abs(x) - 62) / 30, (y + 5) / 58), np.hypot(x / 70, (y + 42) / 18))
+    tissue = np.where(lungs < 1, 22, tissue)
+    tissue = np.where(np.hypot(x, y + 72) < 15, 120, tissue)
+    tissue = np.where((level < 4) & (np.hypot(x - 62, y - 5) < 40), 110, tissue)            # (slices, H, W)
+    waviness = sum(np.cos((x * one[0] + y * one[1] + level * 10 * one[2]) / 9 + one[3] * 6)
+                   for one in rng.uniform(-1, 1, (6, 4)))
+    bias = np.exp((x * rng.uniform(-1, 1) + y * rng.uniform(-1, 1)) / 250) * np.exp(rng.uniform(-1, 1.5))
+    centre, turn = rng.uniform(-12, 12, 2), rng.uniform(-.2, .7)
+    u = (x - centre[0]) * math.cos(turn) + (y - centre[1]) * math.sin(turn)                # towards the right ventricle
+    v = (y - centre[1]) * math.cos(turn) - (x - centre[0]) * math.sin(turn)
+    cavity, wall, basal = rng.uniform(21, 27), rng.uniform(8, 11), 1 - (level - 1) / (slices - 3)     # 0 base, 1 apex
+    end_systole = int(rng.integers(8, 15))
+    for frame, small in ((1, 1), (end_systole, rng.uniform(.6, .72))):
+        inner = cavity * small * np.sqrt(1 - .8 * np.clip(basal, 0, 1) ** 2)
+        outer = inner + wall * (1 if frame == 1 else 1.25)
+        right = np.hypot((u - outer * .8) / (cavity * 1.1 * small ** .6 * (1 - .7 * np.clip(basal, 0, 1))),
+                         v / (outer * 1.1)) < 1
+        label = np.where(np.hypot(u, v) < inner, 3, np.where(np.hypot(u, v) < outer, 2, right & (basal < .8)))
+        label = (label * ((level > 0) & (level < slices - 1))).astype(np.uint8)
+        image = np.choose(label, (tissue, 190, 85, 205)) * (1 + .04 * waviness) + 6 * rng.standard_normal(label.shape)
+        stem = Path(out, "training", name, f"{name}_frame{frame:02d}")
+        save_nifti(stem.with_name(stem.name + ".nii.gz"), np.clip(image * bias, 0, 3e4).astype(np.int16), affine)
+        save_nifti(stem.with_name(stem.name + "_gt.nii.gz"), label, affine)
+    Path(out, "training", name, "Info.cfg").write_text(
+        f"ED: 1\nES: {end_systole}\nGroup: NOR\nHeight: {rng.uniform(155, 190):.1f}\nNbFrame: 30\n"
+        f"Weight: {rng.uniform(55, 95):.1f}\n", encoding="utf-8")
+
+
+def stoic_demo(out, seed, index):
+    """A third negative, a third with opacity in both lungs (COVID-19), a third with a consolidation as well (severe)."""
+    covid, severe = index % 3 > 0, index % 3 == 2
+    findings = [10, 15] if severe else [10] if covid else ([], [7], [2])[index // 3 % 3]
+    p = two_sided(seed, index, findings)
+    save_metaimage(Path(out, "data/mha", f"{index + 1}.mha"), p["volume"], p["affine"])
+    return index + 1, int(covid), int(severe)
+
+
+CTRG_WORDS = {      # what a report of the demo says where a finding is absent and where it is present
+    15: ("Both lung fields are clear.", "Dense consolidation with air bronchograms occupies part of {}."),
+    2: ("The heart is of normal size and shape.", "Marked enlargement of the cardiac silhouette is noted."),
+    12: ("The pleural cavities are dry.", "A large amount of free fluid layers behind {}."),
+    0: ("No foreign material is visible.", "An implanted device projects over {}.")}
+
+
+def ctrg_demo(out, seed, index):
+    """Consolidation, cardiomegaly, pleural effusion and medical material, each in every other patient."""
+    drawn = np.random.default_rng([seed, index, 100]).random(4) < .5
+    p, name = phantom(seed, index, [k for k, one in zip(CTRG_WORDS, drawn) if one]), f"{index + 1}.nii.gz"
+    save_nifti(Path(out, "volumes", name), p["volume"], p["affine"], p["stored"])
+    sides = {found["label"]: found["side"] for found in p["lesions"]}
+    places = {None: "", "bilateral": "both lungs", "left": "the left lung", "right": "the right lung"}
+    report = " ".join(present.format(places[sides[LABELS[k]]]) if LABELS[k] in sides else absent
+                      for k, (absent, present) in CTRG_WORDS.items())
+    return {"id": name, "report": f"Thorax is symmetrical. {report}", "image_path": f"./volumes/{name}",
+            "result": "; ".join(sides) + "." if sides else "No abnormality.", "split": "train" if index % 10 < 7 else "val"}
+
+
+def ctrg_index(out, rows):
+    held_out = [row for row in rows if row["split"] == "val"]                               # val and test are the same
+    save_json(Path(out, "ctrg_chest.json"), {"train": [row for row in rows if row["split"] == "train"],
+                                             "val": held_out, "test": held_out})
+
+
+def ct_rate_demo(out, seed, index):
+    """Any of the 18, those that take much room more often; every sixth scan has a second, thicker reconstruction."""
+    often = np.isin(np.arange(18), (0, 2, 3, 5, 7, 12, 13, 15))
+    rng = np.random.default_rng([seed, index, 100])
+    p = phantom(seed, index, np.flatnonzero(rng.random(18) < np.where(often, .35, .12)))
+    split = "train" if index % 5 < 3 else "valid"
+    name, rows = f"{split}_{index + 1}_a", []
+    for number in (1, 2) if index % 6 == 0 else (1,):
+        volume, affine = p["volume"], p["affine"].copy()
+        if number == 2:             # slices in pairs, other noise, and stored with 1024 added, as CT-RATE v1 has them
+            volume = noisy(volume[:len(volume) // 2 * 2].reshape(-1, 2, *volume.shape[1:]).mean(1), rng) + np.int16(1024)
+            affine[2, 3] += affine[2, 2] / 2
+            affine[2, 2] *= 2
+        save_nifti(Path(out, split, name.removesuffix("_a"), name, f"{name}_{number}.nii.gz"), volume, affine, "LPS")
+        spacing = np.diag(affine).round(4).tolist()
+        impression = "\n".join(dict.fromkeys(found["label"] + "." for found in p["lesions"])) or "Not given."
+        rows.append((split, f"{name}_{number}.nii.gz", ("Not given.", "Chest CT with contrast.", p["report"], impression),
+                     p["labels"].astype(int).tolist(), (1, -1024, str(spacing[:2]), spacing[2])))
+    return rows
+
+
+def ct_rate_index(out, rows):
+    for split, word in (("train", "train"), ("valid", "validation")):
+        mine = [row for scan in rows for row in scan if row[0] == split]
+        for k, (file, columns) in enumerate((
+                (f"radiology_text_reports/{word}_reports.csv",
+                 ["ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN"]),
+                (f"multi_abnormality_labels/{split}_predicted_labels.csv", list(LABELS)),
+                (f"metadata/{word}_metadata.csv", ["RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing"]))):
+            save_csv(Path(out, file), ["VolumeName", *columns], [(row[1], *row[k + 2]) for row in mine])
+        left_out = [row[1] for row in mine if row[1] == "train_1_a_2.nii.gz"]
+        Path(out, f"metadata/no_chest_{split}.txt").write_text("".join(f"{one}\n" for one in left_out), encoding="utf-8")
+
+
+TASK_DEMOS = {      # patients by default, what writes one of them, what writes the index files
+    "cc-ccii": (72, cc_ccii_demo, cc_ccii_index),
+    "luna16": (40, luna16_demo, lambda out, rows: save_csv(
+        Path(out, "candidates_V2.csv"), "seriesuid coordX coordY coordZ class".split(), sum(rows, []))),
+    "msd-lung": (30, msd_lung_demo, partial(decathlon_index, "dataset.json", "Lung", "cancer")),
+    "covid-19-20": (30, covid_19_20_demo, partial(decathlon_index, "Covid19_20_folds.json", "Covidv2_1920", "lesion")),
+    "acdc": (24, acdc_demo, lambda out, rows: None),
+    "stoic": (120, stoic_demo, lambda out, rows: save_csv(
+        Path(out, "metadata/reference.csv"), "PatientID probCOVID probSevere".split(), rows)),
+    "ctrg": (100, ctrg_demo, ctrg_index),
+    "ct-rate-vocab": (160, ct_rate_demo, ct_rate_index),
+    "ct-rate-retrieval": (240, ct_rate_demo, ct_rate_index),
+}
+FAST = {"encoder": "swin_t", "lr": 1e-3, "lr_encoder": 1e-3, "warmup": 1}
+DEMO_RECIPES = {    # flags of finetune.py with which a demo set is learned on two cores in minutes
+    "cc-ccii": FAST | {"size": (32, 64, 64), "epochs": 15, "batch_size": 4},
+    "luna16": FAST | {"size": (32, 32, 32), "epochs": 20, "batch_size": 8},
+    "msd-lung": FAST | {"size": (64, 64, 64), "spacing": (5., 5., 5.), "epochs": 15, "batch_size": 1},
+    "covid-19-20": FAST | {"size": (32, 64, 64), "spacing": (6., 5., 5.), "epochs": 15, "batch_size": 1},
+    "acdc": FAST | {"size": (32, 64, 64), "epochs": 10, "batch_size": 1},
+    "stoic": FAST | {"size": (64, 64, 64), "epochs": 10, "batch_size": 4},
+    "ctrg": FAST | {"size": (32, 64, 64), "epochs": 12, "batch_size": 4},
+    "ct-rate-vocab": FAST | {"size": (32, 64, 64), "epochs": 9, "batch_size": 4},
+    "ct-rate-retrieval": FAST | {"size": (32, 64, 64), "epochs": 7, "batch_size": 8},
+}
+
+
+def write_task_demo(task, out, n=None, seed=0, workers=None):
+    """Writes a synthetic set of one of the nine tasks in its native layout, n patients; returns what `--data` takes.
+
+    The index files come last; beside them recipe.json, flags for finetune.py. The bytes of a patient depend on task,
+    seed and index only, not on n or `workers` (processes; default: one a core).
+    """
+    count, write, write_index = TASK_DEMOS[task]
+    n, out = n or count, Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    own_seed = 1000 * (1 + list(TASK_DEMOS).index(task)) + seed         # other patients than the phantoms of pre-training
+    with multiprocessing.Pool(workers) as pool:
+        rows = list(tqdm(pool.imap(partial(write, out, own_seed), range(n)), total=n, desc=task, unit="patient"))
+    save_json(out / "recipe.json", DEMO_RECIPES[task])
+    write_index(out, rows)
+    return out
+
+
 # ---------------------------------------------------------------------------------------------------- commands
 
 def report_table(reports):
@@ -1929,12 +2229,15 @@ def main():
     command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     command.set_defaults(run=fill_cache)
 
-    command = commands.add_parser("demo", help="write synthetic chest phantoms, reports and a manifest",
+    command = commands.add_parser("demo", help="write synthetic chest phantoms, or a synthetic set of a task",
                                   **defaults_shown)
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
-    command.add_argument("--n", type=int, default=64, help="number of phantoms")
+    command.add_argument("--task", choices=TASK_DEMOS, help="instead of phantoms with reports: a set of this task, in its "
+                         "own layout")
+    command.add_argument("--n", type=int, help="number of patients; by default 64, or as many as the task needs")
     command.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes")
-    command.set_defaults(run=lambda args: print(write_demo(args.out, args.n, args.seed)))
+    command.set_defaults(run=lambda args: print(write_task_demo(args.task, args.out, args.n, args.seed) if args.task
+                                                else write_demo(args.out, args.n or 64, args.seed)))
 
     args = parser.parse_args()
     if args.command != "demo" and not args.data and not getattr(args, "reports", None):

@@ -106,7 +106,7 @@ def complete(args):
     if not args.task or not args.data:
         raise ValueError("--task and --data are needed, or --resume with the --out of a run that has begun")
     task = data.TASKS[args.task]
-    folder = Path(args.data)
+    folder = Path(args.data) if Path(args.data).is_dir() else Path(args.data).parent
     settings = {**task.recipe, "size": task.size, "spacing": task.spacing}
     if (folder / "recipe.json").exists():
         own = read_json(folder / "recipe.json")
