@@ -543,7 +543,7 @@ def plot_curves(log_path, out):
         width = max(1, len(values) // 10)
         kernel = np.ones(width) / width
         ax.plot(steps, values, color="0.8", lw=0.8)
-        ax.plot(steps[width - 1:], np.convolve(values, kernel, "valid"), lw=1.5)
+        ax.plot(steps[width - 1:], np.convolve(values, kernel, "valid"), lw=1.5, marker="o" if len(values) == 1 else "")
         ax.set_title(name, fontsize=10)
         ax.set_xlabel("step", fontsize=8)
         ax.tick_params(labelsize=7)
@@ -677,6 +677,7 @@ def plot_retrieval(examples, out):
         left.imshow(_coronal(volume), cmap="gray", vmin=0, vmax=1)
         left.set_title(name, fontsize=8)
         left.axis("off")
+        left.set_anchor("N")
         right.axis("off")
         y = 1.0
         for head, text, colour in [("its own", own, "0.35"), *((f"nearest {k + 1}", text, "#0a7d28" if same else "#b03020")
