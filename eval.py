@@ -417,7 +417,7 @@ def _evaluate_classes(network, items, task, config, cache, device, out, progress
         among = (truth[:, :-1] == 1).all(1) & known[:, -1]
         s, t = scores[among, -1], truth[among, -1]
         result |= dict(value=auroc(s, t), interval=bootstrap(auroc, s, t), n=len(t),
-                       protocol=" ".join([task.classes[-1], *(f"among items with {name}" for name in task.classes[:-1])]))
+                       protocol=f"{task.classes[-1]} among " + (" and ".join(task.classes[:-1]) or "all items"))
         if len(task.classes) > 1:
             result |= dict(auc_all_items=aucs[task.classes[-1]], n_all_items=len(items))
     if out:
@@ -760,7 +760,7 @@ def embed_command(args):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder.to(device).eval()
     folder = args.input if args.input.is_dir() else args.input.parent
-    files = [file for file in folder.rglob("*") if file.is_file()]
+    files = [file for file in folder.rglob("*") if file.is_file() and file.suffix not in (".csv", ".json", ".txt")]
     known = [file for file in files if file.name.lower().endswith((".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".npz"))]
     scans = sorted(known or {file.parent for file in files}) if args.input.is_dir() else [args.input]   # or DICOM, pictures
     ids, rows, failed = [], [], []

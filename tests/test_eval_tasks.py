@@ -293,7 +293,7 @@ def test_severity_is_told_among_those_with_covid(constant_inputs):
     labels = [(1, 1), (1, 0), (1, 0), (1, 1), (0, 0), (0, 0)]
     scores = [[0, 2], [0, 1], [0, 0], [0, 0.5], [0, 9], [0, 8]]
     result = evaluation.evaluate(Table(scores), items_of(labels), data.TASKS["stoic"], {"task": "stoic"}, None, "cpu")
-    assert result["value"] == pytest.approx(3 / 4) and result["n"] == 4 and "among items with COVID-19" in result["protocol"]
+    assert result["value"] == pytest.approx(3 / 4) and result["n"] == 4 and result["protocol"] == "severe among COVID-19"
     assert result["auc_all_items"] == result["per_class"]["severe"] == pytest.approx(3 / 8) and result["n_all_items"] == 6
     assert result["per_class"]["COVID-19"] == 0.5 and result["chance"] == 0.5
 
@@ -301,6 +301,7 @@ def test_severity_is_told_among_those_with_covid(constant_inputs):
 def test_auc_over_all_candidates(constant_inputs):
     result = evaluation.evaluate(Table([[0], [1], [2], [3]]), items_of([[0], [1], [0], [1]]), data.TASKS["luna16"], {"task": "luna16"}, None, "cpu")
     assert result["value"] == pytest.approx(3 / 4) and result["n"] == 4 and result["per_class"] == {"nodule": result["value"]}
+    assert result["protocol"] == "nodule among all items"
 
 
 def test_an_absent_class_is_null_in_the_file(constant_inputs, tmp_path):
