@@ -1815,20 +1815,26 @@ def noisy(volume, rng):
     return np.clip(volume + grain, -1024, 3071).astype(np.int16)
 
 
-def two_sided(seed, index, findings):
-    """The first of the phantoms index, index + 10,000, … whose Lung opacity, if any, is in both lungs."""
-    for one in itertools.count(index, 10_000):
-        p = phantom(seed, one, findings)
-        if all(found["side"] == "bilateral" for found in p["lesions"] if found["label"] == "Lung opacity"):
-            return p
+def opacities(p):
+    """Paints COVID-19 into the lungs: a hazy patch in each of the five lobes."""
+    distance = np.min([apart(p.at, spot(p, lobe, 4)[0]) for lobe in range(1, 6)], 0) + 6 * waves(p, 40)
+    paint_lung(p, soft(p, (p.rng.uniform(34, 44) - distance) / 2), p.flat[p.lung] + 380)
+
+
+def consolidation(p, lobe):
+    """Paints most of a lobe without air."""
+    share = soft(p, p.rng.uniform(46, 60) - apart(p.at, spot(p, lobe)[0]) - 5 * waves(p, 35))
+    p.flat[p.lung] += (p.lobe == lobe) * share * (45 - p.flat[p.lung])
 
 
 def cc_ccii_demo(out, seed, index):
-    """Normal: nothing; CP: consolidation of one lobe; NCP: opacity in both lungs. Every fourth patient has two scans."""
-    target = index % 3
-    name, findings = (("Normal", []), ("CP", [15]), ("NCP", [10]))[target]
-    volume = two_sided(seed, index, findings)["volume"]
-    grey = (np.clip((volume + 1000) / 1400, 0, 1) * 255).astype(np.uint8)[:, ::-1, ::-1]    # -1000 … 400 HU
+    """Normal: nothing; CP: consolidation of one lobe; NCP: opacities in both lungs. Every fourth patient has two scans."""
+    (p, _), target, name = chest(seed, index), index % 3, ("Normal", "CP", "NCP")[index % 3]
+    if target == 1:
+        consolidation(p, int(p.rng.integers(1, 6)))
+    elif target == 2:
+        opacities(p)
+    grey = (np.clip((noisy(p.vol, p.rng) + 1000) / 1400, 0, 1) * 255).astype(np.uint8)[:, ::-1, ::-1]    # -1000 … 400 HU
     patient, scans = 1000 + index, [2 * index + 1, 2 * index + 2][:2 if index // 3 % 4 == 0 else 1]
     for first, scan in enumerate(scans):
         folder = Path(out, name, str(patient), str(scan))
@@ -1953,11 +1959,15 @@ def acdc_demo(out, seed, index):
 
 
 def stoic_demo(out, seed, index):
-    """A third negative, a third with opacity in both lungs (COVID-19), a third with a consolidation as well (severe)."""
-    covid, severe = index % 3 > 0, index % 3 == 2
-    findings = [10, 15] if severe else [10] if covid else ([], [7], [2])[index // 3 % 3]
-    p = two_sided(seed, index, findings)
-    save_metaimage(Path(out, "data/mha", f"{index + 1}.mha"), p["volume"], p["affine"])
+    """A third negative, a third with opacities (COVID-19), a third with consolidations in both lungs as well (severe)."""
+    (p, affine), covid, severe = chest(seed, index), index % 3 > 0, index % 3 == 2
+    if covid:
+        opacities(p)
+        for lobe in (3, 5) if severe else ():
+            consolidation(p, lobe)
+    elif index // 3 % 2:                                                # emphysema, cardiomegaly or a nodule instead
+        draw(p, (7, 2, 9)[index // 6 % 3], 1, "bilateral")
+    save_metaimage(Path(out, "data/mha", f"{index + 1}.mha"), noisy(p.vol, p.rng), affine)
     return index + 1, int(covid), int(severe)
 
 
@@ -2028,7 +2038,7 @@ TASK_DEMOS = {      # patients by default, what writes one of them, what writes 
     "msd-lung": (30, msd_lung_demo, partial(decathlon_index, "dataset.json", "Lung", "cancer")),
     "covid-19-20": (30, covid_19_20_demo, partial(decathlon_index, "Covid19_20_folds.json", "Covidv2_1920", "lesion")),
     "acdc": (24, acdc_demo, lambda out, rows: None),
-    "stoic": (120, stoic_demo, lambda out, rows: save_csv(
+    "stoic": (150, stoic_demo, lambda out, rows: save_csv(
         Path(out, "metadata/reference.csv"), "PatientID probCOVID probSevere".split(), rows)),
     "ctrg": (100, ctrg_demo, ctrg_index),
     "ct-rate-vocab": (160, ct_rate_demo, ct_rate_index),
@@ -2037,11 +2047,11 @@ TASK_DEMOS = {      # patients by default, what writes one of them, what writes 
 FAST = {"encoder": "swin_t", "lr": 1e-3, "lr_encoder": 1e-3, "warmup": 1}
 DEMO_RECIPES = {    # flags of finetune.py with which a demo set is learned on two cores in minutes
     "cc-ccii": FAST | {"size": (32, 64, 64), "epochs": 15, "batch_size": 4},
-    "luna16": FAST | {"size": (32, 32, 32), "epochs": 20, "batch_size": 8},
+    "luna16": FAST | {"size": (32, 32, 32), "epochs": 6, "batch_size": 8},
     "msd-lung": FAST | {"size": (64, 64, 64), "spacing": (5., 5., 5.), "epochs": 15, "batch_size": 1},
     "covid-19-20": FAST | {"size": (32, 64, 64), "spacing": (6., 5., 5.), "epochs": 15, "batch_size": 1},
     "acdc": FAST | {"size": (32, 64, 64), "epochs": 10, "batch_size": 1},
-    "stoic": FAST | {"size": (64, 64, 64), "epochs": 10, "batch_size": 4},
+    "stoic": FAST | {"size": (32, 32, 32), "epochs": 6, "batch_size": 4},
     "ctrg": FAST | {"size": (32, 64, 64), "epochs": 12, "batch_size": 4},
     "ct-rate-vocab": FAST | {"size": (32, 64, 64), "epochs": 9, "batch_size": 4},
     "ct-rate-retrieval": FAST | {"size": (32, 64, 64), "epochs": 7, "batch_size": 8},

@@ -518,8 +518,8 @@ def _evaluate_retrieval(network, items, task, config, cache, device, out, progre
         nearest = (-similarity).argsort(0, kind="stable")[:3].T                     # reports of each volume
         plot_retrieval([(items[i].id, data.network_input(items[i], task, cache), [(j == i, items[j].report) for j in nearest[i]],
                          items[i].report) for i in scans[:3]], out / "retrieval.png")
-    # Of a set with fewer than twice the metric's K volumes, a smaller K heads the result: chance would be near 1.
-    k = max([k for k in ks if k <= min(int(task.metric.split("@")[1]), len(items) / 2)], default=ks[0])
+    # Recall@50 of 60 volumes says little: of fewer than 500 the K that is at most a tenth, 5 at least.
+    k = max([5] + [k for k in ks[1:] if k <= len(items) / 10 and k <= int(task.metric.split("@")[1])])
     return dict(metric=f"Recall@{k}", value=float((ranks <= k).mean()), interval=bootstrap(lambda r: (r <= k).mean(), ranks),
                 chance=min(1.0, k / len(items)), per_class={f"Recall@{k}": protocols["volumes"][f"Recall@{k}"] for k in ks},
                 protocols=protocols, protocol="volumes: a report finds its own among all volumes; ties count against it")

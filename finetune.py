@@ -107,23 +107,21 @@ def complete(args):
         raise ValueError("--task and --data are needed, or --resume with the --out of a run that has begun")
     task = data.TASKS[args.task]
     folder = Path(args.data) if Path(args.data).is_dir() else Path(args.data).parent
-    settings = {**task.recipe, "size": task.size, "spacing": task.spacing}
+    settings = {"encoder": "swin_b", "embed_dim": 768, "text_encoder": "StanfordAIMI/RadBERT", **task.recipe, "size": task.size,
+                "spacing": task.spacing, "eval_every": None}
     if (folder / "recipe.json").exists():
         own = read_json(folder / "recipe.json")
         if unknown := sorted(own.keys() - vars(args).keys()):
             raise ValueError(f"{folder / 'recipe.json'}: found {', '.join(unknown)}, expected names of flags of finetune.py")
         settings.update(own)
         log.info("recipe     %s: %s", folder / "recipe.json", ", ".join(f"{name} {value}" for name, value in own.items()))
-    start = {}
     if args.init != "scratch":
         with contextlib.suppress(Exception):            # load_weights says better what is wrong with the file
             start = torch.load(args.init, map_location="cpu", weights_only=True).get("config", {})
-        for name in ("encoder", "embed_dim", "text_encoder"):
-            settings[name] = start.get(name) or settings.get(name)
-    defaults = dict(encoder="swin_b", embed_dim=768, text_encoder="StanfordAIMI/RadBERT")
-    for name in ("size", "spacing", *defaults, *task.recipe, "eval_every"):
+            settings.update({name: start[name] for name in ("encoder", "embed_dim", "text_encoder") if start.get(name)})
+    for name, value in settings.items():
         if hasattr(args, name) and getattr(args, name) is None:
-            setattr(args, name, settings.get(name) or defaults.get(name))
+            setattr(args, name, value)
     args.eval_every = args.eval_every or max(1, args.epochs // 20)
     for name in ("epochs", "batch_size", "repeats", "eval_every"):
         if getattr(args, name) < 1:

@@ -1,0 +1,256 @@
+"""finetune.py on small sets in their native layouts: every kind of task, resuming, repeats, several processes, bad input."""
+import csv
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import eval as evaluation
+import finetune
+import losses
+import model
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = {"luna16": 8, "msd-lung": 10, "acdc": 6, "ctrg": 8, "ct-rate-vocab": 8, "ct-rate-retrieval": 8, "stoic": 24, "cc-ccii": 12,
+         "covid-19-20": 6}
+
+
+@pytest.fixture(scope="session")
+def sets(tmp_path_factory):
+    """sets(task) -> the folder of a small set of the task, written once"""
+    folder = tmp_path_factory.mktemp("sets")
+
+    def write(task):
+        if not (folder / task).exists():
+            data.write_task_demo(task, folder / task, SIZES[task], seed=1, workers=1)
+        return folder / task
+    return write
+
+
+@pytest.fixture
+def run(sets, tmp_path, monkeypatch, capfd):
+    """run(task, flags …) -> what finetune.py printed; in this process, so that nothing is imported anew"""
+    monkeypatch.chdir(tmp_path)
+
+    def finetune_py(task, *flags, out="out"):
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        command = ["--task", task, "--data", sets(task), "--size", 32, 32, 32, "--workers", 0, "--cache", sets(task).parent / "cache", *flags]
+        try:
+            finetune.main(finetune.flags().parse_args(["--out", out, *map(str, command if task else flags)]))
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return capfd.readouterr().out
+    return finetune_py
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+# ----------------------------------------------------------------------------------------------------- losses
+
+def test_dice_ce_is_the_loop():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    mask = torch.randint(0, 3, (2, 2, 3, 4))
+    mask[1][mask[1] == 2] = 0                                   # a class that is absent
+    p, cross, dices = logits.softmax(1), [], []
+    for b in range(2):
+        for k in (1, 2):
+            both = sum(p[b, k][at] for at in np.ndindex(2, 3, 4) if mask[b][at] == k)
+            total = sum(p[b, k][at] + (mask[b][at] == k) for at in np.ndindex(2, 3, 4))
+            dices.append((2 * both + 1e-5) / (total + 1e-5))
+        cross += [-p[b, mask[b][at]][at].log() for at in np.ndindex(2, 3, 4)]
+    expected = 1 - sum(dices) / 4 + sum(cross) / len(cross)
+    loss = losses.dice_ce_loss(logits, mask)
+    assert torch.allclose(loss, expected)
+    for a, b in zip(torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits)):
+        assert torch.allclose(a, b)
+
+
+def test_prompt_loss_is_the_loop():
+    torch.manual_seed(0)
+    f_i, f_t = torch.randn(3, 5, dtype=torch.float64, requires_grad=True), torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    labels, terms = torch.tensor([[1., 0.], [0., 0.], [1., 1.]]), []
+    for i in range(3):
+        for k in range(2):
+            yes, no = (torch.cosine_similarity(f_i[i], f_t[2 * k + j], dim=0) / 0.2 for j in (0, 1))
+            right, wrong = (yes, no) if labels[i, k] else (no, yes)
+            terms.append(-(right.exp() / (right.exp() + wrong.exp())).log())
+    loss = losses.prompt_loss(f_i, f_t, labels, 0.2)
+    expected = sum(terms) / 6
+    assert torch.allclose(loss, expected)
+    for a, b in zip(torch.autograd.grad(loss, [f_i, f_t]), torch.autograd.grad(expected, [f_i, f_t])):
+        assert torch.allclose(a, b)
+
+
+# ------------------------------------------------------------------------------------------------ every kind
+
+@pytest.mark.parametrize("task", SIZES)
+def test_every_task_trains_tests_and_predicts(run, sets, task):
+    output = run(task, "--epochs", 1, "--steps", 2, "--batch_size", 2)
+    assert {"best.pt", "last.pt", "result.json", "log.jsonl", "curves.png", "split.json", "predictions"} <= set(os.listdir("out"))
+    result = json.loads(Path("out/result.json").read_text())
+    split = json.loads(Path("out/split.json").read_text())
+    items = data.load_task(task, sets(task))
+    assert result["task"] == task and result["n"] == sum(item.split == "test" for item in items) and str(result["n"]) in output
+    assert not set(split["train"]) & set(split["test"]) and not set(split["valid"]) & set(split["test"])
+    # The file alone rebuilds the network, which gives the same number again.
+    network, row, config = evaluation.load_checkpoint("out/best.pt")
+    again = evaluation.evaluate(network, [item for item in items if item.split == "test"], row, config, sets(task).parent / "cache", "cpu",
+                                progress=False)
+    assert again["value"] == pytest.approx(result["value"], nan_ok=True) and row.size == (32, 32, 32)
+
+
+def test_defaults_come_from_the_data_then_the_task(sets):
+    folder = sets("msd-lung")
+    args = finetune.flags().parse_args(["--task", "msd-lung", "--data", str(folder), "--lr", "0.5"])
+    task = finetune.complete(args)
+    own = json.loads((folder / "recipe.json").read_text())
+    assert args.encoder == own["encoder"] == "swin_t" and list(task.size) == list(own["size"]) and args.lr == 0.5
+    assert args.weight_decay == data.TASKS["msd-lung"].recipe["weight_decay"]
+    assert data.TASKS.keys() == set(finetune.TASK_NAMES)
+
+
+def test_frozen_encoder_and_fraction(run, sets):
+    torch.manual_seed(3)
+    encoder = model.build_encoder("swin_t")
+    torch.save(model.export_encoder(encoder), "encoder.pt")
+    output = run("stoic", "--epochs", 1, "--init", "encoder.pt", "--freeze", "--fraction", 0.5, "--batch_size", 4)
+    trained, start = weights("out/last.pt"), encoder.state_dict()
+    assert all(torch.equal(tensor, trained[f"encoder.{name}"]) for name, tensor in start.items())
+    n = sum(item.split == "train" for item in data.load_task("stoic", sets("stoic")))
+    assert f"{round(n / 2)} items of {round(n / 2)} scans to train on" in output and "frozen" in output
+
+
+def test_negatives_are_drawn_anew(sets):
+    items = [item for item in data.load_task("luna16", sets("luna16")) if item.split == "train"]
+    dataset = data.TaskDataset(items, data.TASKS["luna16"]._replace(size=(32, 32, 32), augment={}), sets("luna16").parent / "cache")
+    positives = sum(item.labels[0] == 1 for item in items)
+    assert len(dataset) == 2 * positives < len(items)
+    first, second = ({dataset[i, step]["id"] for i in range(positives, len(dataset))} for step in (0, 1))
+    assert first != second and all(dataset[i, 0]["label"].item() == 0 for i in range(positives, len(dataset)))
+    assert all(dataset[i, 0]["label"].item() == 1 for i in range(positives))
+
+
+# ------------------------------------------------------------------------------------- interrupted, repeated
+
+@pytest.mark.parametrize("task, loss", [("ctrg", "mlm_loss"), ("msd-lung", "dice_ce_loss")])
+def test_an_interrupted_run_ends_as_if_it_had_not_been(run, monkeypatch, task, loss):
+    flags = ["--epochs", 2, "--batch_size", 2]
+    run(task, *flags, out="whole")
+    original, calls = getattr(losses, loss), []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:                                     # in the middle of an epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+    monkeypatch.setattr(losses, loss, interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        run(task, *flags, out="broken")
+    assert stopped.value.code == 128 + signal.SIGTERM and not Path("broken/result.json").exists()
+    assert torch.load("broken/last.pt", weights_only=True)["step"] == 3
+    run(None, "--resume", out="broken")
+    for name, tensor in weights("whole/last.pt").items():
+        assert torch.equal(tensor, weights("broken/last.pt")[name]), name
+    whole, broken = (json.loads(Path(out, "result.json").read_text()) for out in ("whole", "broken"))
+    assert whole == broken
+    losses_of = [[json.loads(line)["loss"] for line in Path(out, "log.jsonl").read_text().splitlines()] for out in ("whole", "broken")]
+    assert losses_of[0] == losses_of[1] and len(losses_of[0]) > 3
+
+
+def test_repeats_give_mean_and_deviation(run):
+    output = run("ctrg", "--epochs", 1, "--steps", 1, "--repeats", 3)
+    summary = json.loads(Path("out/result.json").read_text())
+    values = [json.loads(Path(f"out/repeat_{i}/result.json").read_text())["value"] for i in range(3)]
+    assert summary["value"] == pytest.approx(statistics.mean(values)) and summary["std"] == pytest.approx(statistics.stdev(values))
+    assert f"BLEU-4 of 3 repeats: {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" in output
+    seeds = [torch.load(f"out/repeat_{i}/best.pt", weights_only=True)["config"]["seed"] for i in range(3)]
+    assert seeds == [0, 1, 2] and Path("out/best.pt").exists()
+
+
+def test_two_processes_are_one_with_twice_the_batch(sets, tmp_path):
+    command = ["finetune.py", "--task", "stoic", "--data", sets("stoic"), "--size", 32, 32, 32, "--workers", 0, "--cache",
+               sets("stoic").parent / "cache", "--epochs", 1, "--steps", 2]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617"]
+    for start, batch, out in (([sys.executable], 4, "one"), (torchrun, 2, "two")):
+        done = subprocess.run([*start, *map(str, [*command, "--batch_size", batch, "--out", tmp_path / out])], cwd=ROOT, text=True,
+                              capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+    one, two = weights(tmp_path / "one" / "last.pt"), weights(tmp_path / "two" / "last.pt")
+    # AdamW turns a gradient near 0 into a whole step of 1e-3, whose sign is rounding: compare what moved surely.
+    far = [name for name in one if (one[name] - two[name]).abs().float().mean() > 1e-5]
+    assert far == []
+
+
+# -------------------------------------------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize("flags, message", [
+    (["--size", 30, 32, 32], "--size 30 32 32: every side must be a multiple of 32"),
+    (["--fraction", 0], "--fraction 0.0: expected a number above 0"),
+    (["--epochs", 0], "--epochs 0: expected at least 1"),
+    (["--init", "nowhere.pt"], "nowhere.pt: no such file"),
+])
+def test_bad_flags(run, flags, message):
+    with pytest.raises(ValueError, match=message):
+        run("ctrg", *flags)
+
+
+def test_wrong_weights_are_refused(run):
+    torch.save({"layer.weight": torch.zeros(3)}, "wrong.pt")
+    with pytest.raises(ValueError, match="wrong.pt does not fill the encoder"):
+        run("ctrg", "--init", "wrong.pt")
+
+
+def test_a_recipe_with_an_unknown_name(tmp_path):
+    (tmp_path / "recipe.json").write_text('{"epoch": 3}')
+    with pytest.raises(ValueError, match="recipe.json: found epoch, expected names of flags"):
+        finetune.complete(finetune.flags().parse_args(["--task", "ctrg", "--data", str(tmp_path)]))
+
+
+def test_resume_needs_a_run_and_the_same_flags(run):
+    with pytest.raises(ValueError, match="run.json: cannot be read"):
+        run(None, "--resume", out="nowhere")
+    run("ctrg", "--epochs", 1, "--steps", 1)
+    with pytest.raises(ValueError, match="was started with --steps 1, now it is 7"):
+        run(None, "--resume", "--steps", 7)
+
+
+def test_a_silent_vocabulary(run, sets, tmp_path):
+    with pytest.raises(ValueError, match="found no word that stands 3 times"):
+        data.build_vocabulary(["", "one two", "one"])
+
+
+def test_masks_that_do_not_fit_stop_before_training(sets, tmp_path):
+    import nibabel as nib
+    items = data.load_task("msd-lung", sets("msd-lung"))
+    image = nib.load(items[0].mask)
+    for name, array, affine, message in (
+            ("values", np.full(image.shape, 5, np.uint8), image.affine, r"values.nii.gz: found the label values \[5.0\], expected 0 to 1"),
+            ("grid", np.zeros(image.shape, np.uint8)[1:], image.affine, "grid.nii.gz: found a mask of .* expected the grid of"),
+            ("moved", np.zeros(image.shape, np.uint8), image.affine + np.eye(4, k=3) * 3, "moved.nii.gz: found a mask of .* expected the grid of")):
+        nib.save(nib.Nifti1Image(array, affine), tmp_path / f"{name}.nii.gz")
+        with pytest.raises(ValueError, match=message):
+            data.prepare(items[0]._replace(mask=tmp_path / f"{name}.nii.gz"), data.TASKS["msd-lung"], tmp_path)
+    bad = [items[0]._replace(mask=tmp_path / "values.nii.gz"), *items[1:4]]
+    with pytest.raises(ValueError, match="1 of 4 scans are wrong, more than 5 %.*\n.*values.nii.gz"):
+        data.prepare_all(bad, data.TASKS["msd-lung"], tmp_path, workers=1)
+
+
+def test_a_candidate_outside_its_scan(sets, tmp_path):
+    item = data.load_task("luna16", sets("luna16"))[0]
+    far = item._replace(centre=(9000., 0., 0.))
+    with pytest.raises(ValueError, match="found the candidate .* at \\[9000.0, 0.0, 0.0\\].*expected it inside"):
+        data.prepare_all([item, far], data.TASKS["luna16"], tmp_path, workers=1)
+    with open(sets("luna16") / "candidates_V2.csv") as file:
+        assert {"seriesuid", "coordX", "class"} <= set(csv.DictReader(file).fieldnames)
