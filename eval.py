@@ -417,7 +417,7 @@ def _evaluate_classes(network, items, task, config, cache, device, out, progress
         among = (truth[:, :-1] == 1).all(1) & known[:, -1]
         s, t = scores[among, -1], truth[among, -1]
         result |= dict(value=auroc(s, t), interval=bootstrap(auroc, s, t), n=len(t),
-                       protocol=" ".join([task.classes[-1], *(f"among items with {name}" for name in task.classes[:-1])]))
+                       protocol=f"{task.classes[-1]} among " + (" and ".join(task.classes[:-1]) or "all items"))
         if len(task.classes) > 1:
             result |= dict(auc_all_items=aucs[task.classes[-1]], n_all_items=len(items))
     if out:
@@ -509,8 +509,8 @@ def _evaluate_retrieval(network, items, task, config, cache, device, out, progre
     for name, some in (("scans", scans), ("volumes", range(len(items)))):
         ranks = retrieval_ranks(similarity[np.ix_(some, some)])                     # in the end those of all volumes
         protocols[name] = {"n": len(some), "ids_sha1": _hash([items[i] for i in some]), "median_rank": float(np.median(ranks)),
-                           "recall": {f"Recall@{k}": float((ranks <= k).mean()) for k in ks},
-                           "chance": {f"Recall@{k}": min(1.0, k / len(some)) for k in ks}}
+                           **{f"Recall@{k}": float((ranks <= k).mean()) for k in ks},
+                           **{f"chance of Recall@{k}": min(1.0, k / len(some)) for k in ks}}
     if out:
         best = (-similarity).argsort(1, kind="stable")[:, :5]
         rows = ([item.id, rank, *(items[j].id for j in row)] for item, rank, row in zip(items, ranks, best))
@@ -521,8 +521,8 @@ def _evaluate_retrieval(network, items, task, config, cache, device, out, progre
     # Recall@50 of 60 volumes says little: of fewer than 500 the K that is at most a tenth, 5 at least.
     k = max([5] + [k for k in ks[1:] if k <= len(items) / 10 and k <= int(task.metric.split("@")[1])])
     return dict(metric=f"Recall@{k}", value=float((ranks <= k).mean()), interval=bootstrap(lambda r: (r <= k).mean(), ranks),
-                chance=min(1.0, k / len(items)), per_class=protocols["volumes"]["recall"], protocols=protocols,
-                protocol="volumes: a report finds its own among all volumes; ties count against it")
+                chance=min(1.0, k / len(items)), per_class={f"Recall@{k}": protocols["volumes"][f"Recall@{k}"] for k in ks},
+                protocols=protocols, protocol="volumes: a report finds its own among all volumes; ties count against it")
 
 
 # --------------------------------------------------------------------------------------------------- pictures
@@ -543,7 +543,7 @@ def plot_curves(log_path, out):
         width = max(1, len(values) // 10)
         kernel = np.ones(width) / width
         ax.plot(steps, values, color="0.8", lw=0.8)
-        ax.plot(steps[width - 1:], np.convolve(values, kernel, "valid"), lw=1.5)
+        ax.plot(steps[width - 1:], np.convolve(values, kernel, "valid"), lw=1.5, marker="o" if len(values) == 1 else "")
         ax.set_title(name, fontsize=10)
         ax.set_xlabel("step", fontsize=8)
         ax.tick_params(labelsize=7)
@@ -677,6 +677,7 @@ def plot_retrieval(examples, out):
         left.imshow(_coronal(volume), cmap="gray", vmin=0, vmax=1)
         left.set_title(name, fontsize=8)
         left.axis("off")
+        left.set_anchor("N")
         right.axis("off")
         y = 1.0
         for head, text, colour in [("its own", own, "0.35"), *((f"nearest {k + 1}", text, "#0a7d28" if same else "#b03020")
@@ -759,7 +760,7 @@ def embed_command(args):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder.to(device).eval()
     folder = args.input if args.input.is_dir() else args.input.parent
-    files = [file for file in folder.rglob("*") if file.is_file()]
+    files = [file for file in folder.rglob("*") if file.is_file() and file.suffix not in (".csv", ".json", ".txt")]
     known = [file for file in files if file.name.lower().endswith((".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".npz"))]
     scans = sorted(known or {file.parent for file in files}) if args.input.is_dir() else [args.input]   # or DICOM, pictures
     ids, rows, failed = [], [], []
@@ -851,8 +852,10 @@ def print_result(result):
     print(f"{'':40s} {'positives' if positives else '':>9s} {result['metric'] if positives else '':>9s}")
     for name, value in result["per_class"].items():
         print(f"{name:40s} {positives.get(name, ''):>9} {value:9.3f}")
-    for name in [*result][[*result].index("protocol") + 1:]:
-        print(f"{name.replace('_', ' ')}: {json.dumps(result[name])}")
+    for name in [*result][[*result].index("protocol") + 1:]:                        # what its kind adds
+        for part, value in result[name].items() if isinstance(result[name], dict) else [("", result[name])]:
+            rounded = json.loads(json.dumps(value), parse_float=lambda number: round(float(number), 3))
+            print(f"{name} {part}".replace("_", " ").strip() + f": {json.dumps(rounded, ensure_ascii=False)}")
     print(f"{result['protocol']}; ids {result['ids_sha1'][:10]}\n{summary(result)}")
 
 

@@ -293,7 +293,7 @@ def test_severity_is_told_among_those_with_covid(constant_inputs):
     labels = [(1, 1), (1, 0), (1, 0), (1, 1), (0, 0), (0, 0)]
     scores = [[0, 2], [0, 1], [0, 0], [0, 0.5], [0, 9], [0, 8]]
     result = evaluation.evaluate(Table(scores), items_of(labels), data.TASKS["stoic"], {"task": "stoic"}, None, "cpu")
-    assert result["value"] == pytest.approx(3 / 4) and result["n"] == 4 and "among items with COVID-19" in result["protocol"]
+    assert result["value"] == pytest.approx(3 / 4) and result["n"] == 4 and result["protocol"] == "severe among COVID-19"
     assert result["auc_all_items"] == result["per_class"]["severe"] == pytest.approx(3 / 8) and result["n_all_items"] == 6
     assert result["per_class"]["COVID-19"] == 0.5 and result["chance"] == 0.5
 
@@ -301,6 +301,7 @@ def test_severity_is_told_among_those_with_covid(constant_inputs):
 def test_auc_over_all_candidates(constant_inputs):
     result = evaluation.evaluate(Table([[0], [1], [2], [3]]), items_of([[0], [1], [0], [1]]), data.TASKS["luna16"], {"task": "luna16"}, None, "cpu")
     assert result["value"] == pytest.approx(3 / 4) and result["n"] == 4 and result["per_class"] == {"nodule": result["value"]}
+    assert result["protocol"] == "nodule among all items"
 
 
 def test_an_absent_class_is_null_in_the_file(constant_inputs, tmp_path):
@@ -479,18 +480,20 @@ def test_retrieval_under_both_protocols(constant_inputs, text_encoder, tmp_path)
     order = dict(zip(ids, range(12)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "network_input", lambda item, task, cache: torch.full((1, 4, 4, 4), float(order[item.id])))
-        task = data.TASKS["ct-rate-retrieval"]._replace(metric="Recall@5")
+        task = data.TASKS["ct-rate-retrieval"]
         result = evaluation.evaluate(TwoTowers(text_encoder, images, texts), items, task, {"task": "ct-rate-retrieval"}, None, "cpu", tmp_path)
     cosine = np.array([texts(report) for report in reports]) @ np.array(images).T
     close = cosine >= cosine.diagonal()[:, None] - 1e-6
     ranks = [sum(row) for row in close]
     volumes, scans = result["protocols"]["volumes"], result["protocols"]["scans"]
     assert volumes["n"] == result["n"] == 12 and scans["n"] == 6
-    assert volumes["recall"]["Recall@5"] == result["value"] == pytest.approx(np.mean(np.array(ranks) <= 5))
-    assert volumes["chance"]["Recall@5"] == result["chance"] == 5 / 12 and scans["chance"]["Recall@50"] == 1
+    assert volumes["Recall@5"] == result["value"] == pytest.approx(np.mean(np.array(ranks) <= 5))
+    assert volumes["chance of Recall@5"] == result["chance"] == 5 / 12 and scans["chance of Recall@50"] == 1
     ranks = [sum(row[::2]) for row in close[::2]]
-    assert scans["recall"]["Recall@5"] == pytest.approx(np.mean(np.array(ranks) <= 5)) and scans["median_rank"] == np.median(ranks)
+    assert scans["Recall@5"] == pytest.approx(np.mean(np.array(ranks) <= 5)) and scans["median_rank"] == np.median(ranks)
     assert scans["ids_sha1"] == hashlib.sha1("\n".join(sorted(ids[::2])).encode()).hexdigest()
+    assert result["metric"] == "Recall@5", "50 of 12 say nothing"
+    evaluation.print_result(result)
     rows = list(csv.reader((tmp_path / "ranks.csv").open()))
     assert rows[0][:2] == ["id", "rank"] and rows[1][0] == "valid_1_a_1" and int(rows[1][1]) == 3
     drawn(tmp_path / "retrieval.png")
