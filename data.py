@@ -2053,8 +2053,8 @@ DEMO_RECIPES = {    # flags of finetune.py with which a demo set is learned on t
     "acdc": FAST | {"size": (32, 64, 64), "epochs": 10, "batch_size": 1},
     "stoic": FAST | {"size": (32, 32, 32), "epochs": 6, "batch_size": 4},
     "ctrg": FAST | {"size": (32, 64, 64), "epochs": 12, "batch_size": 4},
-    "ct-rate-vocab": FAST | {"size": (32, 64, 64), "epochs": 9, "batch_size": 4},
-    "ct-rate-retrieval": FAST | {"size": (32, 64, 64), "epochs": 7, "batch_size": 8},
+    "ct-rate-vocab": FAST | {"text_encoder": "demo", "embed_dim": 192, "size": (32, 64, 64), "epochs": 9, "batch_size": 4},
+    "ct-rate-retrieval": FAST | {"text_encoder": "demo", "embed_dim": 192, "size": (32, 64, 64), "epochs": 7, "batch_size": 8},
 }
 
 
@@ -2242,7 +2242,7 @@ def main():
     command = commands.add_parser("demo", help="write synthetic chest phantoms, or a synthetic set of a task",
                                   **defaults_shown)
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
-    command.add_argument("--task", choices=TASK_DEMOS, help="instead of phantoms with reports: a set of this task, in its "
+    command.add_argument("--task", choices=TASKS, help="instead of phantoms with reports: a set of this task, in its "
                          "own layout")
     command.add_argument("--n", type=int, help="number of patients; by default 64, or as many as the task needs")
     command.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes")

@@ -387,7 +387,7 @@ def train(args, task, out, seed, device, world, rank):
         result = evaluation.evaluate(network.to(device), parts["test"], task, config, args.cache, device, out=out / "predictions",
                                      train_items=train_items)
         result |= {"valid": best["value"], "epoch": best["epoch"], "seed": seed, "init": args.init}
-        (out / "result.json").write_text(json.dumps(result, indent=1))
+        evaluation.write_result(result, out / "result.json")
         log.info("best epoch %d (validation %s %.4f); on %d unseen items: %s", best["epoch"], task.metric, best["value"], result["n"],
                  evaluation.summary(result))
     if world > 1:
@@ -439,7 +439,7 @@ def main(args):
             shutil.copytree(out / f"repeat_{chosen}" / "text_encoder", out / "text_encoder", dirs_exist_ok=True)
         summary = {key: results[0][key] for key in ("task", "metric", "chance", "n", "protocol")}
         summary |= {"value": mean, "std": std, "init": args.init, "repeats": results}
-        (out / "result.json").write_text(json.dumps(summary, indent=1))
+        evaluation.write_result(summary, out / "result.json")
         scale = 1 if task.kind == "report" else 100     # BLEU comes in percent
         log.info("%s %s of %d repeats: %.2f ± %.2f (%s)", args.task, results[0]["metric"], args.repeats, mean * scale, std * scale,
                  ", ".join(f"{value * scale:.2f}" for value in values))
