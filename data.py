@@ -2046,15 +2046,15 @@ TASK_DEMOS = {      # patients by default, what writes one of them, what writes 
 }
 FAST = {"encoder": "swin_t", "lr": 1e-3, "lr_encoder": 1e-3, "warmup": 1}
 DEMO_RECIPES = {    # flags of finetune.py with which a demo set is learned on two cores in minutes
-    "cc-ccii": FAST | {"size": (32, 64, 64), "epochs": 15, "batch_size": 4},
+    "cc-ccii": FAST | {"size": (32, 32, 32), "epochs": 15, "batch_size": 4},
     "luna16": FAST | {"size": (32, 32, 32), "epochs": 6, "batch_size": 8},
-    "msd-lung": FAST | {"size": (64, 64, 64), "spacing": (5., 5., 5.), "epochs": 15, "batch_size": 1},
-    "covid-19-20": FAST | {"size": (32, 64, 64), "spacing": (6., 5., 5.), "epochs": 15, "batch_size": 1},
-    "acdc": FAST | {"size": (32, 64, 64), "epochs": 10, "batch_size": 1},
+    "msd-lung": FAST | {"size": (32, 32, 32), "spacing": (6., 6., 6.), "epochs": 15, "batch_size": 1, "eval_every": 5},
+    "covid-19-20": FAST | {"size": (32, 32, 32), "spacing": (6., 6., 6.), "epochs": 15, "batch_size": 1, "eval_every": 5},
+    "acdc": FAST | {"size": (32, 32, 32), "spacing": (5., 4., 4.), "epochs": 12, "batch_size": 1, "eval_every": 4},
     "stoic": FAST | {"size": (32, 32, 32), "epochs": 6, "batch_size": 4},
-    "ctrg": FAST | {"size": (32, 64, 64), "epochs": 12, "batch_size": 4},
-    "ct-rate-vocab": FAST | {"text_encoder": "demo", "embed_dim": 192, "size": (32, 64, 64), "epochs": 9, "batch_size": 4},
-    "ct-rate-retrieval": FAST | {"text_encoder": "demo", "embed_dim": 192, "size": (32, 64, 64), "epochs": 7, "batch_size": 8},
+    "ctrg": FAST | {"size": (32, 32, 64), "epochs": 12, "batch_size": 4},
+    "ct-rate-vocab": FAST | {"text_encoder": "demo", "embed_dim": 192, "size": (32, 32, 64), "epochs": 9, "batch_size": 4},
+    "ct-rate-retrieval": FAST | {"text_encoder": "demo", "embed_dim": 192, "size": (32, 32, 64), "epochs": 9, "batch_size": 8},
 }
 
 

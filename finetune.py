@@ -22,6 +22,7 @@ def flags():
     g.add_argument("--data", help="the set in its native layout; `python data.py check --task T --data DIR` says what that is")
     g.add_argument("--fold", type=int, default=0, help="which fold is tested on, where the set has folds; elsewhere which fifth of the patients (default: 0)")
     g.add_argument("--fraction", type=float, default=1.0, help="use this part of the training patients (default: 1.0)")
+    g.add_argument("--min_count", type=int, default=3, help="words that stand less often in the training reports are unknown words (default: 3)")
     g.add_argument("--size", type=int, nargs=3, metavar=("D", "H", "W"), help="voxels that the network sees, multiples of 32 (default: the task's)")
     g.add_argument("--spacing", type=float, nargs=3, metavar=("Z", "Y", "X"), help="mm to which scans of a segmentation task are resampled (default: the task's)")
     g.add_argument("--cache", default="cache", help="folder of prepared scans (default: cache)")
@@ -196,7 +197,7 @@ def train(args, task, out, seed, device, world, rank):
     config = {name: value for name, value in vars(args).items() if name not in ("resume", "out")}
     config |= {"seed": seed, "vocabulary": None}
     if task.kind == "report":
-        config["vocabulary"] = data.build_vocabulary([item.report for item in train_items])
+        config["vocabulary"] = data.build_vocabulary([item.report for item in train_items], args.min_count)
     if task.kind in ("prompt", "retrieve") and args.text_encoder == "demo" and main_process and not checkpoint:
         before = Path(args.init).parent / "text_encoder"
         if args.init != "scratch" and before.exists():  # its projections were trained on these features
