@@ -551,3 +551,15 @@ def test_ct_rate_manifest(tmp_path):
     table(path, "volume,report,split,patient", [[f"{i}.nii.gz", "Fine.", ("valid", "test")[i % 2], "p"] for i in range(10)])
     with pytest.raises(ValueError, match="the patient p in valid and in test"):
         load_task("ct-rate-retrieval", path)
+
+
+def test_cubes_of_real_slabs_hold_their_nodules(tmp_path):
+    folder = REAL / "luna"
+    if not folder.exists():
+        pytest.skip(f"{folder} is not there")
+    for row in csv.DictReader(open(folder / "nodules_inside_slabs.csv")):
+        if float(row["diameter_mm"]) > 20:
+            x, y, z = (float(row[f"coord{axis}"]) for axis in "XYZ")
+            item = data.Item(row["case"], folder / f"{row['case']}_slab.nii.gz", "", None, row["case"], np.float32([1]), None, None, (-x, -y, z))
+            slices = data.network_input(item, TASKS["luna16"]._replace(size=(2, 64, 64)), tmp_path)[0]         # (2, 64, 64)
+            assert slices[1, 28:36, 28:36].mean() > 0.55 > slices[1, :4].mean()     # 0.625 is 0 HU, 0.1 is lung
