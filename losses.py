@@ -159,12 +159,16 @@ def ssm_loss(text_sentences, visual_sentences, sentence_mask):
 
 @_in_float32
 def dice_ce_loss(logits, mask):
-    """Soft Dice of the foreground classes plus cross entropy: logits (B, K, D, H, W), mask (B, D, H, W) of 0 … K - 1."""
+    """Soft Dice of the foreground classes plus cross entropy: logits (B, K, D, H, W), mask (B, D, H, W) of 0 … K - 1.
+
+    Dice is that of all patches as if they were one: half of them hold no foreground on purpose, and no guess but an exact 0 could
+    please a Dice of their own.
+    """
     truth = F.one_hot(mask, logits.shape[1]).movedim(-1, 1).to(logits.dtype)        # (B, K, D, H, W)
     guess = logits.softmax(1)
-    overlap, total = (guess * truth).sum((2, 3, 4)), (guess + truth).sum((2, 3, 4))             # (B, K)
+    overlap, total = (guess * truth).sum((0, 2, 3, 4)), (guess + truth).sum((0, 2, 3, 4))       # (K,)
     dice = (2 * overlap + 1e-5) / (total + 1e-5)                                    # 1 where both are empty
-    return 1 - dice[:, 1:].mean() + F.cross_entropy(logits, mask)
+    return 1 - dice[1:].mean() + F.cross_entropy(logits, mask)
 
 
 @_in_float32
