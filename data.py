@@ -734,7 +734,8 @@ def _recipe(epochs, warmup, batch_size, lr, lr_encoder=None, weight_decay=0., de
 
 # NOTE(paper): most settings are those of the released scripts. Given nowhere and ours: the recipe of ct-rate-retrieval
 # (the rates of pre-training), the epochs of luna16, the batch of the segmentation tasks, the probabilities of rot90 and
-# affine in luna16 and of affine and zoom in msd-lung, clip_grad but for msd-lung and covid-19-20.
+# affine in luna16 and of affine and zoom in msd-lung, clip_grad but for msd-lung and covid-19-20. The foreground crop of
+# msd-lung is left out; patches without foreground are drawn in the body instead. luna16 has the LayerNorm of the others.
 _CASES = ", or a JSON {training: [{image, label[, fold]}][, validation: [...]]} anywhere in the folder"
 _CT_RATE = "a CT-RATE folder (train/ and valid/ volumes, reports and labels CSVs) or a manifest .csv"
 TASKS = {
@@ -797,9 +798,8 @@ def _a_fifth(items, task, seed, fold=0):
         groups.setdefault(tuple(labels[patient]), []).append(patient)
     generator = np.random.default_rng(seed)
     for _, group in sorted(groups.items()):
-        n = max(int(len(group) > 1), round(len(group) / 5))
-        order = generator.permutation(len(group))
-        chosen |= {group[k] for k in np.roll(order, -fold * n)[:n]}
+        if len(group) > 1:                                  # one alone is needed to train on
+            chosen |= {group[k] for k in np.array_split(generator.permutation(len(group)), 5)[fold]}
     return chosen
 
 
@@ -837,6 +837,8 @@ def load_task(name, folder, fold=0, seed=0):
                                  "0 or 1 for all 18 names of LABELS")
 
     if items[0].split is None:
+        if not 0 <= fold < 5:
+            raise ValueError(f"{folder}: found no folds of its own and --fold {fold}, expected 0 to 4: a fifth of the patients is drawn")
         test = _a_fifth(items, task, seed, fold)
         items = [item._replace(split="test" if item.patient in test else "train") for item in items]
     if not any(item.split == "valid" for item in items):
@@ -1091,14 +1093,25 @@ def candidate_voxel(item, shape, affine):
     return np.rint(index).astype(int)
 
 
-def _cut(array, corner, size):
-    """A box of voxels, moved inside the array; where the array is smaller, filled up with its least value."""
+def _cut(array, corner, size, fill=None):
+    """A box of voxels, moved inside the array; a smaller array is filled up with `fill`, its least value if None."""
     corner = [min(max(int(c), 0), max(0, n - k)) for c, n, k in zip(corner, array.shape, size)]
     box = np.asarray(array[tuple(slice(c, c + k) for c, k in zip(corner, size))])
     if box.shape == tuple(size):
         return box
-    fill = [((k - n) // 2, k - n - (k - n) // 2) for n, k in zip(box.shape, size)]
-    return np.pad(box, fill, constant_values=box.min())
+    sides = [((k - n) // 2, k - n - (k - n) // 2) for n, k in zip(box.shape, size)]
+    return np.pad(box, sides, constant_values=array.min() if fill is None else fill)
+
+
+def _draw_place(volume, mask, foreground, generator):
+    """A voxel of the mask or, for what is not foreground, one beside it in the body: values above the window's lower end"""
+    if foreground and len(places := np.flatnonzero(mask)):
+        return np.unravel_index(generator.choice(places), mask.shape)
+    for _ in range(20):                                     # most voxels will do
+        place = tuple(generator.integers(0, mask.shape))
+        if not mask[place] and volume[place] > 0:
+            break
+    return place
 
 
 def cut_views(item, task, cache, generator=None):
@@ -1115,13 +1128,11 @@ def cut_views(item, task, cache, generator=None):
     if task.view == "cube":
         corners = [candidate_voxel(item, volume.shape, affine) - np.array(task.size) // 2]
     elif task.view == "patch" and generator is not None:
-        truth, corners = np.asarray(mask), []
-        for i in range(task.patches):
-            places = np.flatnonzero(truth) if i % 2 == 0 else np.flatnonzero((truth == 0) & (volume > volume.min()))
-            place = np.unravel_index(generator.choice(places), truth.shape) if len(places) else np.array(truth.shape) // 2
-            corners.append(np.array(place) - np.array(task.size) // 2)
+        first = generator.integers(2)                       # of an odd number of patches, now one more and now one less
+        corners = [np.array(_draw_place(volume, mask, (i + first) % 2 == 0, generator)) - np.array(task.size) // 2
+                   for i in range(task.patches)]
     volumes = np.stack([_cut(volume, corner, task.size) for corner in corners]).astype(np.float32)
-    masks = None if mask is None else torch.from_numpy(np.stack([_cut(mask, corner, task.size) for corner in corners]).astype(np.int64))
+    masks = None if mask is None else torch.from_numpy(np.stack([_cut(mask, corner, task.size, 0) for corner in corners]).astype(np.int64))
     return torch.from_numpy(volumes)[:, None], masks
 
 
@@ -1158,7 +1169,7 @@ def augment(volume, mask, generator, settings):
         grid = F.affine_grid(theta, (1, 1, *volume.shape[1:]), align_corners=False)
         volume = F.grid_sample(volume[None], grid, padding_mode="border", align_corners=False)[0]
         if mask is not None:
-            mask = F.grid_sample(mask[None, None].float(), grid, mode="nearest", align_corners=False)[0, 0].long()
+            mask = F.grid_sample(mask[None, None].float(), grid, mode="nearest", padding_mode="border", align_corners=False)[0, 0].long()
     if chance("scale"):
         volume = volume * generator.uniform(0.9, 1.1)
     if chance("shift"):
@@ -1207,7 +1218,7 @@ class TaskDataset(torch.utils.data.Dataset):
         generator = np.random.default_rng((self.seed, step, index))
         item = self.items[index] if index < len(self.items) else self.negatives[generator.integers(len(self.negatives))]
         volumes, masks = cut_views(item, self.task, self.cache, generator)
-        if self.task.augment:
+        if self.task.augment and index < len(self.items):   # of candidates the positive ones alone
             changed = [augment(volume, None if masks is None else masks[i], generator, self.task.augment)
                        for i, volume in enumerate(volumes)]
             volumes = torch.stack([volume for volume, _ in changed])
@@ -2040,7 +2051,7 @@ TASK_DEMOS = {      # patients by default, what writes one of them, what writes 
     "acdc": (24, acdc_demo, lambda out, rows: None),
     "stoic": (150, stoic_demo, lambda out, rows: save_csv(
         Path(out, "metadata/reference.csv"), "PatientID probCOVID probSevere".split(), rows)),
-    "ctrg": (100, ctrg_demo, ctrg_index),
+    "ctrg": (160, ctrg_demo, ctrg_index),
     "ct-rate-vocab": (160, ct_rate_demo, ct_rate_index),
     "ct-rate-retrieval": (240, ct_rate_demo, ct_rate_index),
 }
@@ -2052,7 +2063,7 @@ DEMO_RECIPES = {    # flags of finetune.py with which a demo set is learned on t
     "covid-19-20": FAST | {"size": (32, 32, 32), "spacing": (6., 6., 6.), "epochs": 15, "batch_size": 1, "eval_every": 5},
     "acdc": FAST | {"size": (32, 32, 32), "spacing": (5., 4., 4.), "epochs": 12, "batch_size": 1, "eval_every": 4},
     "stoic": FAST | {"size": (32, 32, 32), "epochs": 6, "batch_size": 4},
-    "ctrg": FAST | {"size": (32, 32, 64), "epochs": 12, "batch_size": 4},
+    "ctrg": FAST | {"size": (32, 32, 32), "epochs": 20, "batch_size": 4, "decay": "cosine", "eval_every": 5},
     "ct-rate-vocab": FAST | {"text_encoder": "demo", "embed_dim": 192, "size": (32, 32, 64), "epochs": 9, "batch_size": 4},
     "ct-rate-retrieval": FAST | {"text_encoder": "demo", "embed_dim": 192, "size": (32, 32, 64), "epochs": 9, "batch_size": 8},
 }
@@ -2127,6 +2138,9 @@ def check_task(args):
         try:
             array, spacing, affine = read_volume(item.volume)
             note = to_hounsfield(array, item.volume, args.hu, item.rescale)[1] if task.window else "no CT: z-score"
+            for one in items if task.view == "cube" else ():
+                if one.volume == item.volume:
+                    candidate_voxel(one, array.shape, affine)
             if item.mask:
                 values, counts = np.unique(_read_mask(item, task, array.shape, affine), return_counts=True)
                 note += "; voxels " + ", ".join(f"{value:g}: {count}" for value, count in zip(values, counts))

@@ -180,7 +180,7 @@ def bootstrap(metric, *arrays, times=1000, seed=0):
     """95 % percentile interval of metric(*arrays), items (dim 0) drawn anew `times` times -> (low, high)"""
     rng = np.random.default_rng(seed)
     n = len(arrays[0])
-    draws = [metric(*(a[i] for a in arrays)) for i in rng.integers(0, n, (times, n))]
+    draws = [metric(*(a[i] for a in arrays)) for i in (rng.integers(0, n, n) for _ in range(times))]
     return tuple(float(q) for q in np.nanpercentile(draws, [2.5, 97.5]))
 
 
@@ -456,6 +456,8 @@ def _evaluate_masks(network, items, task, config, cache, device, out, progress, 
             if len(examples) < 4 and truth.any():
                 z = (truth > 0).sum((1, 2)).argmax()
                 image, spacing, _ = data.read_volume(item.volume)
+                if task.window:
+                    image, _ = data.to_hounsfield(image, item.volume, "auto", item.rescale)
                 low, high = task.window or np.percentile(image[z], (1, 99))
                 examples.append((item.id, (image[z] - low) / (high - low), pred[z], truth[z], np.nanmean(scores[-1]),
                                  spacing[1] / spacing[2]))

@@ -45,6 +45,7 @@ def flags():
     g.add_argument("--lr_encoder", type=float, help="learning rate of the encoder")
     g.add_argument("--weight_decay", type=float, help="of AdamW, on matrices, not on biases and norms")
     g.add_argument("--warmup", type=float, help="epochs of linear warm-up")
+    g.add_argument("--decay", choices=["cosine", "step"], help="of the learning rates: to 0 as a cosine, or by 0.8 an epoch")
     g.add_argument("--clip_grad", type=float, help="largest norm of the gradient, 0 = no limit")
 
     g = parser.add_argument_group("run")
@@ -57,8 +58,17 @@ def flags():
     return parser
 
 
+def read_flags(argv=None):
+    """The flags, and the names of those that were given and not left at their default."""
+    args = flags().parse_args(argv)
+    bare = flags()
+    for action in bare._actions:
+        action.default = argparse.SUPPRESS
+    return args, set(vars(bare.parse_args(argv)))
+
+
 if __name__ == "__main__":                              # before torch is imported: --help answers at once
-    args = flags().parse_args()
+    args, given = read_flags()
 
 import contextlib
 import functools
@@ -112,14 +122,20 @@ def complete(args):
                 "spacing": task.spacing, "eval_every": None}
     if (folder / "recipe.json").exists():
         own = read_json(folder / "recipe.json")
-        if unknown := sorted(own.keys() - vars(args).keys()):
-            raise ValueError(f"{folder / 'recipe.json'}: found {', '.join(unknown)}, expected names of flags of finetune.py")
+        if unknown := sorted(own.keys() - settings.keys()):
+            raise ValueError(f"{folder / 'recipe.json'}: found {', '.join(unknown)}, expected some of {', '.join(settings)}")
         settings.update(own)
         log.info("recipe     %s: %s", folder / "recipe.json", ", ".join(f"{name} {value}" for name, value in own.items()))
     if args.init != "scratch":
         with contextlib.suppress(Exception):            # load_weights says better what is wrong with the file
             start = torch.load(args.init, map_location="cpu", weights_only=True).get("config", {})
-            settings.update({name: start[name] for name in ("encoder", "embed_dim", "text_encoder") if start.get(name)})
+            with_texts = "task" not in start or data.TASKS[start["task"]].kind in ("prompt", "retrieve")
+            names = ("encoder", "embed_dim", "text_encoder") if with_texts else ("encoder",)
+            settings.update({name: start[name] for name in names if start.get(name)})
+    if args.epochs:                                     # the warm-up keeps its share of the epochs
+        settings["warmup"] *= args.epochs / settings["epochs"]
+    if args.spacing and task.kind != "segment":
+        raise ValueError(f"--spacing {' '.join(map(str, args.spacing))}: only scans of segmentation tasks are resampled, {args.task} is none")
     for name, value in settings.items():
         if hasattr(args, name) and getattr(args, name) is None:
             setattr(args, name, value)
@@ -127,6 +143,8 @@ def complete(args):
     for name in ("epochs", "batch_size", "repeats", "eval_every"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
+    if args.encoder == "unet" and task.kind == "segment":
+        raise ValueError("--encoder unet: the decoder of the segmentation tasks needs a Swin encoder")
     if not 0 < args.fraction <= 1:
         raise ValueError(f"--fraction {args.fraction}: expected a number above 0 and up to 1")
     if any(side <= 0 or side % 32 for side in args.size):
@@ -167,31 +185,26 @@ def train(args, task, out, seed, device, world, rank):
     autocast = torch.autocast(device.type, dtype=half) if half else contextlib.nullcontext()
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     checkpoint = None
-    if (out / "last.pt").exists() and args.resume:
-        checkpoint = torch.load(out / "last.pt", map_location="cpu", weights_only=True)
-        if checkpoint["world"] != world:
-            raise ValueError(f"--resume: {out / 'last.pt'} was written by {checkpoint['world']} processes, now there are {world}")
+    for path in (out / "last.pt", out / "previous.pt") if args.resume else ():
+        if path.exists() and not checkpoint:
+            try:
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:                  # a torn file fails in many ways, from zip to pickle
+                log.warning("%s cannot be read (%s); looking for the one before", path, str(error).splitlines()[0])
+    if checkpoint and checkpoint["world"] != world:
+        raise ValueError(f"--resume: {out} was written by {checkpoint['world']} processes, now there are {world}")
 
     # -------------------------------------------------------------------------------------------------- data
     items = data.load_task(args.task, args.data, args.fold, seed)
-    if main_process:
-        good = data.prepare_all(items, task, args.cache, max(1, args.workers) * world)
-    if world > 1:
-        box = [{item.id for item in good} if main_process else None]
-        dist.broadcast_object_list(box)
-        good = [item for item in items if item.id in box[0]]
-    parts = {split: [item for item in good if item.split == split] for split in data.SPLITS}
+    parts = {split: [item for item in items if item.split == split] for split in data.SPLITS}
     if not parts["train"] or not parts["valid"]:
         raise ValueError(f"{args.data}: found {len(parts['train'])} items to train on and {len(parts['valid'])} to validate, expected "
                          "some of both")
     train_items, valid_items = part_of(parts["train"], args.fraction, seed), parts["valid"]
-    if task.view == "cube":                             # NOTE(paper): 10 negatives for a positive suffice to pick the epoch
+    if task.view == "cube":                             # 10 negatives for a positive suffice to pick the epoch
         positive, negative = ([item for item in valid_items if item.labels[0] == label] for label in (1, 0))
         order = torch.randperm(len(negative), generator=torch.Generator().manual_seed(seed)).tolist()
         valid_items = positive + [negative[i] for i in order[:10 * len(positive)]]
-    ids = hashlib.sha1("\n".join(item.id for item in train_items + valid_items).encode()).hexdigest()
-    if checkpoint and checkpoint["ids"] != ids:
-        raise ValueError(f"--resume: {args.data} now holds other items than {out / 'last.pt'} was trained on")
 
     # ------------------------------------------------------------------------------------------------- model
     config = {name: value for name, value in vars(args).items() if name not in ("resume", "out")}
@@ -201,7 +214,8 @@ def train(args, task, out, seed, device, world, rank):
     if task.kind in ("prompt", "retrieve") and args.text_encoder == "demo" and main_process and not checkpoint:
         before = Path(args.init).parent / "text_encoder"
         if args.init != "scratch" and before.exists():  # its projections were trained on these features
-            shutil.copytree(before, out / "text_encoder", dirs_exist_ok=True)
+            if before.resolve() != (out / "text_encoder").resolve():
+                shutil.copytree(before, out / "text_encoder", dirs_exist_ok=True)
         else:
             model.make_demo_text_encoder(out / "text_encoder", [item.report for item in train_items] + evaluation.prompts(task.classes))
     if world > 1:
@@ -214,6 +228,18 @@ def train(args, task, out, seed, device, world, rank):
         network.encoder.requires_grad_(False)
     network.to(device).train()
     parallel = DistributedDataParallel(network, device_ids=[device] if cuda else None) if world > 1 else network
+    torch.manual_seed(seed + rank)                      # dropout differs from process to process
+
+    # --------------------------------------------------------------------------------------- scans, examples
+    good = [{item.id for item in data.prepare_all([*train_items, *valid_items, *parts["test"]], task, args.cache,
+                                                  max(1, args.workers) * world)} if main_process else None]
+    if world > 1:
+        dist.broadcast_object_list(good)
+    train_items, valid_items, test_items = ([item for item in part if item.id in good[0]]
+                                            for part in (train_items, valid_items, parts["test"]))
+    ids = hashlib.sha1("\n".join(item.id for item in train_items + valid_items).encode()).hexdigest()
+    if checkpoint and checkpoint["ids"] != ids:
+        raise ValueError(f"--resume: {args.data} now holds other items than the run in {out} was trained on")
     if task.kind == "retrieve":
         tokenizer = network.text_encoder.tokenizer
         dataset = data.VolumeReports(train_items, tokenizer, args.cache, task.size, seed=seed)
@@ -240,11 +266,11 @@ def train(args, task, out, seed, device, world, rank):
     def rate(step):
         warm = args.warmup * epoch_steps
         if step < warm:
-            return (step + 1) / warm
-        if task.recipe["decay"] == "step":
+            return min(1, (step + 1) / warm)
+        if args.decay == "step":
             return 0.8 ** (step // epoch_steps)
         return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-    step, best = 0, {"value": -math.inf, "epoch": 0}
+    step, best = 0, {"value": math.nan, "epoch": 0}
     if checkpoint:
         missing = network.load_state_dict(checkpoint["model"], strict=False).missing_keys
         assert all(name.startswith("text_encoder.") for name in missing)
@@ -253,7 +279,9 @@ def train(args, task, out, seed, device, world, rank):
         if checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
         step, best = checkpoint["step"], checkpoint["best"]
-        torch.set_rng_state(checkpoint["rng"][rank])
+        torch.set_rng_state(checkpoint["rng"][rank]["cpu"])
+        if cuda and checkpoint["rng"][rank]["cuda"] is not None:
+            torch.cuda.set_rng_state(checkpoint["rng"][rank]["cuda"], device)
     for group in optimizer.param_groups:
         group["initial_lr"] = args.lr_encoder if any(p is q for p in group["params"] for q in network.encoder.parameters()) else args.lr
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate, last_epoch=step - 1)
@@ -266,18 +294,18 @@ def train(args, task, out, seed, device, world, rank):
         return dict(model=weights, config=config, merging=getattr(network.encoder, "merging", None), step=step, **more)
 
     def save():
-        rng = [torch.get_rng_state()] * world
+        own = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if cuda else None}
+        rng = [own] * world
         if world > 1:
-            dist.all_gather_object(rng, torch.get_rng_state())
+            dist.all_gather_object(rng, own)
         if main_process:
             model.save_file(state(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), best=best, rng=rng, world=world, ids=ids),
-                            out / "last.pt")
+                            out / "last.pt", before=out / "previous.pt")
 
     # ---------------------------------------------------------------------------------- what is about to run
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    scans = {split: len({item.volume for item in part}) for split, part in parts.items()}
-    log.info("data       %s: %d items of %d scans to train on, %d of %d to validate, %d of %d to test", args.data, len(train_items),
-             len({item.volume for item in train_items}), len(valid_items), scans["valid"], len(parts["test"]), scans["test"])
+    counts = [n for part in (train_items, valid_items, test_items) for n in (len(part), len({item.volume for item in part}))]
+    log.info("data       %s: %d items of %d scans to train on, %d of %d to validate, %d of %d to test", args.data, *counts)
     log.info("input      %s of %s voxels (z, y, x), window %s, spacing %s", task.view, "×".join(map(str, task.size)),
              task.window or "none: z-score", task.spacing or "as it is")
     log.info("model      %s from %s%s, %s: %.1f M parameters trained", args.encoder, args.init, ", frozen" if args.freeze else "",
@@ -337,6 +365,8 @@ def train(args, task, out, seed, device, world, rank):
             scaler.update()
         else:
             bad_steps += 1
+            if scaler.is_enabled():
+                scaler.update()                         # or it would refuse to unscale the next gradients
             log.warning("step %d: loss %g, gradient %g for %s; the step is skipped", step, loss.item(), norm, ", ".join(names))
             if bad_steps == 10:
                 raise SystemExit("error: 10 steps in a row were not finite. A lower learning rate or --precision fp32 may help")
@@ -354,7 +384,7 @@ def train(args, task, out, seed, device, world, rank):
             if main_process:
                 row["valid"] = evaluation.evaluate(network, valid_items, task, config, args.cache, device, progress=False)["value"]
                 network.train()
-                if not best["value"] >= row["valid"]:   # of equal ones the first; also when there was nan before
+                if math.isnan(best["value"]) or row["valid"] > best["value"]:       # of equal ones the first
                     best = {"value": row["valid"], "epoch": epoch}
                     model.save_file(state(), out / "best.pt")
             if world > 1:
@@ -385,7 +415,7 @@ def train(args, task, out, seed, device, world, rank):
     if main_process:
         evaluation.plot_curves(log_path, out / "curves.png")
         network, task, config = evaluation.load_checkpoint(out / "best.pt")
-        result = evaluation.evaluate(network.to(device), parts["test"], task, config, args.cache, device, out=out / "predictions",
+        result = evaluation.evaluate(network.to(device), test_items, task, config, args.cache, device, out=out / "predictions",
                                      train_items=train_items)
         result |= {"valid": best["value"], "epoch": best["epoch"], "seed": seed, "init": args.init}
         evaluation.write_result(result, out / "result.json")
@@ -396,7 +426,7 @@ def train(args, task, out, seed, device, world, rank):
     return result
 
 
-def main(args):
+def main(args, given):
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
@@ -406,13 +436,11 @@ def main(args):
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", stream=sys.stdout)
     out = Path(args.out or f"runs/{args.task}")
     if args.resume:
-        before, given = read_json(out / "run.json"), vars(args).copy()
-        untouched = vars(flags().parse_args([]))
-        for name, value in before.items():
-            if given[name] != untouched[name] and given[name] != value and name not in FREE:
-                raise ValueError(f"--resume: the run was started with --{name} {value}, now it is {given[name]}; leave the flag out, "
-                                 "or start anew with another --out")
-            if given[name] == untouched[name] and name not in ("resume", "out"):
+        for name, value in read_json(out / "run.json").items():
+            if name in given and name not in FREE and getattr(args, name) != value:
+                raise ValueError(f"--resume: the run was started with --{name} {value}, now it is {getattr(args, name)}; leave the flag "
+                                 "out, or start anew with another --out")
+            if name not in given and name not in ("resume", "out"):
                 setattr(args, name, value)
     args.out = str(out)
     task = complete(args)
@@ -420,7 +448,13 @@ def main(args):
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None, timeout=timedelta(hours=6))
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
+        for folder in (out, *out.glob("repeat_*")) if not args.resume else ():      # --resume must not take up an older run
+            for name in ("last.pt", "previous.pt", "best.pt", "result.json"):
+                (folder / name).unlink(missing_ok=True)
         (out / "run.json").write_text(json.dumps(vars(args) | {"resume": False}, indent=1))
+
+    if world > 1:
+        dist.barrier()
 
     results = []
     for repeat in range(args.repeats):
@@ -429,10 +463,9 @@ def main(args):
         if args.resume and (folder / "result.json").exists():
             results.append(read_json(folder / "result.json"))
             continue
-        (folder / "result.json").unlink(missing_ok=True)
         results.append(train(args, task, folder, args.seed + repeat, device, world, rank))
     if rank == 0 and args.repeats > 1:
-        values = [result["value"] for result in results]
+        values = [math.nan if result["value"] is None else result["value"] for result in results]        # JSON has no NaN
         mean, std = statistics.mean(values), statistics.stdev(values)
         chosen = max(range(args.repeats), key=lambda i: results[i]["valid"])
         shutil.copy(out / f"repeat_{chosen}" / "best.pt", out / "best.pt")
@@ -451,6 +484,6 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        main(args)
+        main(args, given)
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import data
 import eval as evaluation
@@ -48,7 +49,7 @@ def run(sets, tmp_path, monkeypatch, caplog):
         if task and data.TASKS[task].kind == "segment":
             begin += ["--spacing", 10, 10, 10]                  # so that one window is nearly all
         try:
-            finetune.main(finetune.flags().parse_args(["--out", out, *map(str, [*begin, *flags])]))
+            finetune.main(*finetune.read_flags(["--out", out, *map(str, [*begin, *flags])]))
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -146,20 +147,67 @@ def test_negatives_are_drawn_anew(sets):
     assert all(dataset[i, 0]["label"].item() == 1 for i in range(positives))
 
 
+# ---------------------------------------------------------------------------------- cutting and augmenting scans
+
+@pytest.mark.parametrize("settings", [{"flip": 1}, {"rot90": 1}, {"affine": 1}, {"zoom": 1}, {"flip": .5, "rot90": .5, "affine": 1, "zoom": 1}])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_mask_moves_with_its_volume(settings, seed):
+    z, y, x = torch.meshgrid(*(torch.arange(n) for n in (12, 16, 16)), indexing="ij")
+    mask = ((z < 7) & (y > 5) & (x < 12)).long()                # touches three borders
+    volume, moved = data.augment(mask[None].float(), mask, np.random.default_rng(seed), settings)
+    assert volume.shape == (1, 12, 16, 16) and moved.dtype == torch.long and not torch.equal(volume[0], mask.float())
+    sure = (volume[0] < 0.3) | (volume[0] > 0.7)                # between voxels linear and nearest sampling may differ
+    assert torch.equal(volume[0][sure] > 0.5, moved[sure] == 1) and sure.float().mean() > 0.8
+
+
+def test_augmentation_keeps_lengths_and_angles():
+    # A ball stays a ball of its size when turned in a box of unequal sides.
+    z, y, x = torch.meshgrid(*(torch.arange(n) - (n - 1) / 2 for n in (24, 32, 40)), indexing="ij")
+    ball = ((z ** 2 + (y - 4) ** 2 + (x + 6) ** 2) < 36).long()
+    _, moved = data.augment(ball[None].float(), ball, np.random.default_rng(0), {"affine": 1})
+    assert abs(int(moved.sum()) / int(ball.sum()) - 1) < 0.05
+    at = moved.nonzero().float()
+    assert (at.amax(0) - at.amin(0) - 10.5).abs().max() <= 1.5
+    offset = at.mean(0) - torch.tensor([11.5, 15.5, 19.5])
+    assert offset.norm() == pytest.approx(52 ** 0.5, abs=0.5)   # as far from the middle as before
+
+
+def test_values_change_as_told():
+    volume, generator = torch.rand(1, 4, 4, 4), np.random.default_rng(0)
+    scaled, _ = data.augment(volume, None, generator, {"scale": 1, "shift": 1})
+    a, b = np.polyfit(volume.flatten(), scaled.flatten(), 1)
+    assert 0.9 <= a <= 1.1 and abs(b) <= 0.1 and (a, b) != (1, 0)
+    noisy, _ = data.augment(torch.zeros(1, 32, 32, 32), None, generator, {"noise": 0.01})
+    assert noisy.std() == pytest.approx(0.01, rel=0.05)
+
+
+def test_small_scans_are_filled_up():
+    array, mask = np.float16([[[0.5, 0.7], [0.2, 0.9]]]), np.ones((1, 2, 2), np.uint8)
+    assert np.array_equal(data._cut(array, (0, 0, 0), (3, 2, 2))[:, 0, 0], np.float16([0.2, 0.5, 0.2]))
+    assert data._cut(mask, (0, 0, 0), (3, 4, 2), 0).sum() == mask.sum()
+
+
+def test_patches_hold_foreground_and_background_in_turns(sets):
+    items, cache = data.load_task("msd-lung", sets("msd-lung")), sets("msd-lung").parent / "cache"
+    task = data.TASKS["msd-lung"]._replace(size=(8, 8, 8), spacing=(6., 6., 6.), patches=3)
+    held = [[bool(mask[4, 4, 4]) for mask in data.cut_views(items[0], task, cache, np.random.default_rng(seed))[1]] for seed in range(20)]
+    assert {sum(some) for some in held} == {1, 2} and all(some[0] == some[2] != some[1] for some in held)
+
+
 # ------------------------------------------------------------------------------------- interrupted, repeated
 
-@pytest.mark.parametrize("task, loss", [("ctrg", "mlm_loss"), ("msd-lung", "dice_ce_loss")])
-def test_an_interrupted_run_ends_as_if_it_had_not_been(run, monkeypatch, task, loss):
-    flags = ["--epochs", 2, "--batch_size", 2]
+@pytest.mark.parametrize("task, where, loss, batch_size", [("ctrg", losses, "mlm_loss", 2), ("luna16", F, "binary_cross_entropy_with_logits", 12)])
+def test_an_interrupted_run_ends_as_if_it_had_not_been(run, monkeypatch, task, where, loss, batch_size):
+    flags = ["--epochs", 2, "--batch_size", batch_size]
     run(task, *flags, out="whole")
-    original, calls = getattr(losses, loss), []
+    original, calls = getattr(where, loss), []
 
     def interrupted(*args):
         calls.append(1)
         if len(calls) == 3:                                     # in the middle of an epoch
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*args)
-    monkeypatch.setattr(losses, loss, interrupted)
+    monkeypatch.setattr(where, loss, interrupted)
     with pytest.raises(SystemExit) as stopped:
         run(task, *flags, out="broken")
     assert stopped.value.code == 128 + signal.SIGTERM and not Path("broken/result.json").exists()
@@ -171,6 +219,20 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(run, monkeypatch, task, l
     assert whole == broken
     losses_of = [[json.loads(line)["loss"] for line in Path(out, "log.jsonl").read_text().splitlines()] for out in ("whole", "broken")]
     assert losses_of[0] == losses_of[1] and len(losses_of[0]) > 3
+
+
+def test_a_new_run_forgets_the_old_one_and_a_broken_file_is_no_end(run):
+    run("ctrg", "--epochs", 2, "--steps", 4, "--lr", 0.01)
+    last, previous = (torch.load(f"out/{name}.pt", weights_only=True)["step"] for name in ("last", "previous"))
+    assert previous < last
+    Path("out/last.pt").write_bytes(b"torn")
+    Path("out/result.json").unlink()
+    run(None, "--resume")
+    assert torch.load("out/last.pt", weights_only=True)["step"] == last and Path("out/result.json").exists()
+    first = weights("out/last.pt")
+    run("ctrg", "--epochs", 1, "--steps", 1)
+    assert torch.load("out/last.pt", weights_only=True)["step"] == 1 and not Path("out/previous.pt").exists()
+    assert not torch.equal(first["head.weight"], weights("out/last.pt")["head.weight"])
 
 
 def test_repeats_give_mean_and_deviation(run):
@@ -204,6 +266,8 @@ def test_two_processes_are_one_with_twice_the_batch(sets, tmp_path):
     (["--fraction", 0], "--fraction 0.0: expected a number above 0"),
     (["--epochs", 0], "--epochs 0: expected at least 1"),
     (["--init", "nowhere.pt"], "nowhere.pt: no such file"),
+    (["--spacing", 1, 1, 1], "--spacing 1.0 1.0 1.0: only scans of segmentation tasks are resampled, ctrg is none"),
+    (["--min_count", 1000], "found no word that stands 1000 times or more in"),
 ])
 def test_bad_flags(run, flags, message):
     with pytest.raises(ValueError, match=message):
@@ -218,7 +282,7 @@ def test_wrong_weights_are_refused(run):
 
 def test_a_recipe_with_an_unknown_name(tmp_path):
     (tmp_path / "recipe.json").write_text('{"epoch": 3}')
-    with pytest.raises(ValueError, match="recipe.json: found epoch, expected names of flags"):
+    with pytest.raises(ValueError, match="recipe.json: found epoch, expected some of encoder"):
         finetune.complete(finetune.flags().parse_args(["--task", "ctrg", "--data", str(tmp_path)]))
 
 
@@ -228,11 +292,6 @@ def test_resume_needs_a_run_and_the_same_flags(run):
     run("ctrg", "--epochs", 1, "--steps", 1)
     with pytest.raises(ValueError, match="was started with --steps 1, now it is 7"):
         run(None, "--resume", "--steps", 7)
-
-
-def test_a_silent_vocabulary(run, sets, tmp_path):
-    with pytest.raises(ValueError, match="found no word that stands 3 times"):
-        data.build_vocabulary(["", "one two", "one"])
 
 
 def test_masks_that_do_not_fit_stop_before_training(sets, tmp_path):

@@ -202,7 +202,7 @@ def test_unknown_task(tmp_path):
 def test_drawn_splits_are_by_patient_seeded_and_disjoint(tmp_path):
     stoic(tmp_path, 40)
     items = load_task("stoic", tmp_path)
-    assert {split: len(some) for split, some in parts(items).items()} == {"train": 25, "valid": 7, "test": 8}
+    assert {split: len(some) for split, some in parts(items).items()} == {"train": 24, "valid": 8, "test": 8}
     tested = [parts(load_task("stoic", tmp_path, fold=fold))["test"] for fold in range(5)]
     assert set.union(*tested) == {str(i) for i in range(40)} and sum(map(len, tested)) == 40
     assert parts(load_task("stoic", tmp_path)) == parts(items) != parts(load_task("stoic", tmp_path, seed=1))
@@ -497,7 +497,7 @@ def test_ctrg(tmp_path, caplog):
     content = ctrg(tmp_path)
     items = load_task("ctrg", tmp_path)
     assert parts(items)["test"] == {"7.nii.gz", "8.nii.gz", "9.nii.gz"}     # val lists the same: not valid
-    assert collections.Counter(item.split for item in items) == {"train": 6, "valid": 1, "test": 3}
+    assert collections.Counter(item.split for item in items) == {"train": 5, "valid": 2, "test": 3}
     assert [item.id for item in load_task("ctrg", tmp_path / "CTRG.json")] == [item.id for item in items]
     content["train"][2]["report"] = " . "
     (tmp_path / "CTRG.json").write_text(json.dumps(content))
@@ -515,7 +515,7 @@ def test_ctrg(tmp_path, caplog):
 def test_ct_rate(name, tmp_path, caplog):
     ct_rate(tmp_path)
     items = load_task(name, tmp_path)
-    assert parts(items)["test"] == {"valid_7", "valid_8", "valid_9"} and len(parts(items)["train"]) == 6
+    assert parts(items)["test"] == {"valid_7", "valid_8", "valid_9"} and len(parts(items)["train"]) == 5
     assert items[0].labels.tolist() == [k % 2 for k in range(18)]
     ct_rate(tmp_path, columns=LABELS[::-1])                 # columns in another order follow their names
     assert load_task(name, tmp_path)[0].labels.tolist() == [k % 2 for k in range(18)]
@@ -563,3 +563,11 @@ def test_cubes_of_real_slabs_hold_their_nodules(tmp_path):
             item = data.Item(row["case"], folder / f"{row['case']}_slab.nii.gz", "", None, row["case"], np.float32([1]), None, None, (-x, -y, z))
             slices = data.network_input(item, TASKS["luna16"]._replace(size=(2, 64, 64)), tmp_path)[0]         # (2, 64, 64)
             assert slices[1, 28:36, 28:36].mean() > 0.55 > slices[1, -4:].mean()    # 0.625 is 0 HU, 0.1 is lung
+
+
+def test_drawn_folds_are_fifths_that_share_nobody(tmp_path):
+    stoic(tmp_path, 62)
+    tests = [parts(load_task("stoic", tmp_path, fold=fold))["test"] for fold in range(5)]
+    assert sum(map(len, tests)) == len(set().union(*tests)) == 62
+    with pytest.raises(ValueError, match="no folds of its own and --fold 5, expected 0 to 4"):
+        load_task("stoic", tmp_path, fold=5)
