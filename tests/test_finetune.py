@@ -156,8 +156,8 @@ def test_a_mask_moves_with_its_volume(settings, seed):
     mask = ((z < 7) & (y > 5) & (x < 12)).long()                # touches three borders
     volume, moved = data.augment(mask[None].float(), mask, np.random.default_rng(seed), settings)
     assert volume.shape == (1, 12, 16, 16) and moved.dtype == torch.long and not torch.equal(volume[0], mask.float())
-    sure = (volume[0] < 0.3) | (volume[0] > 0.7)                # between voxels linear and nearest sampling may differ
-    assert torch.equal(volume[0][sure] > 0.5, moved[sure] == 1) and sure.float().mean() > 0.8
+    sure = (volume[0] < 0.12) | (volume[0] > 0.88)              # the nearest of 8 voxels weighs an eighth at least
+    assert torch.equal(volume[0][sure] > 0.5, moved[sure] == 1) and sure.float().mean() > 0.75
 
 
 def test_augmentation_keeps_lengths_and_angles():
