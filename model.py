@@ -1,7 +1,7 @@
 """Everything of MG-3D that has parameters: 3D encoders, the frozen text encoder, fusion attention, MG3D, foreign weights.
 
 B patients, C channels, D H W voxels (z, y, x), N visual tokens, L report tokens, S sentences, E embedding, V vocabulary.
-Read it from the bottom if you like: `MG3D.forward` is the method, everything above is what it is made of.
+`MG3D.forward` is the method: everything above it is what it is made of, everything below are heads for other tasks and files of weights.
 """
 import functools
 import logging
