@@ -353,16 +353,14 @@ def growth_bench(args):
 def memory_bench(args):
     """Peak of a whole step at two batch sizes; a straight line through them tells what would fit"""
     rows = []
-    for encoder in ("swin_b", "swin_l"):
-        for use_checkpoint in (False, True):
-            gb = []
-            for batch in (1, 2):
-                this = one(dict(kind="measure_step", device=args.device, encoder=encoder, size=args.size, batch_size=batch, sentences=15,
-                                use_checkpoint=use_checkpoint, parts=False))
-                gb.append(this["gb"] + this["weights_gb"])
-            each = gb[1] - gb[0]
-            fits = [max(0, int((0.9 * card - gb[0]) / each + 1)) for card in (8, 12, 24, 80)]
-            rows.append([encoder, "yes" if use_checkpoint else "no", *gb, *fits])
+    for use_checkpoint in (False, True):
+        gb = []
+        for batch in (1, 2):
+            this = one(dict(kind="measure_step", device=args.device, encoder=args.encoder, size=args.size, batch_size=batch, sentences=15,
+                            use_checkpoint=use_checkpoint, parts=False))
+            gb.append(this["gb"] + this["weights_gb"])
+        fits = [max(0, int((0.9 * card - gb[0]) / (gb[1] - gb[0]) + 1)) for card in (8, 12, 24, 80)]
+        rows.append([args.encoder, "yes" if use_checkpoint else "no", *gb, *fits])
     table(["encoder", "--use_checkpoint", "GB, batch 1", "GB, batch 2", "batch in 8 GB", "in 12 GB", "in 24 GB", "in 80 GB"], rows)
 
 
