@@ -741,7 +741,11 @@ class SwinUNETR(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Causal self-attention, attention to a context whose keys and values are given, feed-forward; pre-norm, residual."""
+    """Causal self-attention, attention to contexts whose keys and values are given, feed-forward; pre-norm, residual.
+
+    Each context has a softmax of its own: beside 60 slots of memory in the same softmax, one visual token would have a 61st of
+    the weight at first, and the image would hardly be heard.
+    """
 
     def __init__(self, dim, num_heads, dropout):
         super().__init__()
@@ -755,14 +759,16 @@ class DecoderLayer(nn.Module):
         """(B, M, E) -> keys and values (B, heads, M, d)"""
         return _heads(self.key(x), self.num_heads), _heads(self.value(x), self.num_heads)
 
-    def forward(self, x, context, past=None):
-        """x (B, L, E), or (B, 1, E) where `past` holds keys and values of the tokens before -> x, all keys and values"""
+    def forward(self, x, contexts, past=None):
+        """x (B, L, E), or (B, 1, E) where `past` holds keys and values of the tokens before; contexts: pairs of keys and values
+        -> x, all keys and values"""
         q, k, v = (_heads(y, self.num_heads) for y in self.qkv(self.norm1(x)).chunk(3, dim=-1))     # (B, heads, L, d)
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=past is None)
         x = x + self.dropout(self.self_out(y.transpose(1, 2).flatten(2)))
-        y = F.scaled_dot_product_attention(_heads(self.query(self.norm2(x)), self.num_heads), *context)
+        q = _heads(self.query(self.norm2(x)), self.num_heads)
+        y = sum(F.scaled_dot_product_attention(q, k, v) for k, v in contexts)
         x = x + self.dropout(self.cross_out(y.transpose(1, 2).flatten(2)))
         return x + self.dropout(self.mlp(self.norm3(x))), (k, v)
 
@@ -789,23 +795,23 @@ class ReportGenerator(nn.Module):
             nn.init.normal_(table.weight, std=0.02)
         encoder.mask_token.requires_grad_(False)
 
-    def context(self, volume):
-        """(B, 1, D, H, W) -> keys and values of the N visual tokens and the memory, each (B, heads, N + slots, d)"""
+    def contexts(self, volume):
+        """(B, 1, D, H, W) -> keys and values (B, heads, N, d) of the visual tokens, and (B, heads, slots, d) of the memory"""
         x = self.project(self.encoder(volume)[-1].flatten(2).mT)                    # (B, N, E)
         y = self.visual_norms[0](x)
         x = x + self.visual_attention(y, y)
         x = self.visual_norms[2](x + self.visual_mlp(self.visual_norms[1](x)))
-        return self.decoder.context(torch.cat([x, self.memory.to(x.dtype).expand(len(x), -1, -1)], dim=1))
+        return self.decoder.context(x), self.decoder.context(self.memory.expand(len(x), -1, -1))
 
-    def decode(self, tokens, context, past=None):
+    def decode(self, tokens, contexts, past=None):
         """tokens (B, L), the first of them after those in `past` -> logits (B, L, V), keys and values so far"""
         place = torch.arange(tokens.shape[1], device=tokens.device) + (0 if past is None else past[0].shape[2])
-        x, past = self.decoder(self.dropout(self.words(tokens) + self.places(place)), context, past)
+        x, past = self.decoder(self.dropout(self.words(tokens) + self.places(place)), contexts, past)
         return self.head(self.norm(x)), past
 
     def forward(self, volume, tokens):
         """volume (B, 1, D, H, W), tokens (B, L <= max_length + 1) -> logits (B, L, V) of the token after each"""
-        return self.decode(tokens, self.context(volume))[0]
+        return self.decode(tokens, self.contexts(volume))[0]
 
     @torch.no_grad()
     def generate(self, volume, beams=3, max_length=None, bos=1, eos=2):
@@ -814,13 +820,13 @@ class ReportGenerator(nn.Module):
         A report that reaches max_length words without an end is taken as it is, if none has ended.
         """
         B, max_length = len(volume), min(max_length or self.max_length, self.max_length)
-        context = [x.repeat_interleave(beams, 0) for x in self.context(volume)]     # (B·beams, heads, M, d)
+        contexts = [[x.repeat_interleave(beams, 0) for x in pair] for pair in self.contexts(volume)]     # (B·beams, heads, …, d)
         tokens = torch.full((B * beams, 1), bos, device=volume.device)
         scores = torch.full((B, beams), -torch.inf, device=volume.device)
         scores[:, 0] = 0                                                            # all beams begin alike: one counts
         past, ended = None, [(-math.inf, [])] * B                                   # the best report that has its end
         for length in range(1, max_length + 2):
-            logits, past = self.decode(tokens[:, -1:], context, past)
+            logits, past = self.decode(tokens[:, -1:], contexts, past)
             step = logits[:, -1].float().log_softmax(-1)                            # (B·beams, V)
             step[:, [0, bos]] = -torch.inf
             total = (scores.view(-1, 1) + step).view(B, beams, -1)

@@ -113,9 +113,9 @@ def test_a_word_sees_only_the_words_before_it():
 def test_keys_that_are_kept_change_nothing():
     net, volume = generator(), torch.rand(2, 1, 8, 8, 8)
     tokens = torch.randint(1, 7, (2, 6))
-    context, past, steps = net.context(volume), None, []
+    contexts, past, steps = net.contexts(volume), None, []
     for i in range(6):
-        logits, past = net.decode(tokens[:, i:i + 1], context, past)
+        logits, past = net.decode(tokens[:, i:i + 1], contexts, past)
         steps.append(logits)
     assert torch.allclose(torch.cat(steps, 1), net(volume, tokens), atol=1e-4)
 

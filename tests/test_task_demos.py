@@ -281,7 +281,7 @@ def test_ct_rate_second_reconstruction_is_the_same_patient(demo):
 
 
 def test_command(tmp_path, monkeypatch, capsys):
-    for task, path in (("acdc", tmp_path / "acdc"), ("ctrg", tmp_path / "ctrg/ctrg_chest.json")):
+    for task, path in (("acdc", tmp_path / "acdc"), ("ctrg", tmp_path / "ctrg")):
         monkeypatch.setattr(sys, "argv", ["data.py", "demo", "--task", task, "--out", str(tmp_path / task), "--n", "1"])
         with pytest.raises(SystemExit) as stop:
             data.main()
