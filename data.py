@@ -838,7 +838,8 @@ def load_task(name, folder, fold=0, seed=0):
 
     if items[0].split is None:
         if not 0 <= fold < 5:
-            raise ValueError(f"{folder}: found no folds of its own and --fold {fold}, expected 0 to 4: a fifth of the patients is drawn")
+            raise ValueError(f"{folder}: found no folds of its own and --fold {fold}, expected 0 to 4: a fifth of the patients is "
+                             "drawn")
         test = _a_fifth(items, task, seed, fold)
         items = [item._replace(split="test" if item.patient in test else "train") for item in items]
     if not any(item.split == "valid" for item in items):
@@ -1024,8 +1025,8 @@ def _read_mask(item, task, shape, affine):
     """The mask of a case, uint8 (z, y, x) in RAS. ValueError for another grid than the scan's and for unknown labels."""
     mask, _, mask_affine = to_ras(item.mask, *read_stored(item.mask), is_mask=True)
     if mask.shape != shape or not np.allclose(mask_affine, affine, atol=0.05):
-        raise ValueError(f"{item.mask}: found a mask of {mask.shape} voxels (z, y, x) and affine {mask_affine[:3].round(3).tolist()}, "
-                         f"expected the grid of {item.volume}: {shape} and {affine[:3].round(3).tolist()}")
+        raise ValueError(f"{item.mask}: found a mask of {mask.shape} voxels (z, y, x) and affine "
+                         f"{mask_affine[:3].round(3).tolist()}, expected the grid of {item.volume}: {shape} and {affine[:3].round(3).tolist()}")
     values = np.unique(mask)
     if unknown := sorted(set(values.tolist()) - set(range(len(task.classes) + 1))):
         raise ValueError(f"{item.mask}: found the label values {unknown[:5]}, expected 0 to {len(task.classes)} "
@@ -1042,8 +1043,8 @@ def prepare(item, task, cache="cache"):
     """
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in (item.volume, item.mask) if file]
     size = task.size if task.view in ("slices", "box") else None
-    key = hashlib.sha1(repr((stats, task.view, size, task.window, task.spacing, len(task.classes), item.rescale)).encode()).hexdigest()
-    path = Path(cache) / f"{task.view}-{key}.npy"
+    key = repr((stats, task.view, size, task.window, task.spacing, len(task.classes), item.rescale))
+    path = Path(cache) / f"{task.view}-{hashlib.sha1(key.encode()).hexdigest()}.npy"
     mask_path, affine_path = path.with_suffix(".mask.npy"), path.with_suffix(".affine.npy")
     if not path.exists():                                   # it is written last: what lies beside it is complete
         array, spacing, affine = read_volume(item.volume)
@@ -1080,8 +1081,8 @@ def prepare(item, task, cache="cache"):
                 with open(temporary, "wb") as opened:
                     np.save(opened, content)
                 os.replace(temporary, file)
-    return (np.load(path, mmap_mode="r", allow_pickle=False), np.load(mask_path, mmap_mode="r", allow_pickle=False) if item.mask else None,
-            np.load(affine_path, allow_pickle=False))
+    mask = np.load(mask_path, mmap_mode="r", allow_pickle=False) if item.mask else None
+    return np.load(path, mmap_mode="r", allow_pickle=False), mask, np.load(affine_path, allow_pickle=False)
 
 
 def candidate_voxel(item, shape, affine):
@@ -1131,9 +1132,10 @@ def cut_views(item, task, cache, generator=None):
         first = generator.integers(2)                       # of an odd number of patches, now one more and now one less
         corners = [np.array(_draw_place(volume, mask, (i + first) % 2 == 0, generator)) - np.array(task.size) // 2
                    for i in range(task.patches)]
-    volumes = np.stack([_cut(volume, corner, task.size) for corner in corners]).astype(np.float32)
-    masks = None if mask is None else torch.from_numpy(np.stack([_cut(mask, corner, task.size, 0) for corner in corners]).astype(np.int64))
-    return torch.from_numpy(volumes)[:, None], masks
+    volumes = torch.from_numpy(np.stack([_cut(volume, corner, task.size) for corner in corners])).float()[:, None]
+    if mask is None:
+        return volumes, None
+    return volumes, torch.from_numpy(np.stack([_cut(mask, corner, task.size, 0) for corner in corners])).long()
 
 
 def network_input(item, task, cache="cache"):
@@ -1169,7 +1171,8 @@ def augment(volume, mask, generator, settings):
         grid = F.affine_grid(theta, (1, 1, *volume.shape[1:]), align_corners=False)
         volume = F.grid_sample(volume[None], grid, padding_mode="border", align_corners=False)[0]
         if mask is not None:
-            mask = F.grid_sample(mask[None, None].float(), grid, mode="nearest", padding_mode="border", align_corners=False)[0, 0].long()
+            mask = F.grid_sample(mask[None, None].float(), grid, mode="nearest", padding_mode="border", align_corners=False)
+            mask = mask[0, 0].long()
     if chance("scale"):
         volume = volume * generator.uniform(0.9, 1.1)
     if chance("shift"):
@@ -1268,7 +1271,8 @@ def prepare_all(items, task, cache="cache", workers=None):
     bad, problems = set(), []
     with multiprocessing.Pool(workers) as pool:
         jobs = [(group, task, cache) for group in groups.values()]
-        for left_out, problem in tqdm(pool.imap_unordered(_prepare_job, jobs), total=len(jobs), desc="prepare", unit="scan", disable=None):
+        done = pool.imap_unordered(_prepare_job, jobs)
+        for left_out, problem in tqdm(done, total=len(jobs), desc="prepare", unit="scan", disable=None):
             if problem:
                 problems.append(problem)
                 bad.update(item.volume for item in left_out)
@@ -1735,17 +1739,23 @@ def phantom(seed, index, findings=None, with_healthy=False):
     return out | {"healthy": healthy} if with_healthy else out
 
 
+def save_nifti(path, array, affine, stored="LPS"):
+    """Writes an array (z, y, x), whose (x, y, z) index `affine` takes to RAS mm, as .nii.gz in orientation `stored`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nib.Nifti1Image(array.transpose(2, 1, 0), affine)
+    image.header.set_xyzt_units("mm")
+    start, end = (nib.orientations.axcodes2ornt(codes) for codes in ("RAS", stored))
+    image = image.as_reoriented(nib.orientations.ornt_transform(start, end))
+    path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))             # no time: the same bytes
+
+
 def write_phantom(out, seed, index):
     """Writes volume and mask of one phantom under `out`, in its stored orientation; returns its row of the manifest."""
     p = phantom(seed, index)
     names = f"volumes/demo_{index:04d}.nii.gz", f"masks/demo_{index:04d}.nii.gz"
     for name, array in zip(names, (p["volume"], p["mask"])):
-        image = nib.Nifti1Image(array.transpose(2, 1, 0), p["affine"])
-        image.header.set_xyzt_units("mm")
-        start, end = (nib.orientations.axcodes2ornt(codes) for codes in ("RAS", p["stored"]))
-        image = image.as_reoriented(nib.orientations.ornt_transform(start, end))
         part = Path(out, name + ".part")
-        part.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))     # no time: the same bytes
+        save_nifti(part, array, p["affine"], p["stored"])
         os.replace(part, Path(out, name))
     return [names[0], p["report"], "train" if index % 10 < 7 else "test", f"demo-{seed}-{index:04d}",
             *p["labels"].astype(int).tolist(), names[1]]
@@ -1780,16 +1790,6 @@ def write_demo(out, n=64, seed=0, workers=None):
 # --------------------------------------------------------------------------------- demo sets of the nine tasks
 # A writer takes (out, seed, index), writes the files of one patient in the layout of its task, and returns what the
 # index files say of them. Arrays are (z, y, x) in RAS, points and spacings (z, y, x) in mm.
-
-def save_nifti(path, array, affine, stored="LPS"):
-    """Writes an array (z, y, x), whose (x, y, z) index `affine` takes to RAS mm, as .nii.gz in orientation `stored`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = nib.Nifti1Image(array.transpose(2, 1, 0), affine)
-    image.header.set_xyzt_units("mm")
-    start, end = (nib.orientations.axcodes2ornt(codes) for codes in ("RAS", stored))
-    image = image.as_reoriented(nib.orientations.ornt_transform(start, end))
-    path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))             # no time: the same bytes
-
 
 def save_metaimage(path, array, affine):
     """The same without rotation as .mha or .mhd with its .raw; x runs to the left and y to the back, as ITK has it."""
@@ -2134,14 +2134,15 @@ def check_task(args):
                    ] if part and part[0].labels is not None else [f"{len(part)} with masks"] * (task.kind == "segment")
         print(f"{split:6} {len(part):7} items of {len({item.patient for item in part})} patients in "
               f"{len({item.volume for item in part})} scans" + (": " if classes else "") + ", ".join(classes))
-    scans = list({item.volume: item for item in items}.values())[:args.limit]
+    scans, candidates = list({item.volume: item for item in items}.values())[:args.limit], {}
+    for item in items if task.view == "cube" else ():
+        candidates.setdefault(item.volume, []).append(item)
     for item in tqdm(scans, unit="scan", disable=None):
         try:
             array, spacing, affine = read_volume(item.volume)
             note = to_hounsfield(array, item.volume, args.hu, item.rescale)[1] if task.window else "no CT: z-score"
-            for one in items if task.view == "cube" else ():
-                if one.volume == item.volume:
-                    candidate_voxel(one, array.shape, affine)
+            for one in candidates.get(item.volume, ()):
+                candidate_voxel(one, array.shape, affine)
             if item.mask:
                 values, counts = np.unique(_read_mask(item, task, array.shape, affine), return_counts=True)
                 note += "; voxels " + ", ".join(f"{value:g}: {count}" for value, count in zip(values, counts))

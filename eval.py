@@ -322,17 +322,23 @@ def image_features(network, items, task, config, cache, device, progress=False):
                       for volume in _batches(items, task, config, cache, device, progress)])
 
 
+def text_batch(tokenizer, texts):
+    """Reports or prompts, n str, as `MG3D.encode_text` takes them, in order: three (n, L), sentence_mask (n, S)"""
+    reports = [data.tokenize_report(tokenizer, data.split_sentences(text)) for text in texts]
+    ids, sentence_ids = ([torch.from_numpy(report[name]) for report in reports] for name in ("input_ids", "sentence_ids"))
+    sentences = [torch.ones(len(report["sentences"]), dtype=torch.bool) for report in reports]
+    return {"input_ids": pad_sequence(ids, True, tokenizer.pad_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(x) for x in ids], True),
+            "sentence_ids": pad_sequence(sentence_ids, True, -1), "sentence_mask": pad_sequence(sentences, True)}
+
+
 @torch.no_grad()
 def text_features(network, texts, device, batch_size=32):
     """Global features of length 1 of reports or prompts: list of n str -> (n, E) on the CPU"""
-    tokenizer, rows = network.text_encoder.tokenizer, []
+    rows = []
     for i in range(0, len(texts), batch_size):
-        reports = [data.tokenize_report(tokenizer, data.split_sentences(text)) for text in texts[i:i + batch_size]]
-        ids, sentence_ids = ([torch.from_numpy(report[name]) for report in reports] for name in ("input_ids", "sentence_ids"))
-        batch = (pad_sequence(ids, True, tokenizer.pad_token_id), pad_sequence([torch.ones_like(x) for x in ids], True),
-                 pad_sequence(sentence_ids, True, -1),
-                 pad_sequence([torch.ones(len(report["sentences"]), dtype=torch.bool) for report in reports], True))
-        rows.append(F.normalize(network.encode_text(*(x.to(device) for x in batch)).float(), dim=-1).cpu())
+        batch = text_batch(network.text_encoder.tokenizer, texts[i:i + batch_size])
+        rows.append(F.normalize(network.encode_text(*(x.to(device) for x in batch.values())).float(), dim=-1).cpu())
     return torch.cat(rows)
 
 

@@ -135,9 +135,10 @@ def complete(args):
     if args.epochs:                                     # the warm-up keeps its share of the epochs
         settings["warmup"] *= args.epochs / settings["epochs"]
     if args.spacing and task.kind != "segment":
-        raise ValueError(f"--spacing {' '.join(map(str, args.spacing))}: only scans of segmentation tasks are resampled, {args.task} is none")
+        raise ValueError(f"--spacing {' '.join(map(str, args.spacing))}: only scans of segmentation tasks are resampled, {args.task} "
+                         "is none")
     for name, value in settings.items():
-        if hasattr(args, name) and getattr(args, name) is None:
+        if getattr(args, name) is None:
             setattr(args, name, value)
     args.eval_every = args.eval_every or max(1, args.epochs // 20)
     for name in ("epochs", "batch_size", "repeats", "eval_every"):
@@ -161,36 +162,15 @@ def part_of(items, fraction, seed):
     return [item for item in items if item.patient in keep]
 
 
-def prompt_batch(tokenizer, classes):
-    """The prompts of all classes as a text batch of `MG3D.forward`: "name 0", "not name 0", "name 1", …"""
-    reports = [data.tokenize_report(tokenizer, [prompt]) for prompt in evaluation.prompts(classes)]
-    ids = [torch.from_numpy(report["input_ids"]) for report in reports]
-    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-    return {"input_ids": pad(ids, padding_value=tokenizer.pad_token_id), "attention_mask": pad([torch.ones_like(i) for i in ids]),
-            "sentence_ids": pad([torch.from_numpy(report["sentence_ids"]) for report in reports], padding_value=-1),
-            "sentence_mask": torch.ones(len(ids), 1, dtype=torch.bool)}
-
-
 # ------------------------------------------------------------------------------------------------ one training
 
 def train(args, task, out, seed, device, world, rank):
-    """One run: train, look at the validation part, test the best epoch. Returns the result of the test, None if stopped."""
+    """One run: train, look at the validation part, test the best epoch. Returns the result of the test on rank 0, else None."""
     main_process, cuda = rank == 0, device.type == "cuda"
-    precision = args.precision
-    if precision == "auto":
-        precision = "fp32" if not cuda else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if precision == "fp16" and not cuda:
-        raise ValueError("--precision fp16 needs a GPU; a CPU computes in fp32 or bf16")
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    autocast = torch.autocast(device.type, dtype=half) if half else contextlib.nullcontext()
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    precision, autocast, scaler = model.mixed_precision(args.precision, device)
     checkpoint = None
-    for path in (out / "last.pt", out / "previous.pt") if args.resume else ():
-        if path.exists() and not checkpoint:
-            try:
-                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:                  # a torn file fails in many ways, from zip to pickle
-                log.warning("%s cannot be read (%s); looking for the one before", path, str(error).splitlines()[0])
+    if args.resume and any((out / name).exists() for name in ("last.pt", "previous.pt")):
+        checkpoint = model.load_last(out)
     if checkpoint and checkpoint["world"] != world:
         raise ValueError(f"--resume: {out} was written by {checkpoint['world']} processes, now there are {world}")
 
@@ -198,8 +178,8 @@ def train(args, task, out, seed, device, world, rank):
     items = data.load_task(args.task, args.data, args.fold, seed)
     parts = {split: [item for item in items if item.split == split] for split in data.SPLITS}
     if not parts["train"] or not parts["valid"]:
-        raise ValueError(f"{args.data}: found {len(parts['train'])} items to train on and {len(parts['valid'])} to validate, expected "
-                         "some of both")
+        raise ValueError(f"{args.data}: found {len(parts['train'])} items to train on and {len(parts['valid'])} to validate, "
+                         "expected some of both")
     train_items, valid_items = part_of(parts["train"], args.fraction, seed), parts["valid"]
     if task.view == "cube":                             # 10 negatives for a positive suffice to pick the epoch
         positive, negative = ([item for item in valid_items if item.labels[0] == label] for label in (1, 0))
@@ -217,9 +197,12 @@ def train(args, task, out, seed, device, world, rank):
             if before.resolve() != (out / "text_encoder").resolve():
                 shutil.copytree(before, out / "text_encoder", dirs_exist_ok=True)
         else:
-            model.make_demo_text_encoder(out / "text_encoder", [item.report for item in train_items] + evaluation.prompts(task.classes))
+            texts = [item.report for item in train_items] + evaluation.prompts(task.classes)
+            model.make_demo_text_encoder(out / "text_encoder", texts)
     if world > 1:
         dist.barrier()
+    if main_process and checkpoint and checkpoint["broken"]:
+        (out / "last.pt").unlink(missing_ok=True)       # every process has read; a broken file must not become previous.pt
     torch.manual_seed(seed)                             # the same weights on every process
     network = evaluation.build_network(config, out)
     if args.init != "scratch" and not checkpoint:
@@ -248,20 +231,13 @@ def train(args, task, out, seed, device, world, rank):
         dataset, collate = data.TaskDataset(train_items, task, args.cache, seed, config["vocabulary"]), data.collate_task
     texts = {}
     if task.kind == "prompt":
-        texts = {name: x.to(device) for name, x in prompt_batch(network.text_encoder.tokenizer, task.classes).items()}
+        texts = {name: x.to(device) for name, x in evaluation.text_batch(network.text_encoder.tokenizer, evaluation.prompts(task.classes)).items()}
 
     # --------------------------------------------------------------------------------------------- optimizer
     batch_size = min(args.batch_size, max(1, len(dataset) // world))
     epoch_steps = max(1, len(dataset) // (batch_size * world))
     steps = min(args.epochs * epoch_steps, args.steps or math.inf)
-    groups = {}
-    for name, p in network.named_parameters():
-        if p.requires_grad:                             # biases, norms, tokens and bias tables do not decay
-            key = name.startswith("encoder."), p.ndim > 1 and "bias_table" not in name and name != "memory"
-            groups.setdefault(key, []).append(p)
-    optimizer = torch.optim.AdamW([dict(params=params, lr=args.lr_encoder if of_encoder else args.lr,
-                                        weight_decay=args.weight_decay * decays)
-                                   for (of_encoder, decays), params in groups.items()])
+    optimizer = torch.optim.AdamW(model.parameter_groups(network, args.lr_encoder, args.lr, args.weight_decay))
 
     def rate(step):
         warm = args.warmup * epoch_steps
@@ -282,8 +258,6 @@ def train(args, task, out, seed, device, world, rank):
         torch.set_rng_state(checkpoint["rng"][rank]["cpu"])
         if cuda and checkpoint["rng"][rank]["cuda"] is not None:
             torch.cuda.set_rng_state(checkpoint["rng"][rank]["cuda"], device)
-    for group in optimizer.param_groups:
-        group["initial_lr"] = args.lr_encoder if any(p is q for p in group["params"] for q in network.encoder.parameters()) else args.lr
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate, last_epoch=step - 1)
     batches = data.Batches(len(dataset), batch_size, rank, world, seed, start=step)
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=args.workers, pin_memory=cuda,
@@ -299,8 +273,8 @@ def train(args, task, out, seed, device, world, rank):
         if world > 1:
             dist.all_gather_object(rng, own)
         if main_process:
-            model.save_file(state(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), best=best, rng=rng, world=world, ids=ids),
-                            out / "last.pt", before=out / "previous.pt")
+            everything = state(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), best=best, rng=rng, world=world, ids=ids)
+            model.save_file(everything, out / "last.pt", before=out / "previous.pt")
 
     # ---------------------------------------------------------------------------------- what is about to run
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
@@ -310,8 +284,8 @@ def train(args, task, out, seed, device, world, rank):
              task.window or "none: z-score", task.spacing or "as it is")
     log.info("model      %s from %s%s, %s: %.1f M parameters trained", args.encoder, args.init, ", frozen" if args.freeze else "",
              type(network).__name__, trained / 1e6)
-    log.info("run        steps %d to %d (%d an epoch) of %d × %d on %s in %s, seed %d, out in %s", step, steps, epoch_steps, batch_size,
-             world, torch.cuda.get_device_name() if cuda else "CPU", precision, seed, out)
+    log.info("run        steps %d to %d (%d an epoch) of %d × %d on %s in %s, seed %d, out in %s", step, steps, epoch_steps,
+             batch_size, world, torch.cuda.get_device_name() if cuda else "CPU", precision, seed, out)
     if batch_size < args.batch_size:
         log.warning("--batch_size %d is more than there are: %d", args.batch_size, batch_size)
     if main_process:
@@ -371,8 +345,8 @@ def train(args, task, out, seed, device, world, rank):
             if bad_steps == 10:
                 raise SystemExit("error: 10 steps in a row were not finite. A lower learning rate or --precision fp32 may help")
         optimizer.zero_grad(set_to_none=True)
-        row = dict(step=step, epoch=step // epoch_steps, loss=loss.item() if math.isfinite(loss.item()) else None, lr=schedule.get_last_lr()[-1],
-                   seconds=round(time.perf_counter() - started, 4), data_wait=round(waited, 4))
+        row = dict(step=step, epoch=step // epoch_steps, loss=loss.item() if math.isfinite(loss.item()) else None,
+                   lr=schedule.get_last_lr()[-1], seconds=round(time.perf_counter() - started, 4), data_wait=round(waited, 4))
         schedule.step()
         step += 1
         bar.set_postfix(loss=f"{loss.item():.3f}", best=f"{best['value']:.3f}", refresh=False)
@@ -419,8 +393,8 @@ def train(args, task, out, seed, device, world, rank):
                                      train_items=train_items)
         result |= {"valid": best["value"], "epoch": best["epoch"], "seed": seed, "init": args.init}
         evaluation.write_result(result, out / "result.json")
-        log.info("best epoch %d (validation %s %.4f); on %d unseen items: %s", best["epoch"], task.metric, best["value"], result["n"],
-                 evaluation.summary(result))
+        log.info("best epoch %d (validation %s %.4f); on %d unseen items: %s", best["epoch"], task.metric, best["value"],
+                 result["n"], evaluation.summary(result))
     if world > 1:
         dist.barrier()
     return result
@@ -438,8 +412,8 @@ def main(args, given):
     if args.resume:
         for name, value in read_json(out / "run.json").items():
             if name in given and name not in FREE and getattr(args, name) != value:
-                raise ValueError(f"--resume: the run was started with --{name} {value}, now it is {getattr(args, name)}; leave the flag "
-                                 "out, or start anew with another --out")
+                raise ValueError(f"--resume: the run was started with --{name} {value}, now it is {getattr(args, name)}; leave the "
+                                 "flag out, or start anew with another --out")
             if name not in given and name not in ("resume", "out"):
                 setattr(args, name, value)
     args.out = str(out)
@@ -452,7 +426,6 @@ def main(args, given):
             for name in ("last.pt", "previous.pt", "best.pt", "result.json"):
                 (folder / name).unlink(missing_ok=True)
         (out / "run.json").write_text(json.dumps(vars(args) | {"resume": False}, indent=1))
-
     if world > 1:
         dist.barrier()
 

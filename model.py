@@ -1,14 +1,15 @@
 """Everything of MG-3D that has parameters: 3D encoders, the frozen text encoder, fusion attention, MG3D, foreign weights.
 
 B patients, C channels, D H W voxels (z, y, x), N visual tokens, L report tokens, S sentences, E embedding, V vocabulary.
-`MG3D.forward` is the method: everything above it is what it is made of, everything below are heads for other tasks and files of weights.
+`MG3D.forward` is the method: above it stands what it is made of, below it heads for other tasks and files of weights.
 """
+import contextlib
 import functools
 import logging
 import math
 import os
 import pickle
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 
 import numpy as np
 import torch
@@ -659,15 +660,9 @@ class Classifier(nn.Module):
         return self.head(self.norm(self.encoder(volume)[-1].mean((2, 3, 4))))
 
 
-class _Conv(nn.Module):
-    """A convolution under MONAI's name."""
-
-    def __init__(self, conv):
-        super().__init__()
-        self.conv = conv
-
-    def forward(self, x):
-        return self.conv(x)
+def _under(name, module):
+    """A module under one more name, as MONAI's weights have it"""
+    return nn.Sequential(OrderedDict({name: module}))
 
 
 class ResBlock(nn.Module):
@@ -675,9 +670,9 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.conv1 = _Conv(nn.Conv3d(c_in, c_out, 3, padding=1, bias=False))
-        self.conv2 = _Conv(nn.Conv3d(c_out, c_out, 3, padding=1, bias=False))
-        self.conv3 = _Conv(nn.Conv3d(c_in, c_out, 1, bias=False)) if c_in != c_out else None
+        self.conv1 = _under("conv", nn.Conv3d(c_in, c_out, 3, padding=1, bias=False))
+        self.conv2 = _under("conv", nn.Conv3d(c_out, c_out, 3, padding=1, bias=False))
+        self.conv3 = _under("conv", nn.Conv3d(c_in, c_out, 1, bias=False)) if c_in != c_out else None
 
     def forward(self, x):
         def norm(x):                                    # of each channel over the volume; a map of one voxel becomes 0
@@ -687,21 +682,12 @@ class ResBlock(nn.Module):
         return F.leaky_relu(x + shortcut, 0.01)
 
 
-class SkipBlock(nn.Module):
-    def __init__(self, c_in, c_out):
-        super().__init__()
-        self.layer = ResBlock(c_in, c_out)
-
-    def forward(self, x):
-        return self.layer(x)
-
-
 class UpBlock(nn.Module):
     """Twice the size by a transposed convolution, then a ResBlock on that and the skip connection."""
 
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.transp_conv = _Conv(nn.ConvTranspose3d(c_in, c_out, 2, stride=2, bias=False))
+        self.transp_conv = _under("conv", nn.ConvTranspose3d(c_in, c_out, 2, stride=2, bias=False))
         self.conv_block = ResBlock(2 * c_out, c_out)
 
     def forward(self, x, skip):
@@ -718,15 +704,16 @@ class SwinUNETR(nn.Module):
     def __init__(self, encoder, out_channels):
         super().__init__()
         if not isinstance(encoder, SwinTransformer3D):
-            raise ValueError(f"found the encoder {type(encoder).__name__}, expected a SwinTransformer3D: this decoder needs its maps")
+            raise ValueError(f"found the encoder {type(encoder).__name__}, expected a SwinTransformer3D: this decoder needs its "
+                             "maps")
         self.encoder = encoder
         c = encoder.channels                                                        # widths of the maps: C, 2C, 4C, 8C, 16C
-        self.encoder1 = SkipBlock(encoder.patch_embed.proj.in_channels, c[0])
-        self.encoder2, self.encoder3, self.encoder4 = (SkipBlock(n, n) for n in c[:3])
-        self.encoder10 = SkipBlock(c[4], c[4])
+        self.encoder1 = _under("layer", ResBlock(encoder.patch_embed.proj.in_channels, c[0]))
+        self.encoder2, self.encoder3, self.encoder4 = (_under("layer", ResBlock(n, n)) for n in c[:3])
+        self.encoder10 = _under("layer", ResBlock(c[4], c[4]))
         self.decoder5, self.decoder4, self.decoder3, self.decoder2 = (UpBlock(c[i], c[i - 1]) for i in (4, 3, 2, 1))
         self.decoder1 = UpBlock(c[0], c[0])
-        self.out = _Conv(_Conv(nn.Conv3d(c[0], out_channels, 1)))
+        self.out = _under("conv", _under("conv", nn.Conv3d(c[0], out_channels, 1)))
         encoder.mask_token.requires_grad_(False)
 
     def forward(self, volume):
@@ -836,13 +823,39 @@ class ReportGenerator(nn.Module):
                     ended[b] = score, tokens[b * beams + beam, 1:].tolist()
             total[:, :, eos] = -torch.inf
             # A report only gets less probable as it grows: what is left at its best would be divided by the full length.
-            if length > max_length or all(best[0] >= score / (max_length + 1) for best, score in zip(ended, total.amax((1, 2)).tolist())):
+            hope = (total.amax((1, 2)) / (max_length + 1)).tolist()
+            if length > max_length or all(best[0] >= bound for best, bound in zip(ended, hope)):
                 break
             scores, choice = total.flatten(1).topk(beams)                           # (B, beams)
             beam = (choice // total.shape[-1] + torch.arange(B, device=volume.device)[:, None] * beams).flatten()
             tokens = torch.cat([tokens[beam], (choice % total.shape[-1]).view(-1, 1)], dim=1)
             past = tuple(x[beam] for x in past)
         return [best[1] if best[0] > -math.inf else tokens[b * beams, 1:].tolist() for b, best in enumerate(ended)]
+
+
+# ------------------------------------------------------------------------- what both training scripts agree on
+
+def parameter_groups(network, lr_encoder, lr, weight_decay):
+    """Parameters for AdamW: the encoder with its own rate; biases, norms, tokens, memory and bias tables do not decay"""
+    groups = {}
+    for name, p in network.named_parameters():
+        if p.requires_grad:
+            key = name.startswith("encoder."), p.ndim > 1 and "bias_table" not in name and name != "memory"
+            groups.setdefault(key, []).append(p)
+    return [dict(params=params, lr=lr_encoder if of_encoder else lr, weight_decay=weight_decay * decays)
+            for (of_encoder, decays), params in groups.items()]
+
+
+def mixed_precision(precision, device):
+    """"auto", "bf16", "fp16" or "fp32" -> the one that is meant, its autocast context, its GradScaler. ValueError for fp16 on a CPU."""
+    cuda = device.type == "cuda"
+    if precision == "auto":
+        precision = "fp32" if not cuda else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if precision == "fp16" and not cuda:
+        raise ValueError("--precision fp16 needs a GPU; a CPU computes in fp32 or bf16")
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    autocast = torch.autocast(device.type, dtype=half) if half else contextlib.nullcontext()
+    return precision, autocast, torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
 # ---------------------------------------------------------------------------------------------- files of weights
@@ -861,6 +874,23 @@ def save_file(state, path, before=None):
     if before and path.exists():
         os.replace(path, before)
     os.replace(part, path)
+
+
+def load_last(out):
+    """OUT/last.pt, or OUT/previous.pt where that is broken. ValueError where neither can be read."""
+    found = []
+    for path in (out / "last.pt", out / "previous.pt"):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if "optimizer" not in state:
+                raise ValueError("it is no checkpoint to go on from")
+            state["broken"] = bool(found)
+            for problem in found:
+                log.warning("%s; going on from %s instead", problem, path)
+            return state
+        except Exception as error:                      # a torn file fails in many ways, from zip to pickle
+            found.append(f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+    raise ValueError("--resume found no checkpoint to go on from: " + "; ".join(found))
 
 
 def export_encoder(encoder):

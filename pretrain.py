@@ -111,24 +111,7 @@ log = logging.getLogger("mg3d")
 FREE = {"resume", "init", "out", "steps", "cache", "workers", "save_every", "log_every", "data"}     # may change on --resume
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
-
-def load_checkpoint(out):
-    """OUT/last.pt, or OUT/previous.pt where that is broken. ValueError where neither can be read."""
-    found = []
-    for path in (out / "last.pt", out / "previous.pt"):
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            if "optimizer" not in state:
-                raise ValueError("it is no checkpoint of pretrain.py")
-            state["broken"] = bool(found)
-            for problem in found:
-                log.warning("%s; going on from %s instead", problem, path)
-            return state
-        except Exception as error:                      # a torn file fails in many ways, from zip to pickle
-            found.append(f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
-    raise ValueError("--resume found no checkpoint to go on from: " + "; ".join(found))
-
+# ------------------------------------------------------------------------------------------------ the run
 
 def restore_flags(args, given, config):
     """Flags that were not given come back from the checkpoint; given ones that contradict it are an error."""
@@ -167,7 +150,7 @@ def main(args, given):
     if args.resume:
         if args.init:
             raise ValueError("--resume goes on with the weights of OUT/last.pt, --init starts from others: give one of them")
-        checkpoint = load_checkpoint(out)
+        checkpoint = model.load_last(out)
         restore_flags(args, given, checkpoint["config"])
         if checkpoint["world"] != world:
             raise ValueError(f"--resume: the checkpoint was written by {checkpoint['world']} processes, now there are {world}")
@@ -198,14 +181,7 @@ def main(args, given):
         (out / f".can_write_{rank}").unlink()
     except OSError as error:
         raise ValueError(f"--out {out}: cannot write there: {error}") from None
-    precision = args.precision
-    if precision == "auto":
-        precision = "fp32" if not cuda else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if precision == "fp16" and not cuda:
-        raise ValueError("--precision fp16 needs a GPU; a CPU computes in fp32 or bf16")
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    autocast = torch.autocast(device.type, dtype=half) if half else contextlib.nullcontext()
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    precision, autocast, scaler = model.mixed_precision(args.precision, device)
 
     # -------------------------------------------------------------------------------------------------- data
     if not main_process:
@@ -248,14 +224,7 @@ def main(args, given):
     collate = functools.partial(data.collate, pad_id=text_encoder.tokenizer.pad_token_id)   # no closure: workers may be spawned
 
     # --------------------------------------------------------------------------------------------- optimizer
-    groups = {}
-    for name, p in network.named_parameters():
-        if p.requires_grad:                             # biases, norms, tokens and bias tables do not decay
-            key = name.startswith("encoder."), p.ndim > 1 and "bias_table" not in name
-            groups.setdefault(key, []).append(p)
-    optimizer = torch.optim.AdamW([dict(params=params, lr=args.lr_encoder if of_encoder else args.lr,
-                                        weight_decay=args.weight_decay * decays)
-                                   for (of_encoder, decays), params in groups.items()])
+    optimizer = torch.optim.AdamW(model.parameter_groups(network, args.lr_encoder, args.lr, args.weight_decay))
 
     # ------------------------------------------------------------------------------------------------ resume
     step = 0

@@ -30,7 +30,8 @@ sys.path.insert(0, str(ROOT))
 
 def flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["encoder", "step", "loader", "growth", "memory", "all", "one"], help="one: for this script itself")
+    parser.add_argument("what", choices=["encoder", "step", "loader", "growth", "memory", "all", "one"],
+                        help="one: for this script itself")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda runs in bf16 autocast (default: cpu)")
     parser.add_argument("--encoder", default="swin_b", choices=["swin_b", "swin_l", "swin_t"])
     parser.add_argument("--size", type=int, nargs=3, default=[128, 96, 128], metavar=("D", "H", "W"))
@@ -128,7 +129,8 @@ def pretraining(job):
         items = [data.Item(str(i), scan, report, "train", str(i), None, None) for i, report in enumerate(reports)]
         dataset = data.VolumeReports(items, text_encoder.tokenizer, size=tuple(job["size"]), hu="header")
         batch = data.collate([dataset[i, 0] for i in range(len(items))], text_encoder.tokenizer.pad_token_id)
-    network = model.MG3D(model.build_encoder(job["encoder"], use_checkpoint=job["use_checkpoint"]), text_encoder).to(job["device"]).train()
+    encoder = model.build_encoder(job["encoder"], use_checkpoint=job["use_checkpoint"])
+    network = model.MG3D(encoder, text_encoder).to(job["device"]).train()
     return network, {key: value.to(job["device"]) for key, value in batch.items() if torch.is_tensor(value)}
 
 
@@ -251,7 +253,8 @@ def step_bench(args):
     this = one(job)
     parts = this["parts"] | {"rest": this["seconds"] - sum(this["parts"].values())}
     names = dict(encoder="encoder, whole and masked volume", decoder="MIM decoder",
-                 words="frozen text encoder: report, whole and masked", sentences="frozen text encoder: sentences one by one", rest="fusion, pooling, losses, clipping, AdamW")
+                 words="frozen text encoder: report, whole and masked", sentences="frozen text encoder: sentences one by one",
+                 rest="fusion, pooling, losses, clipping, AdamW")
     rows = [[names[key], value, 100 * value / this["seconds"]] for key, value in parts.items()]
     table(["part", "seconds", "% of the step"], rows + [["whole step", this["seconds"], 100.0]])
     print(f"peak {this['gb']:.2f} GB above parameters; {batch / this['seconds']:.3g} volumes a second\n")
@@ -356,8 +359,8 @@ def memory_bench(args):
     for use_checkpoint in (False, True):
         gb = []
         for batch in (1, 2):
-            this = one(dict(kind="measure_step", device=args.device, encoder=args.encoder, size=args.size, batch_size=batch, sentences=15,
-                            use_checkpoint=use_checkpoint, parts=False))
+            this = one(dict(kind="measure_step", device=args.device, encoder=args.encoder, size=args.size, batch_size=batch,
+                            sentences=15, use_checkpoint=use_checkpoint, parts=False))
             gb.append(this["gb"] + this["weights_gb"])
         fits = [max(0, int((0.9 * card - gb[0]) / (gb[1] - gb[0]) + 1)) for card in (8, 12, 24, 80)]
         rows.append([args.encoder, "yes" if use_checkpoint else "no", *gb, *fits])

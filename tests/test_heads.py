@@ -40,9 +40,9 @@ def test_classifier_is_its_formula():
     assert torch.allclose(net(volume), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("head", [lambda e: model.Classifier(e, 2), lambda e: model.SwinUNETR(e, 2), lambda e: model.ReportGenerator(e, 9)])
-def test_every_parameter_has_a_gradient(head):
-    net = head(model.build_encoder("swin_t"))           # DDP would wait for one that has none
+@pytest.mark.parametrize("head, outputs", [(model.Classifier, 2), (model.SwinUNETR, 2), (model.ReportGenerator, 9)])
+def test_every_parameter_has_a_gradient(head, outputs):
+    net = head(model.build_encoder("swin_t"), outputs)           # DDP would wait for one that has none
     volume = torch.rand(1, 1, 64, 64, 64)
     out = net(volume, torch.tensor([[1, 3, 4]])) if isinstance(net, model.ReportGenerator) else net(volume)
     out.square().mean().backward()

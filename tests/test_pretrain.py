@@ -24,7 +24,6 @@ import torch
 
 import data
 import model
-import pretrain
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = str(ROOT / "pretrain.py")
@@ -389,9 +388,9 @@ def test_a_checkpoint_of_code_is_not_executed(tmp_path, monkeypatch, uninterrupt
     Path("last.pt").write_bytes(pickle.dumps({"optimizer": Code()}, protocol=2))
     torch.save({"optimizer": Code()}, "previous.pt")
     with pytest.raises(ValueError, match="no checkpoint to go on from"):
-        pretrain.load_checkpoint(tmp_path)
+        model.load_last(tmp_path)
     shutil.copy(uninterrupted[1][0] / "last.pt", "previous.pt")
-    assert pretrain.load_checkpoint(tmp_path)["step"] == 6
+    assert model.load_last(tmp_path)["step"] == 6
     assert not Path("executed").exists()
 
 
