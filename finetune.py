@@ -135,8 +135,8 @@ def complete(args):
     if args.epochs:                                     # the warm-up keeps its share of the epochs
         settings["warmup"] *= args.epochs / settings["epochs"]
     if args.spacing and task.kind != "segment":
-        raise ValueError(f"--spacing {' '.join(map(str, args.spacing))}: only scans of segmentation tasks are resampled, {args.task} "
-                         "is none")
+        raise ValueError(f"--spacing {' '.join(map(str, args.spacing))}: only scans of segmentation tasks are resampled, "
+                         f"{args.task} is none")
     for name, value in settings.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -231,7 +231,8 @@ def train(args, task, out, seed, device, world, rank):
         dataset, collate = data.TaskDataset(train_items, task, args.cache, seed, config["vocabulary"]), data.collate_task
     texts = {}
     if task.kind == "prompt":
-        texts = {name: x.to(device) for name, x in evaluation.text_batch(network.text_encoder.tokenizer, evaluation.prompts(task.classes)).items()}
+        prompts = evaluation.text_batch(network.text_encoder.tokenizer, evaluation.prompts(task.classes))
+        texts = {name: x.to(device) for name, x in prompts.items()}
 
     # --------------------------------------------------------------------------------------------- optimizer
     batch_size = min(args.batch_size, max(1, len(dataset) // world))
@@ -273,7 +274,8 @@ def train(args, task, out, seed, device, world, rank):
         if world > 1:
             dist.all_gather_object(rng, own)
         if main_process:
-            everything = state(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), best=best, rng=rng, world=world, ids=ids)
+            everything = state(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), best=best, rng=rng, world=world,
+                               ids=ids)
             model.save_file(everything, out / "last.pt", before=out / "previous.pt")
 
     # ---------------------------------------------------------------------------------- what is about to run

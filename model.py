@@ -847,7 +847,7 @@ def parameter_groups(network, lr_encoder, lr, weight_decay):
 
 
 def mixed_precision(precision, device):
-    """"auto", "bf16", "fp16" or "fp32" -> the one that is meant, its autocast context, its GradScaler. ValueError for fp16 on a CPU."""
+    """"auto", "bf16", "fp16" or "fp32" -> the one that is meant, autocast, GradScaler. ValueError for fp16 on a CPU."""
     cuda = device.type == "cuda"
     if precision == "auto":
         precision = "fp32" if not cuda else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
