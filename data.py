@@ -25,6 +25,8 @@ import shutil
 import sys
 import uuid
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -717,7 +719,7 @@ class Task(NamedTuple):
     classes: tuple                  # names; segment: without the background
     metric: str                     # picks the epoch and heads the result
     size: tuple                     # voxels that the network sees
-    window: tuple | None            # what becomes 0 and 1; None: z-score of the voxels that are not 0 (MR, no HU)
+    window: tuple | None            # what becomes 0 and 1; None: 0 stays, all else becomes its z-score (MR, no HU)
     spacing: tuple | None           # mm to which scans are resampled; None: as they are
     recipe: dict                    # epochs, warmup (epochs), batch_size, lr, lr_encoder, weight_decay, decay, clip_grad
     # flip (an axis), rot90, affine, zoom, scale, shift: probability; noise, brightness, contrast: strength
@@ -784,7 +786,7 @@ TASKS = {
         "retrieve", "whole", _ct_rate_task_items, _CT_RATE, LABELS, "Recall@50", SIZE, WINDOW, None,
         _recipe(10, 1, 4, 1e-4, lr_encoder=2e-5, weight_decay=0.01)),
 }
-PROMPT_VOLUMES = 1000               # training volumes of the prompts, drawn at random (the paper's number)
+FEW_SHOT_VOLUMES = 1000             # training volumes of the two CT-RATE tasks, drawn at random (the paper's number)
 
 
 def _a_fifth(items, task, seed, fold=0):
@@ -845,9 +847,9 @@ def load_task(name, folder, fold=0, seed=0):
     if not any(item.split == "valid" for item in items):
         valid = _a_fifth([item for item in items if item.split == "train"], task, seed)
         items = [item._replace(split="valid") if item.split == "train" and item.patient in valid else item for item in items]
-    if task.kind == "prompt":
+    if task.kind in ("prompt", "retrieve"):
         generator = np.random.default_rng(seed)
-        for split, n in (("train", PROMPT_VOLUMES), ("valid", PROMPT_VOLUMES // 4)):
+        for split, n in (("train", FEW_SHOT_VOLUMES), ("valid", FEW_SHOT_VOLUMES // 4)):
             part = [item.id for item in items if item.split == split]
             kept = {part[k] for k in generator.permutation(len(part))[:n]}
             items = [item for item in items if item.split != split or item.id in kept]
@@ -884,6 +886,28 @@ def cache_path(cache, item, size=SIZE, hu="auto"):
     return Path(cache) / f"{hashlib.sha1(repr(key).encode()).hexdigest()}.npy"
 
 
+def _in_processes(function, jobs, workers):
+    """function(job) of each job, as they end, from `workers` processes. ValueError where one of them is killed."""
+    with ProcessPoolExecutor(workers) as pool:
+        try:
+            for done in as_completed([pool.submit(function, job) for job in jobs]):
+                yield done.result()
+        except BrokenProcessPool:
+            raise ValueError(f"{workers} workers: one was killed, probably for want of memory; expected fewer --workers") from None
+
+
+def _save_array(path, array):
+    """An array into the cache, whole or not at all"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            np.save(file, array)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def load_volume(item, cache=None, size=SIZE, hu="auto"):
     """The preprocessed volume of an item, float32 (1, D, H, W) in [0, 1], from the cache or made and put there.
 
@@ -896,14 +920,7 @@ def load_volume(item, cache=None, size=SIZE, hu="auto"):
     array, _ = to_hounsfield(array, item.volume, hu, item.rescale)
     volume = preprocess(array, spacing, size).half()
     if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                np.save(file, volume.numpy())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        _save_array(path, volume.numpy())
     return volume.float()
 
 
@@ -1039,7 +1056,7 @@ def prepare(item, task, cache="cache"):
     """A scan of a task, from the cache or made and put there: volume (z, y, x) float16, mask uint8 of its shape or None,
     affine 4×4 of its (x, y, z) index -> RAS world mm.
 
-    Windowed to [0, 1], or z-scored where the task has no window; resampled to the task's spacing (view "patch"), to the whole
+    Windowed to [0, 1], or z-scored but for zeros where the task has no window; resampled to the task's spacing (view "patch"), to the whole
     field of view (view "slices": 4/3 of the size in plane) or to a box of BOX mm padded with air (view "box"). Raises ValueError.
     """
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in (item.volume, item.mask) if file]
@@ -1057,12 +1074,14 @@ def prepare(item, task, cache="cache"):
                 before = [max(0, (k - m) // 2) for k, m in zip(n, array.shape)]
                 array = np.pad(array, [(b, max(0, k - m - b)) for k, m, b in zip(n, array.shape, before)],
                                constant_values=task.window[0])
-                array = array[tuple(slice((m - k) // 2, (m - k) // 2 + k) for k, m in zip(n, array.shape))]
+                corner = [(m - k) // 2 for k, m in zip(n, array.shape)]
+                array = array[tuple(slice(c, c + k) for c, k in zip(corner, n))]
+                affine[:3, 3] += affine[:3, :3] @ np.subtract(corner, before)[::-1]
             low, high = task.window
             array = (np.clip(array, low, high) - low) / (high - low)
         else:
-            inside = array[array != 0]
-            array = (array - inside.mean()) / max(inside.std(), 1e-6)
+            inside = array != 0
+            array[inside] = (array[inside] - array[inside].mean()) / max(array[inside].std(), 1e-6)
         shape = array.shape
         if task.view == "box":
             shape = task.size
@@ -1075,13 +1094,9 @@ def prepare(item, task, cache="cache"):
         if shape != array.shape:
             array = _resize(array, shape, "trilinear")
             mask = None if mask is None else _resize(mask, shape, "nearest-exact").astype(np.uint8)
-        path.parent.mkdir(parents=True, exist_ok=True)
         for file, content in ((affine_path, affine), (mask_path, mask), (path, array.astype(np.float16))):
             if content is not None:
-                temporary = file.with_suffix(f".{uuid.uuid4().hex}.tmp")
-                with open(temporary, "wb") as opened:
-                    np.save(opened, content)
-                os.replace(temporary, file)
+                _save_array(file, content)
     mask = np.load(mask_path, mmap_mode="r", allow_pickle=False) if item.mask else None
     return np.load(path, mmap_mode="r", allow_pickle=False), mask, np.load(affine_path, allow_pickle=False)
 
@@ -1095,23 +1110,23 @@ def candidate_voxel(item, shape, affine):
     return np.rint(index).astype(int)
 
 
-def _cut(array, corner, size, fill=None):
-    """A box of voxels, moved inside the array; a smaller array is filled up with `fill`, its least value if None."""
+def _cut(array, corner, size):
+    """A box of voxels, moved inside the array; a smaller array is filled up with 0: air, the background"""
     corner = [min(max(int(c), 0), max(0, n - k)) for c, n, k in zip(corner, array.shape, size)]
     box = np.asarray(array[tuple(slice(c, c + k) for c, k in zip(corner, size))])
     if box.shape == tuple(size):
         return box
     sides = [((k - n) // 2, k - n - (k - n) // 2) for n, k in zip(box.shape, size)]
-    return np.pad(box, sides, constant_values=array.min() if fill is None else fill)
+    return np.pad(box, sides)
 
 
 def _draw_place(volume, mask, foreground, generator):
-    """A voxel of the mask or, for what is not foreground, one beside it in the body: values above the window's lower end"""
+    """A voxel of the mask or, for what is not foreground, one beside it in the body: any value but 0"""
     if foreground and len(places := np.flatnonzero(mask)):
         return np.unravel_index(generator.choice(places), mask.shape)
     for _ in range(20):                                     # most voxels will do
         place = tuple(generator.integers(0, mask.shape))
-        if not mask[place] and volume[place] > 0:
+        if not mask[place] and volume[place] != 0:
             break
     return place
 
@@ -1120,7 +1135,7 @@ def cut_views(item, task, cache, generator=None):
     """What the network sees of an item: float32 (P, 1, D, H, W) and mask int64 (P, D, H, W) or None.
 
     With a `generator` places are drawn: crops of "slices", patches about a voxel of the mask and elsewhere in turns. Without,
-    the middle is taken; a "cube" has its candidate in its middle either way.
+    the middle is taken. A "cube" has its candidate in its middle either way, or as near to it as the scan reaches.
     """
     if task.view == "whole":
         return load_volume(item, cache, task.size)[None], None
@@ -1136,7 +1151,7 @@ def cut_views(item, task, cache, generator=None):
     volumes = torch.from_numpy(np.stack([_cut(volume, corner, task.size) for corner in corners])).float()[:, None]
     if mask is None:
         return volumes, None
-    return volumes, torch.from_numpy(np.stack([_cut(mask, corner, task.size, 0) for corner in corners])).long()
+    return volumes, torch.from_numpy(np.stack([_cut(mask, corner, task.size) for corner in corners])).long()
 
 
 def network_input(item, task, cache="cache"):
@@ -1186,8 +1201,8 @@ def augment(volume, mask, generator, settings):
 
 
 def report_words(report):
-    """A report in lower case, without punctuation, cut at blanks: what a generator learns and BLEU compares"""
-    return re.sub(r"[^\w\s]", " ", report.lower()).split()
+    """The words of a report in lower case, "0.5", "3-4mm" and "low-density" whole: what a generator learns and BLEU compares"""
+    return re.findall(r"\w+(?:-\w+|(?<=\d)\.\d\w*)*", report.lower())
 
 
 def build_vocabulary(reports, min_count=3):
@@ -1252,7 +1267,8 @@ def _prepare_job(job):
     items, task, cache = job
     try:
         if task.view == "whole":
-            load_volume(items[0], cache, task.size)
+            if not cache_path(cache, items[0], task.size).exists():
+                load_volume(items[0], cache, task.size)
             return [], None
         volume, _, affine = prepare(items[0], task, cache)
         if task.view == "cube":
@@ -1263,20 +1279,18 @@ def _prepare_job(job):
     return [], None
 
 
-def prepare_all(items, task, cache="cache", workers=None):
+def prepare_all(items, task, cache="cache", workers=1):
     """Prepare every scan of a task in `workers` processes -> the items that are good. A scan that is wrong is named and left
     out; ValueError where that happens to more than 5 %."""
     groups = {}
     for item in items:
         groups.setdefault(item.volume, []).append(item)
     bad, problems = set(), []
-    with multiprocessing.Pool(workers) as pool:
-        jobs = [(group, task, cache) for group in groups.values()]
-        done = pool.imap_unordered(_prepare_job, jobs)
-        for left_out, problem in tqdm(done, total=len(jobs), desc="prepare", unit="scan", disable=None):
-            if problem:
-                problems.append(problem)
-                bad.update(item.volume for item in left_out)
+    done = _in_processes(_prepare_job, [(group, task, cache) for group in groups.values()], workers)
+    for left_out, problem in tqdm(done, total=len(groups), desc="prepare", unit="scan", disable=None):
+        if problem:
+            problems.append(problem)
+            bad.update(item.volume for item in left_out)
     if len(problems) > 0.05 * len(groups):
         raise ValueError("\n  ".join([f"{len(problems)} of {len(groups)} scans are wrong, more than 5 %:", *sorted(problems)[:5]]))
     for problem in sorted(problems):
@@ -2222,12 +2236,11 @@ def fill_cache(args):
     if needed > free:
         raise ValueError(f"{args.cache}: found {free / 1e9:.2f} GB free, expected {needed / 1e9:.2f} GB")
     failed = []
-    with multiprocessing.Pool(args.workers) as pool:
-        jobs = [(item, args.cache, args.size, args.hu) for item in todo]
-        for failure in tqdm(pool.imap_unordered(_fill_cache, jobs), total=len(jobs), unit="volume"):
-            if failure:
-                failed.append(failure)
-                tqdm.write(f"PROBLEM {failure}")
+    jobs = [(item, args.cache, args.size, args.hu) for item in todo]
+    for failure in tqdm(_in_processes(_fill_cache, jobs, args.workers), total=len(jobs), unit="volume"):
+        if failure:
+            failed.append(failure)
+            tqdm.write(f"PROBLEM {failure}")
     print(f"{len(todo) - len(failed)} made, {len(failed)} cannot be read")
     return int(len(failed) > 0.05 * len(items))
 
@@ -2260,7 +2273,7 @@ def main():
     command = commands.add_parser("demo", help="write synthetic chest phantoms, or a synthetic set of a task",
                                   **defaults_shown)
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
-    command.add_argument("--task", choices=TASKS, help="instead of phantoms with reports: a set of this task, in its "
+    command.add_argument("--task", choices=TASK_DEMOS, help="instead of phantoms with reports: a set of this task, in its "
                          "own layout")
     command.add_argument("--n", type=int, help="number of patients; by default 64, or as many as the task needs")
     command.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes")
@@ -2272,7 +2285,7 @@ def main():
         parser.error("--data is required")
     try:
         sys.exit(args.run(args))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -236,7 +236,7 @@ def probe(encoder, items, cache, size, hu="auto", batch_size=8):
 def build_network(config, folder):
     """The network of a fine-tuning run, with weights of its own. folder: where OUT/text_encoder lies, for the demo's texts."""
     task = data.TASKS[config["task"]]
-    encoder = model.build_encoder(config["encoder"], use_checkpoint=config.get("use_checkpoint", False))
+    encoder = model.build_encoder(config["encoder"], use_checkpoint=config["use_checkpoint"])
     if task.kind == "classify":
         return model.Classifier(encoder, len(task.classes))
     if task.kind == "segment":
@@ -275,12 +275,12 @@ def sliding_window(network, volume, size, overlap, batch_size=2, device="cpu", p
     """Class probabilities of a volume of any size: volume (1, D, H, W) -> (K, D, H, W) float32 on the CPU.
 
     Windows of `size` overlap by `overlap` or a little more; their logits are averaged with Gaussian weights (σ = an eighth
-    of a side). A smaller volume is padded with its least value, as in training, and cut back. `device` holds one batch of
+    of a side). A smaller volume is padded with 0, as in training, and cut back. `device` holds one batch of
     windows at a time, nothing else.
     """
     shape = volume.shape[1:]
     pad = [max(0, s - n) for s, n in zip(size, shape)]
-    volume = F.pad(volume, [side for p in pad[::-1] for side in (p // 2, p - p // 2)], value=float(volume.min()))
+    volume = F.pad(volume, [side for p in pad[::-1] for side in (p // 2, p - p // 2)])
     starts, weight = [], torch.ones(())
     for n, s in zip(volume.shape[1:], size):
         count = math.ceil((n - s) / max(1, int(s * (1 - overlap)))) + 1
@@ -307,8 +307,7 @@ def _stack_inputs(items, task, cache):
 
 def _batches(items, task, config, cache, device, progress):
     """The network's inputs (B, 1, D, H, W) of items in order, on the device, with a progress bar."""
-    workers = (config.get("workers") or 0) if len(items) > 1 else 0
-    loader = DataLoader(items, config.get("batch_size") or task.recipe["batch_size"], num_workers=workers,
+    loader = DataLoader(items, config["batch_size"], num_workers=config["workers"] if len(items) > 1 else 0,
                         collate_fn=functools.partial(_stack_inputs, task=task, cache=cache),
                         generator=torch.Generator())    # of its own: evaluation leaves the random state of training alone
     for volume in tqdm(loader, desc="evaluate", leave=False, disable=None if progress else True):
@@ -353,7 +352,7 @@ def probabilities(network, items, task, config, cache, device, progress=False):
     if task.kind == "prompt":
         texts = text_features(network, prompts(task.classes), device)                           # (2K, E)
         similarity = image_features(network, items, task, config, cache, device, progress) @ texts.T    # (n, 2K)
-        pairs = similarity.unflatten(1, (-1, 2)) / config.get("temperature", 0.1)
+        pairs = similarity.unflatten(1, (-1, 2)) / config["temperature"]
         return pairs.softmax(-1)[..., 0].numpy()
     logits = torch.cat([network(volume).float().cpu() for volume in _batches(items, task, config, cache, device, progress)])
     return (logits.softmax(1) if task.exclusive else logits.sigmoid()).numpy()
@@ -513,11 +512,11 @@ def _evaluate_retrieval(network, items, task, config, cache, device, out, progre
     first = {}                                          # train_1_a_2 is the second reconstruction of the scan train_1_a
     for i in sorted(range(len(items)), key=lambda i: items[i].id):
         first.setdefault(re.sub(r"(?<=_[a-z])_\d+$", "", items[i].id), i)
-    scans, protocols = sorted(first.values()), {}
-    for name, some in (("scans", scans), ("volumes", range(len(items)))):
-        ranks = retrieval_ranks(similarity[np.ix_(some, some)])                     # in the end those of all volumes
-        protocols[name] = {"n": len(some), "ids_sha1": _hash([items[i] for i in some]), "median_rank": float(np.median(ranks)),
-                           **{f"Recall@{k}": float((ranks <= k).mean()) for k in ks},
+    scans, ranks, protocols = sorted(first.values()), retrieval_ranks(similarity), {}
+    for name, some in (("volumes", range(len(items))), ("scans", scans)):
+        own = retrieval_ranks(similarity[np.ix_(some, some)])
+        protocols[name] = {"n": len(some), "ids_sha1": _hash([items[i] for i in some]), "median_rank": float(np.median(own)),
+                           **{f"Recall@{k}": float((own <= k).mean()) for k in ks},
                            **{f"chance of Recall@{k}": min(1.0, k / len(some)) for k in ks}}
     if out:
         best = (-similarity).argsort(1, kind="stable")[:, :5]
@@ -894,9 +893,16 @@ def task_command(args):
         out.mkdir(parents=True, exist_ok=True)
         predict(network.to(device), item, task, config, args.cache, device, out, part)
         return
-    part = data.prepare_all(part, task, args.cache, config.get("workers") or None)  # names what cannot be read
+    if not part:
+        raise ValueError(f"{args.data}: found nothing for the part {args.split}, expected another --split")
+    seen = {item.patient for item in part}.intersection(config["patients"]) if args.split == "test" else ()
+    if seen:
+        log.warning("%s: %d patients of the test part, %s among them, are those %s was trained on: the set or its split differs "
+                    "from that of the training", args.data, len(seen), min(seen), args.checkpoint)
+    part = data.prepare_all(part, task, args.cache, max(1, config["workers"]))  # names what cannot be read
     train_items = [item for item in items if item.split == "train"]
     result = evaluate(network, part, task, config, args.cache, device, out, train_items=train_items)
+    result["patients_seen_in_training"] = len(seen)
     print_result(result)
     write_result(result, out / "result.json")
     print(f"wrote {out / 'result.json'}")

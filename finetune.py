@@ -79,7 +79,6 @@ import math
 import os
 import shutil
 import signal
-import statistics
 import sys
 import time
 from datetime import timedelta
@@ -127,11 +126,15 @@ def complete(args):
         settings.update(own)
         log.info("recipe     %s: %s", folder / "recipe.json", ", ".join(f"{name} {value}" for name, value in own.items()))
     if args.init != "scratch":
+        start = {}
         with contextlib.suppress(Exception):            # load_weights says better what is wrong with the file
             start = torch.load(args.init, map_location="cpu", weights_only=True).get("config", {})
-            with_texts = "task" not in start or data.TASKS[start["task"]].kind in ("prompt", "retrieve")
-            names = ("encoder", "embed_dim", "text_encoder") if with_texts else ("encoder",)
-            settings.update({name: start[name] for name in names if start.get(name)})
+        with_texts = "task" not in start or data.TASKS[start["task"]].kind in ("prompt", "retrieve")
+        names = ("encoder", "embed_dim", "text_encoder") if with_texts else ("encoder",)
+        settings.update({name: start[name] for name in names if start.get(name)})
+        beside = Path(args.init).parent / "text_encoder"
+        if with_texts and start.get("text_encoder") == "demo" and task.kind in ("prompt", "retrieve") and not beside.exists():
+            raise ValueError(f"{args.init}: found no folder {beside}, expected the text encoder that its projections fit")
     if args.epochs:                                     # the warm-up keeps its share of the epochs
         settings["warmup"] *= args.epochs / settings["epochs"]
     if args.spacing and task.kind != "segment":
@@ -140,9 +143,10 @@ def complete(args):
     for name, value in settings.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.eval_every = args.eval_every or max(1, args.epochs // 20)
-    for name in ("epochs", "batch_size", "repeats", "eval_every"):
-        if getattr(args, name) < 1:
+    if args.eval_every is None:
+        args.eval_every = max(1, args.epochs // 20)
+    for name in ("epochs", "steps", "batch_size", "repeats", "eval_every"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
     if args.encoder == "unet" and task.kind == "segment":
         raise ValueError("--encoder unet: the decoder of the segmentation tasks needs a Swin encoder")
@@ -188,7 +192,7 @@ def train(args, task, out, seed, device, world, rank):
 
     # ------------------------------------------------------------------------------------------------- model
     config = {name: value for name, value in vars(args).items() if name not in ("resume", "out")}
-    config |= {"seed": seed, "vocabulary": None}
+    config |= {"seed": seed, "vocabulary": None, "patients": sorted({item.patient for item in train_items + valid_items})}
     if task.kind == "report":
         config["vocabulary"] = data.build_vocabulary([item.report for item in train_items], args.min_count)
     if task.kind in ("prompt", "retrieve") and args.text_encoder == "demo" and main_process and not checkpoint:
@@ -212,6 +216,15 @@ def train(args, task, out, seed, device, world, rank):
     network.to(device).train()
     parallel = DistributedDataParallel(network, device_ids=[device] if cuda else None) if world > 1 else network
     torch.manual_seed(seed + rank)                      # dropout differs from process to process
+
+    # ---------------------------------------------------------------------------------- what is about to run
+    counts = [n for some in (train_items, valid_items, parts["test"]) for n in (len(some), len({item.volume for item in some}))]
+    log.info("data       %s: %d items of %d scans to train on, %d of %d to validate, %d of %d to test", args.data, *counts)
+    log.info("input      %s of %s voxels (z, y, x), window %s, spacing %s", task.view, "×".join(map(str, task.size)),
+             task.window or "none: z-score", task.spacing or "as it is")
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    log.info("model      %s from %s%s, %s: %.1f M parameters trained", args.encoder, args.init, ", frozen" if args.freeze else "",
+             type(network).__name__, trained / 1e6)
 
     # --------------------------------------------------------------------------------------- scans, examples
     good = [{item.id for item in data.prepare_all([*train_items, *valid_items, *parts["test"]], task, args.cache,
@@ -278,19 +291,17 @@ def train(args, task, out, seed, device, world, rank):
                                ids=ids)
             model.save_file(everything, out / "last.pt", before=out / "previous.pt")
 
-    # ---------------------------------------------------------------------------------- what is about to run
-    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    counts = [n for part in (train_items, valid_items, test_items) for n in (len(part), len({item.volume for item in part}))]
-    log.info("data       %s: %d items of %d scans to train on, %d of %d to validate, %d of %d to test", args.data, *counts)
-    log.info("input      %s of %s voxels (z, y, x), window %s, spacing %s", task.view, "×".join(map(str, task.size)),
-             task.window or "none: z-score", task.spacing or "as it is")
-    log.info("model      %s from %s%s, %s: %.1f M parameters trained", args.encoder, args.init, ", frozen" if args.freeze else "",
-             type(network).__name__, trained / 1e6)
+    # ------------------------------------------------------------- nothing was wrong: the files of an older run go
     log.info("run        steps %d to %d (%d an epoch) of %d × %d on %s in %s, seed %d, out in %s", step, steps, epoch_steps,
              batch_size, world, torch.cuda.get_device_name() if cuda else "CPU", precision, seed, out)
     if batch_size < args.batch_size:
         log.warning("--batch_size %d is more than there are: %d", args.batch_size, batch_size)
     if main_process:
+        if not checkpoint and seed == args.seed:        # what is left of other repeats, too, or --resume would take it up
+            for folder in (out, *Path(args.out).glob("repeat_*")):
+                for name in ("last.pt", "previous.pt", "best.pt", "result.json"):
+                    (folder / name).unlink(missing_ok=True)
+        (Path(args.out) / "run.json").write_text(json.dumps(vars(args) | {"resume": False}, indent=1))
         log_path = out / "log.jsonl"
         rows = [row for row in evaluation.read_log(log_path) if row["step"] < step] if step and log_path.exists() else []
         log_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -358,10 +369,11 @@ def train(args, task, out, seed, device, world, rank):
         epoch = step // epoch_steps
         if step == steps or step % epoch_steps == 0 and epoch % args.eval_every == 0:
             if main_process:
-                row["valid"] = evaluation.evaluate(network, valid_items, task, config, args.cache, device, progress=False)["value"]
+                value = evaluation.evaluate(network, valid_items, task, config, args.cache, device, progress=False)["value"]
                 network.train()
-                if math.isnan(best["value"]) or row["valid"] > best["value"]:       # of equal ones the first
-                    best = {"value": row["valid"], "epoch": epoch}
+                row["valid"] = value if math.isfinite(value) else None              # JSON has no NaN
+                if math.isnan(best["value"]) or value > best["value"]:              # of equal ones the first
+                    best = {"value": value, "epoch": epoch}
                     model.save_file(state(), out / "best.pt")
             if world > 1:
                 dist.barrier()
@@ -424,10 +436,6 @@ def main(args, given):
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None, timeout=timedelta(hours=6))
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        for folder in (out, *out.glob("repeat_*")) if not args.resume else ():      # --resume must not take up an older run
-            for name in ("last.pt", "previous.pt", "best.pt", "result.json"):
-                (folder / name).unlink(missing_ok=True)
-        (out / "run.json").write_text(json.dumps(vars(args) | {"resume": False}, indent=1))
     if world > 1:
         dist.barrier()
 
@@ -441,8 +449,8 @@ def main(args, given):
         results.append(train(args, task, folder, args.seed + repeat, device, world, rank))
     if rank == 0 and args.repeats > 1:
         values = [math.nan if result["value"] is None else result["value"] for result in results]        # JSON has no NaN
-        mean, std = statistics.mean(values), statistics.stdev(values)
-        chosen = max(range(args.repeats), key=lambda i: results[i]["valid"])
+        std, mean = (x.item() for x in torch.std_mean(torch.tensor(values, dtype=torch.float64)))
+        chosen = max(range(args.repeats), key=lambda i: -math.inf if results[i]["valid"] is None else results[i]["valid"])
         shutil.copy(out / f"repeat_{chosen}" / "best.pt", out / "best.pt")
         if (out / f"repeat_{chosen}" / "text_encoder").exists():
             shutil.copytree(out / f"repeat_{chosen}" / "text_encoder", out / "text_encoder", dirs_exist_ok=True)
@@ -460,5 +468,5 @@ def main(args, given):
 if __name__ == "__main__":
     try:
         main(args, given)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -155,7 +155,8 @@ def ssm_loss(text_sentences, visual_sentences, sentence_mask):
 
 
 # ---------------------------------------------------------------------------------------- losses of fine-tuning
-# Means over the volumes of one process: with equal batches, the average of DistributedDataParallel is the global mean.
+# Over the volumes of one process: with equal batches, the average of DistributedDataParallel is the global mean but for
+# Dice, a ratio, of which it is the mean over processes.
 
 @_in_float32
 def dice_ce_loss(logits, mask):

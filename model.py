@@ -801,12 +801,12 @@ class ReportGenerator(nn.Module):
         return self.decode(tokens, self.contexts(volume))[0]
 
     @torch.no_grad()
-    def generate(self, volume, beams=3, max_length=None, bos=1, eos=2):
+    def generate(self, volume, beams=3):
         """Beam search, the mean log-probability of a report's tokens (its end, too) decides -> B lists of token ids.
 
         A report that reaches max_length words without an end is taken as it is, if none has ended.
         """
-        B, max_length = len(volume), min(max_length or self.max_length, self.max_length)
+        B, max_length, bos, eos = len(volume), self.max_length, 1, 2
         contexts = [[x.repeat_interleave(beams, 0) for x in pair] for pair in self.contexts(volume)]     # (B·beams, heads, …, d)
         tokens = torch.full((B * beams, 1), bos, device=volume.device)
         scores = torch.full((B, beams), -torch.inf, device=volume.device)

@@ -430,5 +430,5 @@ def main(args, given):
 if __name__ == "__main__":
     try:
         main(args, given)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -20,6 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from sacrebleu.metrics import BLEU
+from scipy import stats
 
 import data
 import eval as evaluation
@@ -27,6 +28,13 @@ import model
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "the lung is clear no effusion nodule in left lobe of heart".split()
+
+
+def config_of(task, **more):
+    """What finetune.py writes into best.pt beside the weights."""
+    return {"task": task, "encoder": "swin_t", "size": [32, 32, 32], "spacing": None, "text_encoder": "demo", "embed_dim": 24,
+            "vocabulary": ["<pad>", "<bos>", "<eos>", "<unk>", *WORDS], "seed": 0, "fold": 0, "batch_size": 4, "workers": 0,
+            "use_checkpoint": False, "temperature": 0.1, "patients": [], **more}
 
 
 def drawn(path):
@@ -45,10 +53,12 @@ def test_accuracy():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_area_under_the_roc_curve_is_the_auc(seed):
+def test_the_auc_is_that_of_scipy_and_the_area_under_the_curve(seed):
     rng = np.random.default_rng(seed)
     label = rng.permutation([0, 1] + rng.integers(0, 2, 38).tolist())
     for score in (rng.normal(size=40), rng.integers(0, 4, 40).astype(float), np.zeros(40)):
+        u = stats.mannwhitneyu(score[label == 1], score[label == 0]).statistic
+        assert evaluation.auroc(score, label) == pytest.approx(u / (label.sum() * (1 - label).sum()), abs=1e-12)
         false, true = evaluation.roc(score, label)
         assert false[0] == true[0] == 0 and false[-1] == true[-1] == 1
         assert np.trapezoid(true, false) == pytest.approx(evaluation.auroc(score, label), abs=1e-12)
@@ -231,10 +241,9 @@ def test_a_smaller_volume_is_padded_around():
         seen.append(x)
         return torch.cat([x, x], 1)
     volume = torch.full((1, 4, 8, 5), 2.)
-    volume[0, 0, 0, 0] = -1                                                         # its least value
     evaluation.sliding_window(network, volume, (8, 8, 8), 0.5)
     assert len(seen) == 1 and seen[0].shape == (1, 1, 8, 8, 8)
-    assert torch.equal(seen[0][0, :, 2:6, :, 1:6], volume) and (seen[0] == -1).sum() == 512 - 160 + 1
+    assert torch.equal(seen[0][0, :, 2:6, :, 1:6], volume) and (seen[0] == 0).sum() == 512 - 160
 
 
 def test_a_batch_holds_no_more_than_asked():
@@ -276,7 +285,8 @@ def test_accuracy_of_exclusive_classes(constant_inputs, tmp_path):
     label = [0, 0, 0, 1, 1, 2, 0]
     pred = [0, 0, 1, 1, 1, 1, 0]
     items = items_of(np.eye(3)[label])
-    result = evaluation.evaluate(Table(np.eye(3)[pred] * 5), items, data.TASKS["cc-ccii"], {"task": "cc-ccii", "batch_size": 3}, None, "cpu", tmp_path)
+    network = Table(np.eye(3)[pred] * 5)
+    result = evaluation.evaluate(network, items, data.TASKS["cc-ccii"], config_of("cc-ccii"), None, "cpu", tmp_path)
     assert result["task"] == "cc-ccii" and result["metric"] == "ACC" and result["n"] == 7 and result["split"] == "test"
     assert result["value"] == pytest.approx(5 / 7) and result["chance"] == pytest.approx(4 / 7)
     assert result["interval"][0] <= 5 / 7 <= result["interval"][1]
@@ -292,21 +302,23 @@ def test_accuracy_of_exclusive_classes(constant_inputs, tmp_path):
 def test_severity_is_told_among_those_with_covid(constant_inputs):
     labels = [(1, 1), (1, 0), (1, 0), (1, 1), (0, 0), (0, 0)]
     scores = [[0, 2], [0, 1], [0, 0], [0, 0.5], [0, 9], [0, 8]]
-    result = evaluation.evaluate(Table(scores), items_of(labels), data.TASKS["stoic"], {"task": "stoic"}, None, "cpu")
+    result = evaluation.evaluate(Table(scores), items_of(labels), data.TASKS["stoic"], config_of("stoic"), None, "cpu")
     assert result["value"] == pytest.approx(3 / 4) and result["n"] == 4 and result["protocol"] == "severe among COVID-19"
     assert result["auc_all_items"] == result["per_class"]["severe"] == pytest.approx(3 / 8) and result["n_all_items"] == 6
     assert result["per_class"]["COVID-19"] == 0.5 and result["chance"] == 0.5
 
 
 def test_auc_over_all_candidates(constant_inputs):
-    result = evaluation.evaluate(Table([[0], [1], [2], [3]]), items_of([[0], [1], [0], [1]]), data.TASKS["luna16"], {"task": "luna16"}, None, "cpu")
+    network, items = Table([[0], [1], [2], [3]]), items_of([[0], [1], [0], [1]])
+    result = evaluation.evaluate(network, items, data.TASKS["luna16"], config_of("luna16"), None, "cpu")
     assert result["value"] == pytest.approx(3 / 4) and result["n"] == 4 and result["per_class"] == {"nodule": result["value"]}
     assert result["protocol"] == "nodule among all items"
 
 
 def test_an_absent_class_is_null_in_the_file(constant_inputs, tmp_path):
     with pytest.warns(RuntimeWarning):
-        result = evaluation.evaluate(Table([[0], [1]]), items_of([[1], [1]]), data.TASKS["luna16"], {"task": "luna16"}, None, "cpu", tmp_path)
+        network, items = Table([[0], [1]]), items_of([[1], [1]])
+        result = evaluation.evaluate(network, items, data.TASKS["luna16"], config_of("luna16"), None, "cpu", tmp_path)
     assert math.isnan(result["value"])
     evaluation.write_result(result, tmp_path / "result.json")
     assert json.loads((tmp_path / "result.json").read_text())["value"] is None
@@ -354,7 +366,7 @@ class ByGrey(nn.Module):
 
 def test_dice_in_the_own_grid(scans):
     items, task, folder = scans
-    result = evaluation.evaluate(ByGrey(), items, task, {"task": "acdc"}, folder / "cache", "cpu", folder / "out")
+    result = evaluation.evaluate(ByGrey(), items, task, config_of("acdc"), folder / "cache", "cpu", folder / "out")
     assert result["value"] == 1 and result["per_class"] == {"a": 1, "b": 1} and result["interval"] == (1, 1)
     assert result["n"] == 2 and result["without_truth"] == 3 and result["marked_without_truth"] == 1     # the bright corner of scan2
     full_a, full_b = 2 * 64 / (64 + 960), 2 * 8 / (8 + 960)
@@ -369,10 +381,25 @@ def test_dice_in_the_own_grid(scans):
     drawn(folder / "out" / "overlay.png")
 
 
+def test_overlay_shows_correct_wrong_and_missing(tmp_path):
+    pred, truth = np.zeros((2, 40, 40), int)
+    pred[:20, :20], truth[:20, 20:] = 1, 1                      # wrong and missing, one beside the other
+    pred[20:, :20] = truth[20:, :20] = 1
+    evaluation.plot_overlay([("scan", np.zeros((40, 40)), pred, truth, 0.5, 1)], tmp_path / "overlay.png")
+    picture = drawn(tmp_path / "overlay.png")
+    whole = picture[len(picture) // 2:-40].reshape(-1, 3)       # the lower picture, without the legend
+    for colour in ((0.1, 0.8, 0.2), (0.95, 0.15, 0.1), (1, 0.85, 0)):
+        seen = np.abs(whole - 0.75 * np.array(colour)).max(1) < 0.01
+        assert seen.sum() > 5000, colour
+    rows, columns = ((np.abs(picture[len(picture) // 2:-40] - 0.75 * np.array(colour)).max(2) < 0.01).nonzero()
+                     for colour in ((0.1, 0.8, 0.2), (0.95, 0.15, 0.1)))
+    assert rows[0].mean() < columns[0].mean() and abs(rows[1].mean() - columns[1].mean()) < 2      # correct above wrong, as y goes up
+
+
 def test_segmenting_one_scan(scans, capsys):
     items, task, folder = scans
     alone = data.Item("scan1.nii.gz", items[1].volume, "", "test", "x", None, None)
-    evaluation.predict(ByGrey(), alone, task, {"task": "acdc"}, folder / "cache", "cpu", folder / "one")
+    evaluation.predict(ByGrey(), alone, task, config_of("acdc"), folder / "cache", "cpu", folder / "one")
     saved, truth = nib.load(folder / "one" / "scan1_mask.nii.gz"), nib.load(folder / "mask1.nii.gz")
     assert np.array_equal(saved.get_fdata(), truth.get_fdata()) and np.allclose(saved.affine, truth.affine)
     assert nib.aff2axcodes(saved.affine) == ("L", "P", "S")
@@ -395,7 +422,8 @@ def test_reports_under_both_protocols(constant_inputs, tmp_path):
     reports = ["The lung is clear. No effusion.", "Nodule in the left lobe of the lung.", " ".join(["heart"] * 160) + ".", "No strange effusion in the lung."]
     said = ["the lung is clear no effusion", "nodule in the lung", " ".join(["heart"] * 150), "no <unk> effusion in the lung"]
     train = items_of(reports=["The lung is clear. No effusion.", "The lung is clear.", "The lung is clear. No nodule."])
-    result = evaluation.evaluate(Writer(said, vocabulary), items_of(reports=reports), data.TASKS["ctrg"], {"task": "ctrg", "vocabulary": vocabulary},
+    config = config_of("ctrg", vocabulary=vocabulary)
+    result = evaluation.evaluate(Writer(said, vocabulary), items_of(reports=reports), data.TASKS["ctrg"], config,
                                  None, "cpu", tmp_path, train_items=train)
     whole = ["the lung is clear no effusion", "nodule in the left lobe of the lung", " ".join(["heart"] * 160), "no strange effusion in the lung"]
     cut = [*whole[:2], " ".join(["heart"] * 150), "no <unk> effusion in the lung"]
@@ -444,7 +472,7 @@ def test_prompts_are_compared_in_pairs(constant_inputs, text_encoder, tmp_path):
     rng = np.random.default_rng(0)
     images, labels = rng.normal(size=(9, 18)), rng.integers(0, 2, (9, 18)).astype(float)
     labels[0], labels[1], labels[2, 4] = 0, 1, np.nan
-    task, config = data.TASKS["ct-rate-vocab"], {"task": "ct-rate-vocab", "batch_size": 4}
+    task, config = data.TASKS["ct-rate-vocab"], config_of("ct-rate-vocab")
     network = TwoTowers(text_encoder, images, texts)
     result = evaluation.evaluate(network, items_of(labels), task, config, None, "cpu", tmp_path)
     cosine = images / np.linalg.norm(images, axis=1, keepdims=True)
@@ -481,7 +509,8 @@ def test_retrieval_under_both_protocols(constant_inputs, text_encoder, tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "network_input", lambda item, task, cache: torch.full((1, 4, 4, 4), float(order[item.id])))
         task = data.TASKS["ct-rate-retrieval"]
-        result = evaluation.evaluate(TwoTowers(text_encoder, images, texts), items, task, {"task": "ct-rate-retrieval"}, None, "cpu", tmp_path)
+        network, config = TwoTowers(text_encoder, images, texts), config_of("ct-rate-retrieval")
+        result = evaluation.evaluate(network, items, task, config, None, "cpu", tmp_path)
     cosine = np.array([texts(report) for report in reports]) @ np.array(images).T
     close = cosine >= cosine.diagonal()[:, None] - 1e-6
     ranks = [sum(row) for row in close]
@@ -504,7 +533,8 @@ def test_the_nearest_reports_of_one_scan(constant_inputs, text_encoder, tmp_path
         return np.eye(12)[WORDS.index(text.split()[0])]
     index = items_of(reports=[f"{word} lung." for word in WORDS[1:5] * 2])
     network = TwoTowers(text_encoder, np.eye(12)[[0, 3]], texts)
-    evaluation.predict(network, items_of(n=2)[1], data.TASKS["ct-rate-retrieval"], {}, None, "cpu", tmp_path, index)
+    task, config = data.TASKS["ct-rate-retrieval"], config_of("ct-rate-retrieval")
+    evaluation.predict(network, items_of(n=2)[1], task, config, None, "cpu", tmp_path, index)
     rows = list(csv.DictReader((tmp_path / "retrieved.csv").open()))
     assert len(rows) == 4, "each report once"
     assert rows[0]["report"] == f"{WORDS[3]} lung." and float(rows[0]["similarity"]) == pytest.approx(1)
@@ -513,11 +543,12 @@ def test_the_nearest_reports_of_one_scan(constant_inputs, text_encoder, tmp_path
 
 def test_probabilities_and_report_of_one_scan(constant_inputs, tmp_path, capsys):
     one = items_of(n=2)[1]
-    evaluation.predict(Table([[0, 0, 0], [0, 3, 1]]), one, data.TASKS["cc-ccii"], {}, None, "cpu", tmp_path)
+    evaluation.predict(Table([[0, 0, 0], [0, 3, 1]]), one, data.TASKS["cc-ccii"], config_of("cc-ccii"), None, "cpu", tmp_path)
     rows = list(csv.DictReader((tmp_path / "probabilities.csv").open()))
     expected = np.exp([0, 3, 1]) / np.exp([0, 3, 1]).sum()
     assert [float(row["probability"]) for row in rows] == pytest.approx(expected.tolist(), abs=1e-6)
-    evaluation.predict(Writer(["lung", "no effusion"], WORDS), one, data.TASKS["ctrg"], {"vocabulary": WORDS}, None, "cpu", tmp_path)
+    network, config = Writer(["lung", "no effusion"], WORDS), config_of("ctrg", vocabulary=WORDS)
+    evaluation.predict(network, one, data.TASKS["ctrg"], config, None, "cpu", tmp_path)
     assert (tmp_path / "report.txt").read_text() == "no effusion\n"
     assert "common pneumonia" in capsys.readouterr().out
 
@@ -603,8 +634,7 @@ def test_radar(tmp_path):
 def save_checkpoint(path, task, **more):
     """A network of a task that was never trained, as finetune.py writes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    config = {"task": task, "encoder": "swin_t", "size": [32, 32, 32], "spacing": None, "text_encoder": "demo", "embed_dim": 24,
-              "vocabulary": ["<pad>", "<bos>", "<eos>", "<unk>", *WORDS], "seed": 0, "fold": 0, "batch_size": 4, "workers": 1, **more}
+    config = config_of(task, **more)
     if data.TASKS[task].kind in ("prompt", "retrieve") and not (path.parent / "text_encoder").exists():
         model.make_demo_text_encoder(path.parent / "text_encoder", [f"not {name}." for name in data.LABELS])
     torch.manual_seed(0)
@@ -688,6 +718,19 @@ def test_the_command_line_of_a_task(stoic):
     last = done.stdout.strip().splitlines()[-2]
     assert f"stoic: AUC {result['value']:.3f} [" in last and "n = 8 (test), chance 0.500" in last
     drawn(stoic / "eval" / "roc.png")
+
+
+def test_patients_of_the_training_in_the_test_part_are_told(stoic, caplog):
+    items = data.load_task("stoic", stoic / "set")
+    trained = sorted({item.patient for item in items if item.split != "test"})
+    tested = [item.patient for item in items if item.split == "test"]
+    for patients, n in ((trained, 0), (trained + tested[:2], 2)):
+        (stoic / "seen").mkdir(exist_ok=True)
+        save_checkpoint(stoic / "seen" / "best.pt", "stoic", patients=patients)
+        done = here("--task", "stoic", "--data", "set", "--checkpoint", "seen/best.pt", "--out", "seen", cwd=stoic)
+        assert done.returncode == 0, done.stderr
+        assert f"patients seen in training: {n}" in done.stdout and (f"{n} patients of the test part" in caplog.text) == bool(n)
+        assert json.loads((stoic / "seen" / "result.json").read_text())["patients_seen_in_training"] == n
 
 
 def test_one_scan_has_the_probabilities_of_the_set(stoic):

@@ -2,6 +2,7 @@
 import csv
 import json
 import logging
+import math
 import os
 import signal
 import statistics
@@ -186,8 +187,8 @@ def test_values_change_as_told():
 
 def test_small_scans_are_filled_up():
     array, mask = np.float16([[[0.5, 0.7], [0.2, 0.9]]]), np.ones((1, 2, 2), np.uint8)
-    assert np.array_equal(data._cut(array, (0, 0, 0), (3, 2, 2))[:, 0, 0], np.float16([0.2, 0.5, 0.2]))
-    assert data._cut(mask, (0, 0, 0), (3, 4, 2), 0).sum() == mask.sum()
+    assert np.array_equal(data._cut(array, (0, 0, 0), (3, 2, 2))[:, 0, 0], np.float16([0, 0.5, 0]))
+    assert data._cut(mask, (0, 0, 0), (3, 4, 2)).sum() == mask.sum()
 
 
 def test_patches_hold_foreground_and_background_in_turns(sets):
@@ -241,6 +242,68 @@ def test_a_new_run_forgets_the_old_one_and_a_broken_file_is_no_end(run):
     assert not torch.equal(first["head.weight"], weights("out/last.pt")["head.weight"])
 
 
+def test_a_run_that_cannot_begin_leaves_the_old_one_alone(run, sets):
+    run("ctrg", "--epochs", 1, "--steps", 1)
+    before = {name: Path("out", name).read_bytes() for name in ("best.pt", "last.pt", "result.json", "run.json")}
+    for flags in (["--data", "nowhere"], ["--init", "nowhere.pt"], ["--min_count", 1000]):
+        with pytest.raises(ValueError):
+            run("ctrg", "--epochs", 1, *flags)
+    assert before == {name: Path("out", name).read_bytes() for name in before}
+
+
+def test_the_validation_part_picks_the_epoch(run, monkeypatch):
+    values = iter([0.2, 0.7, 0.4, 0.7, math.nan])
+    original = evaluation.evaluate
+
+    def evaluate(*args, out=None, **more):                      # `out`: the test at the end
+        return original(*args, out=out, **more) if out else {"value": next(values)}
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    output = run("stoic", "--epochs", 5, "--eval_every", 1, "--batch_size", 16, "--lr", 0.01)
+    best, last = (torch.load(f"out/{name}.pt", weights_only=True) for name in ("best", "last"))
+    assert "best epoch 2 (validation AUC 0.7000)" in output and last["best"] == {"value": 0.7, "epoch": 2}
+    assert best["step"] == 2 * last["step"] / 5 and not torch.equal(best["model"]["head.weight"], last["model"]["head.weight"])
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in Path("out/log.jsonl").read_text().splitlines()]
+    assert [row["valid"] for row in rows if "valid" in row] == [0.2, 0.7, 0.4, 0.7, None]
+    assert json.loads(Path("out/result.json").read_text())["epoch"] == 2
+
+
+@pytest.mark.parametrize("decay", ["cosine", "step"])
+def test_rates_follow_the_recipe(run, decay):
+    run("stoic", "--epochs", 4, "--warmup", 1, "--decay", decay, "--batch_size", 8, "--lr", 0.01, "--lr_encoder", 0.001)
+    rows = evaluation.read_log("out/log.jsonl")
+    n = len(rows) // 4                                          # steps an epoch
+    warm = [(i + 1) / n for i in range(n)]
+    later = [0.5 * (1 + math.cos(math.pi * i / (3 * n))) if decay == "cosine" else 0.8 ** (1 + i // n) for i in range(3 * n)]
+    assert [row["lr"] / 0.01 for row in rows] == pytest.approx(warm + later)
+    groups = torch.load("out/last.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert {group["initial_lr"] for group in groups} == {0.01, 0.001}
+
+
+def test_repeats_go_on_where_they_were_stopped(run, monkeypatch):
+    flags = ["--epochs", 1, "--batch_size", 2, "--repeats", 3]
+    run("ctrg", *flags, out="whole")
+    original, calls = losses.mlm_loss, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:                                     # in the second of the three
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+    monkeypatch.setattr(losses, "mlm_loss", interrupted)
+    with pytest.raises(SystemExit):
+        run("ctrg", *flags, out="broken")
+    first = Path("broken/repeat_0/best.pt").stat().st_mtime_ns
+    run(None, "--resume", out="broken")
+    assert len(calls) == 6 and Path("broken/repeat_0/best.pt").stat().st_mtime_ns == first
+    assert Path("whole/result.json").read_text() == Path("broken/result.json").read_text()
+
+
+def test_half_precision(run):
+    output = run("stoic", "--epochs", 1, "--steps", 2, "--batch_size", 4, "--precision", "bf16")
+    assert "in bf16" in output and all(math.isfinite(row["loss"]) for row in evaluation.read_log("out/log.jsonl"))
+    assert all(tensor.dtype != torch.bfloat16 for tensor in weights("out/last.pt").values())
+
+
 def test_repeats_give_mean_and_deviation(run):
     output = run("ctrg", "--epochs", 1, "--steps", 1, "--repeats", 3)
     summary = json.loads(Path("out/result.json").read_text())
@@ -273,6 +336,8 @@ def test_two_processes_are_one_with_twice_the_batch(sets, tmp_path):
     (["--size", 30, 32, 32], "--size 30 32 32: every side must be a multiple of 32"),
     (["--fraction", 0], "--fraction 0.0: expected a number above 0"),
     (["--epochs", 0], "--epochs 0: expected at least 1"),
+    (["--steps", 0], "--steps 0: expected at least 1"),
+    (["--eval_every", 0], "--eval_every 0: expected at least 1"),
     (["--init", "nowhere.pt"], "nowhere.pt: no such file"),
     (["--spacing", 1, 1, 1], "--spacing 1.0 1.0 1.0: only scans of segmentation tasks are resampled, ctrg is none"),
     (["--min_count", 1000], "found no word that stands 1000 times or more in"),
@@ -318,6 +383,53 @@ def test_masks_that_do_not_fit_stop_before_training(sets, tmp_path):
     bad = [items[0]._replace(mask=tmp_path / "values.nii.gz"), *items[1:4]]
     with pytest.raises(ValueError, match="1 of 4 scans are wrong, more than 5 %.*\n.*values.nii.gz"):
         data.prepare_all(bad, data.TASKS["msd-lung"], tmp_path, workers=1)
+
+
+def _killed(job):
+    if job == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return job
+
+
+def test_a_worker_that_is_killed_is_named():
+    with pytest.raises(ValueError, match="2 workers: one was killed, probably for want of memory"):
+        list(data._in_processes(_killed, range(4), 2))
+    assert sorted(data._in_processes(_killed, [1, 3], 2)) == [1, 3]
+
+
+def test_a_full_disk_leaves_nothing_behind(sets, tmp_path, monkeypatch):
+    def full(file, array):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        data.prepare(data.load_task("luna16", sets("luna16"))[0], data.TASKS["luna16"], tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_projections_need_their_text_encoder(run, tmp_path):
+    torch.save({"model": {}, "config": {"encoder": "swin_t", "text_encoder": "demo"}}, "alone.pt")
+    with pytest.raises(ValueError, match="alone.pt: found no folder text_encoder, expected the text encoder that its projections fit"):
+        run("ct-rate-retrieval", "--init", "alone.pt")
+
+
+def test_zeros_of_a_volume_without_window_stay(sets, tmp_path):
+    item = data.load_task("acdc", sets("acdc"))[0]
+    volume, _, _ = data.prepare(item, data.TASKS["acdc"], tmp_path)
+    stored, _, _ = data.read_volume(item.volume)
+    inside = stored != 0
+    assert inside.any() and np.array_equal(volume != 0, inside)
+    assert np.allclose(volume[inside], (stored[inside] - stored[inside].mean()) / stored[inside].std(), atol=5e-3)
+
+
+def test_a_box_lies_where_it_was_cut(sets, tmp_path):
+    item = data.load_task("stoic", sets("stoic"))[0]
+    task = data.TASKS["stoic"]._replace(size=(32, 32, 32))
+    box, _, affine = data.prepare(item, task, tmp_path)
+    array, _, whole = data.read_volume(item.volume)
+    middle = whole @ [*((np.array(array.shape[::-1]) - 1) / 2), 1]
+    assert np.allclose(affine @ [15.5, 15.5, 15.5, 1], middle, atol=4)          # of whole voxels on either side
+    assert np.allclose(np.diag(affine)[:3], data.BOX / 32, rtol=0.02)
 
 
 def test_a_candidate_outside_its_scan(sets, tmp_path):

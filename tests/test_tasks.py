@@ -532,7 +532,7 @@ def test_vocab_needs_labels_and_draws_training_volumes(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no label of train_0_a_1 for Medical material, Arterial"):
         load_task("ct-rate-vocab", tmp_path)
     ct_rate(tmp_path)
-    monkeypatch.setattr(data, "PROMPT_VOLUMES", 4)
+    monkeypatch.setattr(data, "FEW_SHOT_VOLUMES", 4)
     items = load_task("ct-rate-vocab", tmp_path)
     assert collections.Counter(item.split for item in items) == {"train": 4, "valid": 1, "test": 3}
     assert parts(load_task("ct-rate-vocab", tmp_path)) == parts(items)
