@@ -886,7 +886,7 @@ def task_command(args):
             raise ValueError(f"--task {args.task}: expected {'--centre X Y Z' if by_place else 'no --centre'}")
         if task.kind == "retrieve" and not part:
             raise ValueError(f"--task {args.task}: expected --data, whose reports are those to search")
-        item = data.Item(args.input.name, args.input, "", None, args.input.name, None, None)
+        item = data.Item(args.input.name, args.input, report="", split=None, patient=args.input.name, labels=None, rescale=None)
         if by_place:
             x, y, z = args.centre
             item = item._replace(centre=(x, y, z) if ".nii" in args.input.name.lower() else (-x, -y, z))

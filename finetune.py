@@ -194,7 +194,10 @@ def train(args, task, out, seed, device, world, rank):
     config = {name: value for name, value in vars(args).items() if name not in ("resume", "out")}
     config |= {"seed": seed, "vocabulary": None, "patients": sorted({item.patient for item in train_items + valid_items})}
     if task.kind == "report":
-        config["vocabulary"] = data.build_vocabulary([item.report for item in train_items], args.min_count)
+        try:
+            config["vocabulary"] = data.build_vocabulary([item.report for item in train_items], args.min_count)
+        except ValueError as error:
+            raise ValueError(f"{args.data}: {error}") from None
     if task.kind in ("prompt", "retrieve") and args.text_encoder == "demo" and main_process and not checkpoint:
         before = Path(args.init).parent / "text_encoder"
         if args.init != "scratch" and before.exists():  # its projections were trained on these features
@@ -260,7 +263,7 @@ def train(args, task, out, seed, device, world, rank):
         if args.decay == "step":
             return 0.8 ** (step // epoch_steps)
         return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-    step, best = 0, {"value": math.nan, "epoch": 0}
+    step, best = 0, {"value": math.nan, "epoch": 0, "metric": task.metric}
     if checkpoint:
         missing = network.load_state_dict(checkpoint["model"], strict=False).missing_keys
         assert all(name.startswith("text_encoder.") for name in missing)
@@ -369,11 +372,12 @@ def train(args, task, out, seed, device, world, rank):
         epoch = step // epoch_steps
         if step == steps or step % epoch_steps == 0 and epoch % args.eval_every == 0:
             if main_process:
-                value = evaluation.evaluate(network, valid_items, task, config, args.cache, device, progress=False)["value"]
+                found = evaluation.evaluate(network, valid_items, task, config, args.cache, device, progress=False)
                 network.train()
+                value = found["value"]
                 row["valid"] = value if math.isfinite(value) else None              # JSON has no NaN
                 if math.isnan(best["value"]) or value > best["value"]:              # of equal ones the first
-                    best = {"value": value, "epoch": epoch}
+                    best = {"value": value, "epoch": epoch, "metric": found["metric"]}
                     model.save_file(state(), out / "best.pt")
             if world > 1:
                 dist.barrier()
@@ -407,7 +411,7 @@ def train(args, task, out, seed, device, world, rank):
                                      train_items=train_items)
         result |= {"valid": best["value"], "epoch": best["epoch"], "seed": seed, "init": args.init}
         evaluation.write_result(result, out / "result.json")
-        log.info("best epoch %d (validation %s %.4f); on %d unseen items: %s", best["epoch"], task.metric, best["value"],
+        log.info("best epoch %d (validation %s %.4f); on %d unseen items: %s", best["epoch"], best["metric"], best["value"],
                  result["n"], evaluation.summary(result))
     if world > 1:
         dist.barrier()

@@ -181,6 +181,12 @@ def test_values_change_as_told():
     scaled, _ = data.augment(volume, None, generator, {"scale": 1, "shift": 1})
     a, b = np.polyfit(volume.flatten(), scaled.flatten(), 1)
     assert 0.9 <= a <= 1.1 and abs(b) <= 0.1 and (a, b) != (1, 0)
+    brighter, _ = data.augment(volume, None, generator, {"brightness": 0.07})
+    change = brighter - volume
+    assert change.std() < 1e-6 and 0 < abs(change.mean()) <= 0.07
+    harder, _ = data.augment(volume, None, generator, {"contrast": 0.05})
+    a, _ = np.polyfit(volume.flatten(), harder.flatten(), 1)
+    assert 0 < abs(a - 1) <= 0.05 and harder.mean() == pytest.approx(volume.mean().item(), abs=1e-6)
     noisy, _ = data.augment(torch.zeros(1, 32, 32, 32), None, generator, {"noise": 0.01})
     assert noisy.std() == pytest.approx(0.01, rel=0.05)
 
@@ -189,6 +195,27 @@ def test_small_scans_are_filled_up():
     array, mask = np.float16([[[0.5, 0.7], [0.2, 0.9]]]), np.ones((1, 2, 2), np.uint8)
     assert np.array_equal(data._cut(array, (0, 0, 0), (3, 2, 2))[:, 0, 0], np.float16([0, 0.5, 0]))
     assert data._cut(mask, (0, 0, 0), (3, 4, 2)).sum() == mask.sum()
+
+
+def test_slices_are_cropped_by_chance_to_train_and_in_the_middle_to_test(sets, tmp_path):
+    item = data.load_task("cc-ccii", sets("cc-ccii"))[0]
+    task = data.TASKS["cc-ccii"]._replace(size=(32, 96, 96))
+    whole = torch.from_numpy(np.array(data.prepare(item, task, tmp_path)[0])).float()
+    assert whole.shape == (32, 128, 128)
+    assert torch.equal(data.network_input(item, task, tmp_path)[0], whole[:, 16:112, 16:112])
+    crops = [data.cut_views(item, task, tmp_path, np.random.default_rng(seed))[0][0, 0] for seed in range(4)]
+    at = {next((y, x) for y in range(33) for x in range(33) if torch.equal(whole[:, y:y + 96, x:x + 96], crop)) for crop in crops}
+    assert len(at) > 1
+
+
+def test_cubes_come_from_a_file_that_is_not_loaded_whole(sets, tmp_path):
+    item = data.load_task("luna16", sets("luna16"))[0]
+    volume, _, affine = data.prepare(item, data.TASKS["luna16"], tmp_path)
+    assert isinstance(volume, np.memmap)
+    at = data.candidate_voxel(item, volume.shape, affine)
+    cube = data.network_input(item, data.TASKS["luna16"]._replace(size=(8, 8, 8)), tmp_path)
+    corner = np.clip(at - 4, 0, np.array(volume.shape) - 8)
+    assert np.array_equal(cube[0], volume[tuple(slice(c, c + 8) for c in corner)])
 
 
 def test_patches_hold_foreground_and_background_in_turns(sets):
@@ -256,11 +283,11 @@ def test_the_validation_part_picks_the_epoch(run, monkeypatch):
     original = evaluation.evaluate
 
     def evaluate(*args, out=None, **more):                      # `out`: the test at the end
-        return original(*args, out=out, **more) if out else {"value": next(values)}
+        return original(*args, out=out, **more) if out else {"value": next(values), "metric": "AUC"}
     monkeypatch.setattr(evaluation, "evaluate", evaluate)
     output = run("stoic", "--epochs", 5, "--eval_every", 1, "--batch_size", 16, "--lr", 0.01)
     best, last = (torch.load(f"out/{name}.pt", weights_only=True) for name in ("best", "last"))
-    assert "best epoch 2 (validation AUC 0.7000)" in output and last["best"] == {"value": 0.7, "epoch": 2}
+    assert "best epoch 2 (validation AUC 0.7000)" in output and last["best"] == {"value": 0.7, "epoch": 2, "metric": "AUC"}
     assert best["step"] == 2 * last["step"] / 5 and not torch.equal(best["model"]["head.weight"], last["model"]["head.weight"])
     rows = [json.loads(line, parse_constant=pytest.fail) for line in Path("out/log.jsonl").read_text().splitlines()]
     assert [row["valid"] for row in rows if "valid" in row] == [0.2, 0.7, 0.4, 0.7, None]
@@ -340,7 +367,7 @@ def test_two_processes_are_one_with_twice_the_batch(sets, tmp_path):
     (["--eval_every", 0], "--eval_every 0: expected at least 1"),
     (["--init", "nowhere.pt"], "nowhere.pt: no such file"),
     (["--spacing", 1, 1, 1], "--spacing 1.0 1.0 1.0: only scans of segmentation tasks are resampled, ctrg is none"),
-    (["--min_count", 1000], "found no word that stands 1000 times or more in"),
+    (["--min_count", 1000], "ctrg: found no word that stands 1000 times or more in"),
 ])
 def test_bad_flags(run, flags, message):
     with pytest.raises(ValueError, match=message):
@@ -365,6 +392,10 @@ def test_resume_needs_a_run_and_the_same_flags(run):
     run("ctrg", "--epochs", 1, "--steps", 1)
     with pytest.raises(ValueError, match="was started with --steps 1, now it is 7"):
         run(None, "--resume", "--steps", 7)
+    torch.save(torch.load("out/last.pt", weights_only=True) | {"world": 2}, "out/last.pt")
+    Path("out/result.json").unlink()
+    with pytest.raises(ValueError, match="--resume: out was written by 2 processes, now there are 1"):
+        run(None, "--resume")
 
 
 def test_masks_that_do_not_fit_stop_before_training(sets, tmp_path):
@@ -435,7 +466,7 @@ def test_a_box_lies_where_it_was_cut(sets, tmp_path):
 def test_a_candidate_outside_its_scan(sets, tmp_path):
     item = data.load_task("luna16", sets("luna16"))[0]
     far = item._replace(centre=(9000., 0., 0.))
-    with pytest.raises(ValueError, match="found the candidate .* at \\[9000.0, 0.0, 0.0\\].*expected it inside"):
+    with pytest.raises(ValueError, match=f"{item.volume}: found the candidate .* at \\[9000.0, 0.0, 0.0\\].*expected it inside"):
         data.prepare_all([item, far], data.TASKS["luna16"], tmp_path, workers=1)
     with open(sets("luna16") / "candidates_V2.csv") as file:
         assert {"seriesuid", "coordX", "class"} <= set(csv.DictReader(file).fieldnames)
