@@ -821,6 +821,8 @@ def load_task(name, folder, fold=0, seed=0):
     items = task.records(folder, fold)
     if not items:
         raise ValueError(f"{folder}: found nothing of {name}, expected {task.layout}")
+    if fold and items[0].split and [item.split for item in items] == [item.split for item in task.records(folder, 0)]:
+        raise ValueError(f"{folder}: found --fold {fold}, but one split of its own and no folds; expected no --fold")
     volumes = dict.fromkeys(item.volume for item in items)
     if absent := {volume: None for volume in volumes if not volume.exists()}:
         message = f"{folder}: found no file for {len(absent)} of {len(volumes)} scans: {', '.join(map(str, [*absent][:3]))}"
@@ -1056,8 +1058,9 @@ def prepare(item, task, cache="cache"):
     """A scan of a task, from the cache or made and put there: volume (z, y, x) float16, mask uint8 of its shape or None,
     affine 4×4 of its (x, y, z) index -> RAS world mm.
 
-    Windowed to [0, 1], or z-scored but for zeros where the task has no window; resampled to the task's spacing (view "patch"), to the whole
-    field of view (view "slices": 4/3 of the size in plane) or to a box of BOX mm padded with air (view "box"). Raises ValueError.
+    Windowed to [0, 1], or z-scored but for zeros where the task has no window; resampled to the task's spacing (view "patch"),
+    to the whole field of view (view "slices": 4/3 of the size in plane) or to a box of BOX mm padded with air (view "box").
+    Raises ValueError.
     """
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in (item.volume, item.mask) if file]
     size = task.size if task.view in ("slices", "box") else None

@@ -53,7 +53,7 @@ def flags():
     p = commands.add_parser("embed", parents=[shared], help="features of scans: the average of the encoder's last map", **shown)
     p.add_argument("--input", type=Path, required=True, help="a scan, or a folder of scans, however deep")
     p.add_argument("--out", type=Path, default="embeddings.npz", help="file with ids (n,) and features (n, C) float32")
-    p = commands.add_parser("radar", help="a chart with one axis a task and one line a method", **shown)
+    p = commands.add_parser("radar", help="a table, a row a method, and a chart, an axis a task", **shown)
     p.add_argument("results", type=Path, nargs="+", help="result.json files. The method is their key `method`, else the "
                    "name of their folder, or of the one above where that is named after the task")
     p.add_argument("--out", type=Path, default="radar.png")
@@ -791,6 +791,18 @@ def embed_command(args):
     print(f"wrote {args.out}: features ({len(rows)}, {len(rows[0])}); {len(failed)} scans left out")
 
 
+def comparison_table(results):
+    """{method: {task: result}} -> Markdown as the paper's tables are: a row a method, mean±std of the repeats in percent"""
+    def cell(task, result):
+        scale = 1 if data.TASKS[task].kind == "report" else 100                     # BLEU comes in percent
+        return f"{result['value'] * scale:.2f}" + (f"±{result['std'] * scale:.2f}" if "std" in result else "")
+    metrics = {task: result["metric"] for of in results.values() for task, result in of.items()}
+    tasks = [task for task in data.TASKS if task in metrics]
+    rows = [["method", *(f"{task} {metrics[task]}" for task in tasks)], ["---"] * (1 + len(tasks))]
+    rows += [[method, *(cell(task, of[task]) if task in of else "" for task in tasks)] for method, of in results.items()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def radar_command(args):
     results = {}
     for path in args.results:
@@ -805,6 +817,7 @@ def radar_command(args):
             raise ValueError(f"{path}: found the task {task} of the method {method}, expected each of {', '.join(data.TASKS)} "
                              "at most once for a method")
         results[method][task] = result
+    print(comparison_table(results))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     plot_radar(results, args.out)
     print(f"wrote {args.out}: {len(results)} methods")

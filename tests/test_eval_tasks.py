@@ -617,10 +617,15 @@ def test_radar(tmp_path):
     for method, values in (("ours", (0.9, 0.7, 30.)), ("scratch", (0.8, 0.6, 20.))):
         for task, metric, value, chance in zip(("cc-ccii", "acdc", "ctrg"), ("ACC", "Dice", "BLEU-4"), values, (0.4, 0.1, 10.)):
             (tmp_path / method / task).mkdir(parents=True)
-            (tmp_path / method / task / "result.json").write_text(json.dumps(dict(task=task, metric=metric, value=value, chance=chance)))
+            result = dict(task=task, metric=metric, value=value, chance=chance) | ({"std": 0.0123} if task == "acdc" else {})
+            (tmp_path / method / task / "result.json").write_text(json.dumps(result))
+    (tmp_path / "scratch" / "ctrg" / "result.json").unlink()
     files = sorted(tmp_path.glob("*/*/result.json"))
     done = here("radar", *files, "--out", "radar.png", cwd=tmp_path)
     assert done.returncode == 0 and "2 methods" in done.stdout, done.stderr
+    assert done.stdout.splitlines()[:4] == [
+        "| method | cc-ccii ACC | acdc Dice | ctrg BLEU-4 |", "| --- | --- | --- | --- |",
+        "| ours | 90.00 | 70.00±1.23 | 30.00 |", "| scratch | 80.00 | 60.00±1.23 |  |"]
     drawn(tmp_path / "radar.png")
     done = here("radar", *files, files[0], cwd=tmp_path)
     assert done.returncode == 1 and "at most once" in done.stderr

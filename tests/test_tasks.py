@@ -312,6 +312,8 @@ def test_luna16(tmp_path):
     assert parts(items)["valid"] == {"1.2.5", "1.2.6"} and parts(items)["test"] == {"1.2.7", "1.2.8", "1.2.9"}
     (tmp_path / "candidates_V2.csv").rename(tmp_path / "candidates.csv")
     assert len(load_task("luna16", tmp_path)) == 20
+    with pytest.raises(ValueError, match="found --fold 3, but one split of its own and no folds; expected no --fold"):
+        load_task("luna16", tmp_path, fold=3)
 
 
 def test_luna16_with_some_subsets(tmp_path, caplog):
