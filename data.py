@@ -890,12 +890,14 @@ def cache_path(cache, item, size=SIZE, hu="auto"):
 
 def _in_processes(function, jobs, workers):
     """function(job) of each job, as they end, from `workers` processes. ValueError where one of them is killed."""
-    with ProcessPoolExecutor(workers) as pool:
-        try:
-            for done in as_completed([pool.submit(function, job) for job in jobs]):
-                yield done.result()
-        except BrokenProcessPool:
-            raise ValueError(f"{workers} workers: one was killed, probably for want of memory; expected fewer --workers") from None
+    pool = ProcessPoolExecutor(workers)
+    try:
+        for done in as_completed([pool.submit(function, job) for job in jobs]):
+            yield done.result()
+    except BrokenProcessPool:
+        raise ValueError(f"{workers} workers: one was killed, probably for want of memory; expected fewer --workers") from None
+    finally:
+        pool.shutdown(cancel_futures=True)                  # after an error the jobs that wait are not begun
 
 
 def _save_array(path, array):

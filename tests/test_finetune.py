@@ -8,6 +8,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -420,6 +421,20 @@ def _killed(job):
     if job == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return job
+
+
+def _wrong(job):
+    folder, number = job
+    if number == 3:
+        raise OSError(28, "No space left on device")
+    (folder / str(number)).touch()
+    time.sleep(0.05)
+
+
+def test_after_an_error_the_jobs_that_wait_are_not_begun(tmp_path):
+    with pytest.raises(OSError, match="No space left"):
+        list(data._in_processes(_wrong, [(tmp_path, i) for i in range(100)], 1))
+    assert 3 <= len(list(tmp_path.iterdir())) < 20
 
 
 def test_a_worker_that_is_killed_is_named():
