@@ -1291,6 +1291,7 @@ def prepare_all(items, task, cache="cache", workers=1):
     for item in items:
         groups.setdefault(item.volume, []).append(item)
     bad, problems = set(), []
+    task = task._replace(records=None)                      # which need not go to another process, and a lambda cannot
     done = _in_processes(_prepare_job, [(group, task, cache) for group in groups.values()], workers)
     for left_out, problem in tqdm(done, total=len(groups), desc="prepare", unit="scan", disable=None):
         if problem:

@@ -97,10 +97,14 @@ def auroc(score, label):
     return float((rankdata(score)[positive].sum() - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg))
 
 
+def _mean(values):
+    return float(values.mean()) if len(values) else math.nan
+
+
 def macro_auroc(scores, labels):
     """Mean AUROC over the columns of (n, k) that hold both classes; a label of NaN leaves that item out of its column."""
-    known = ~np.isnan(labels)
-    return float(np.nanmean([auroc(scores[k, j], labels[k, j]) for j, k in enumerate(known.T)]))
+    aucs = np.array([auroc(scores[k, j], labels[k, j]) for j, k in enumerate(~np.isnan(labels).T)])
+    return _mean(aucs[~np.isnan(aucs)])
 
 
 def accuracy(pred, label):
@@ -430,10 +434,6 @@ def _evaluate_classes(network, items, task, config, cache, device, out, progress
         _write_csv(out / "predictions.csv", [["id", *task.classes, *(f"true {name}" for name in task.classes)], *rows])
         plot_roc(scores, truth, task.classes, out / "roc.png")
     return result
-
-
-def _mean(values):
-    return float(values.mean()) if len(values) else math.nan
 
 
 def _save_mask(path, labels, affine):

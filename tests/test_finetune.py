@@ -120,6 +120,19 @@ def test_every_task_trains_tests_and_predicts(run, sets, task):
     assert again["value"] == pytest.approx(result["value"], nan_ok=True) and row.size == (32, 32, 32)
 
 
+def test_a_tenth_task_is_two_edits(run, sets, monkeypatch):
+    def records(folder, fold):
+        return [item._replace(labels=item.labels[:1], split=None) for item in data.load_task("stoic", sets("stoic"))]
+    row = data.Task("classify", "whole", records, "as STOIC", ("COVID-19",), "AUC", data.SIZE, data.WINDOW, None,
+                    data._recipe(2, 0, 4, 1e-3))
+    monkeypatch.setitem(data.TASKS, "tenth", row)
+    monkeypatch.setattr(finetune, "TASK_NAMES", (*finetune.TASK_NAMES, "tenth"))
+    output = run(None, "--task", "tenth", "--data", sets("stoic"), "--size", 32, 32, 32, "--workers", 0, "--steps", 2)
+    assert "unseen items: tenth: AUC" in output
+    network, task, _ = evaluation.load_checkpoint("out/best.pt")
+    assert task.classes == ("COVID-19",) and network(torch.rand(1, 1, 32, 32, 32)).shape == (1, 1)
+
+
 def test_defaults_come_from_the_data_then_the_task(sets):
     folder = sets("msd-lung")
     args = finetune.flags().parse_args(["--task", "msd-lung", "--data", str(folder), "--lr", "0.5"])
