@@ -1,10 +1,11 @@
 """The losses of MG-3D, one function for each equation of the paper: tensors in, a scalar out.
 
-B patients, S sentences, L report tokens, E embedding, V vocabulary, D H W voxels; masks are True (or 1) at real entries.
+B patients, S sentences, L report tokens, E embedding, V vocabulary, D H W voxels. Masks: 1 = real.
 
-Under torch.distributed every loss is the loss of the *global* batch, the same number on every process: features are
-gathered with their gradients, sums and counts are added up. Averaging the parameters' gradients over processes, as
-DistributedDataParallel does, then gives exactly the gradient of one process with the whole batch.
+Under torch.distributed every loss is the loss of the *global* batch, the same number on every
+process: features are gathered with their gradients, sums and counts are added up. As
+DistributedDataParallel averages the gradients of the parameters over processes, the result is
+exactly the gradient of one process with the whole batch.
 """
 import functools
 
@@ -13,16 +14,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 
-# ------------------------------------------------------------------------------------------- the global batch
+# ------------------------------------------------------------------------------ the global batch
 
 class _Gather(torch.autograd.Function):
-    """Concatenate a tensor of all processes along dim 0; backward adds the gradients that all processes have for it."""
+    """Concatenate a tensor of all processes along dim 0; backward sums the gradients of all."""
 
     @staticmethod
     def forward(ctx, x):
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
+        x = x.contiguous()
+        gathered = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, x)
+        return torch.cat(gathered)
 
     @staticmethod
     def backward(ctx, grad):
@@ -32,8 +34,10 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(x):
-    """(B, ...) of this process -> (W·B, ...) of all W processes, in rank order and with gradients; itself if W = 1."""
-    return _Gather.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
+    """(B, ...) of this process -> (W·B, ...) of all W processes, in rank order, with gradients."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        return _Gather.apply(x)
+    return x
 
 
 def _global_sum(x):
@@ -44,29 +48,32 @@ def _gather_padded(*tensors):
     """Gather tensors (B, S, ...), padded with zeros to the longest S of all processes."""
     if not dist.is_initialized():
         return tensors
-    length = torch.tensor(tensors[0].shape[1], device=tensors[0].device)
-    dist.all_reduce(length, dist.ReduceOp.MAX)
-    return [gather(torch.cat([x, x.new_zeros(x.shape[0], int(length) - x.shape[1], *x.shape[2:])], dim=1)) for x in tensors]
+    longest = torch.tensor(tensors[0].shape[1], device=tensors[0].device)
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    missing = int(longest) - tensors[0].shape[1]
+    padding = [x.new_zeros(x.shape[0], missing, *x.shape[2:]) for x in tensors]
+    return [gather(torch.cat(pair, dim=1)) for pair in zip(tensors, padding)]
 
 
 def _in_float32(loss):
-    """Under autocast a loss still computes in float32: half-precision inputs are raised, autocast is off inside."""
+    """Compute a loss in float32 even under autocast: cast half-precision inputs, disable autocast."""
+    def cast(x):
+        return x.float() if torch.is_tensor(x) and x.dtype in (torch.float16, torch.bfloat16) else x
+
     @functools.wraps(loss)
     def wrapped(*args, **kwargs):
-        def raised(x):
-            return x.float() if torch.is_tensor(x) and x.dtype in (torch.float16, torch.bfloat16) else x
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            return loss(*map(raised, args), **{name: raised(x) for name, x in kwargs.items()})
+            return loss(*map(cast, args), **{name: cast(x) for name, x in kwargs.items()})
     return wrapped
 
 
-# --------------------------------------------------------------------------- inside a patient: reconstruction
-# NOTE(paper): some equations sum over the batch, others average over patients. Here every loss is a mean over what it is
-# counted in (voxels, words, sentences, patients, pairs), so that the weights λ do not depend on the batch size.
+# -------------------------------------------------------------- inside a patient: reconstruction
+# NOTE(paper): some equations sum over the batch, others average over patients. Here every loss is a
+# mean over its unit (voxels, words, sentences, patients, pairs): λ does not depend on the batch size.
 
 @_in_float32
 def mim_loss(recon, volume, mask):
-    """Masked image modelling, Eq. (2): mean squared error over masked voxels. All (B, 1, D, H, W), mask 1 = masked."""
+    """Masked image modelling: squared error over masked voxels. (B, 1, D, H, W) each, 1 = masked."""
     mask = mask.to(recon.dtype)
     squared_error = (recon - volume.detach()).square() * mask                       # (B, 1, D, H, W)
     return _global_sum(squared_error) / _global_sum(mask).clamp(min=1)              # Eq. (2)
@@ -74,32 +81,33 @@ def mim_loss(recon, volume, mask):
 
 @_in_float32
 def mlm_loss(logits, labels):
-    """Masked language modelling, Eq. (4): cross entropy over masked tokens.
+    """Masked language modelling: cross entropy over masked tokens.
 
-    logits (B, L, V), labels (B, L) with -100 where a token is not masked. Any leading shape will do: the model passes
-    the masked tokens alone, (M, V) and (M,).
+    logits (B, L, V), labels (B, L), -100 = not masked. Any leading shape will do: the model passes
+    only the masked tokens, (M, V) and (M,).
     """
-    negative_log_likelihood = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
+    log_loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
     masked_tokens = (labels != -100).sum().to(logits.dtype)
-    return _global_sum(negative_log_likelihood) / _global_sum(masked_tokens).clamp(min=1)    # Eq. (4)
+    return _global_sum(log_loss) / _global_sum(masked_tokens).clamp(min=1)          # Eq. (4)
 
 
 @_in_float32
 def sfr_loss(rebuilt, sentences, sentence_mask):
-    """Sentence feature reconstruction, Eq. (5, 6): mean of 1 - cos over real sentences.
+    """Sentence feature reconstruction: mean of 1 - cos over real sentences.
 
     rebuilt, sentences (B, S, E), sentence_mask (B, S). The target `sentences` gets no gradient.
     """
     similarity = F.cosine_similarity(rebuilt, sentences.detach(), dim=-1)           # (B, S)  Eq. (5)
     distance = (1 - similarity).masked_fill(~sentence_mask.bool(), 0)
-    return _global_sum(distance) / _global_sum(sentence_mask.to(distance.dtype)).clamp(min=1)    # Eq. (6)
+    count = sentence_mask.to(distance.dtype)
+    return _global_sum(distance) / _global_sum(count).clamp(min=1)                  # Eq. (6)
 
 
-# -------------------------------------------------------------------------------------- contrast of patients
+# -------------------------------------------------------------------------- contrast of patients
 # NOTE(paper): no temperature is given; 0.1. Features are normalised, similarities are cosines.
 
 def _info_nce(rows, columns, temperature):
-    """Row i must find column i among all columns: mean of -log softmax. (B, E) each, of this process."""
+    """Row i must find column i among all columns: mean of -log softmax. (B, E) of this process."""
     rows, columns = F.normalize(gather(rows), dim=-1), F.normalize(gather(columns), dim=-1)
     logits = rows @ columns.T / temperature                                         # (B, B)
     return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
@@ -107,10 +115,10 @@ def _info_nce(rows, columns, temperature):
 
 @_in_float32
 def cml_loss(f_i, h_i, f_t, h_t, temperature=0.1):
-    """Cross-modal learning, Eq. (7-9): each global feature finds its version informed by the other modality.
+    """Cross-modal learning: a global feature finds its version informed by the other modality.
 
-    f_i, h_i: volume features alone and informed by sentences; f_t, h_t: report features alone and informed by the
-    volume; (B, E) each. A batch of one has nobody to be told from: the loss is 0.
+    f_i, h_i (B, E): volume features alone and informed by sentences; f_t, h_t: report features alone
+    and informed by the volume. A batch of one has no other patient to contrast with: 0.
     """
     report_to_volume = _info_nce(f_i, h_i, temperature)                             # Eq. (7)
     volume_to_report = _info_nce(f_t, h_t, temperature)                             # Eq. (8)
@@ -119,55 +127,55 @@ def cml_loss(f_i, h_i, f_t, h_t, temperature=0.1):
 
 @_in_float32
 def dfa_loss(h_s, f_i, temperature=0.1):
-    """Disentangled feature aggregation, Eq. (13): the pooled sentence-specific visual features find their volume.
-
-    h_s, f_i (B, E).
-    """
+    """Disentangled feature aggregation: the pooled H_S (B, E) finds its volume's feature (B, E)."""
     return _info_nce(h_s, f_i, temperature)                                         # Eq. (13)
 
 
 @_in_float32
 def clip_loss(f_i, f_t, temperature=0.1):
-    """The CT-CLIP baseline, no part of MG-3D: symmetric InfoNCE of volume and report features, (B, E) each."""
+    """The CT-CLIP baseline, no part of MG-3D: symmetric InfoNCE of volumes and reports, (B, E)."""
     return (_info_nce(f_i, f_t, temperature) + _info_nce(f_t, f_i, temperature)) / 2
 
 
-# --------------------------------------------------------------------------------- sentences across patients
+# --------------------------------------------------------------------- sentences across patients
 
 @_in_float32
 def ssm_loss(text_sentences, visual_sentences, sentence_mask):
-    """Semantics similarity matching, Eq. (12): sentences alike across patients should look alike.
+    """Semantics similarity matching: sentences that read alike across patients should look alike.
 
-    For every pair of patients i < j the matrix of cosines between the sentences of i and of j is computed twice, from
-    text and from vision; the loss is the mean absolute difference of the two, averaged over pairs.
+    For patients i < j the cosines between the sentences of i and those of j are computed twice, from
+    text and from vision. The loss is the mean absolute difference of the two, averaged over pairs.
 
-    text_sentences (B, S, E_t): sentences encoded one by one by the frozen encoder; no gradient.
+    text_sentences (B, S, E_t): sentences encoded one by one by the frozen encoder, no gradient.
     visual_sentences (B, S, E): H_S of Eq. (11). sentence_mask (B, S). 0 for a batch of one.
     """
-    mask, text, visual = _gather_padded(sentence_mask.to(visual_sentences.dtype), text_sentences.detach(), visual_sentences)
-    text, visual = F.normalize(text, dim=-1), F.normalize(visual, dim=-1)           # (B, S, E_t), (B, S, E)
-
-    difference = torch.einsum("ise,jte->ijst", text, text) - torch.einsum("ise,jte->ijst", visual, visual)
-    both_real = mask[:, None, :, None] * mask[None, :, None, :]                     # (B, B, S, S)
-    per_pair = (difference.abs() * both_real).sum((2, 3)) / both_real.sum((2, 3)).clamp(min=1)   # (B, B)
+    mask = sentence_mask.to(visual_sentences.dtype)
+    mask, text, visual = _gather_padded(mask, text_sentences.detach(), visual_sentences)
+    text, visual = F.normalize(text, dim=-1), F.normalize(visual, dim=-1)
+    text_cosines = torch.einsum("ise,jte->ijst", text, text)                        # (B, B, S, S)
+    visual_cosines = torch.einsum("ise,jte->ijst", visual, visual)
+    both_real = mask[:, None, :, None] * mask[None, :, None, :]
+    difference = (text_cosines - visual_cosines).abs() * both_real
+    per_pair = difference.sum((2, 3)) / both_real.sum((2, 3)).clamp(min=1)          # (B, B)
     pairs = torch.ones_like(per_pair).triu(diagonal=1)                              # 1 where i < j
     return (per_pair * pairs).sum() / pairs.sum().clamp(min=1)                      # Eq. (12)
 
 
-# ---------------------------------------------------------------------------------------- losses of fine-tuning
-# Over the volumes of one process: with equal batches, the average of DistributedDataParallel is the global mean but for
-# Dice, a ratio, of which it is the mean over processes.
+# ------------------------------------------------------------------------ losses of fine-tuning
+# These see the volumes of one process. With equal batches the average over processes is the global
+# mean, except for Dice: a ratio for each process is averaged.
 
 @_in_float32
 def dice_ce_loss(logits, mask):
-    """Soft Dice of the foreground classes plus cross entropy: logits (B, K, D, H, W), mask (B, D, H, W) of 0 … K - 1.
+    """Soft Dice of the foreground classes plus cross entropy.
 
-    Dice is that of all patches as if they were one: half of them hold no foreground on purpose, and no guess but an exact 0 could
-    please a Dice of their own.
+    logits (B, K, D, H, W), mask (B, D, H, W) of 0 … K - 1. All patches count as one for Dice: half
+    of them contain no foreground, where Dice is 0 for anything but an empty prediction.
     """
     truth = F.one_hot(mask, logits.shape[1]).movedim(-1, 1).to(logits.dtype)        # (B, K, D, H, W)
-    guess = logits.softmax(1)
-    overlap, total = (guess * truth).sum((0, 2, 3, 4)), (guess + truth).sum((0, 2, 3, 4))       # (K,)
+    probability = logits.softmax(1)
+    overlap = (probability * truth).sum((0, 2, 3, 4))                               # (K,)
+    total = (probability + truth).sum((0, 2, 3, 4))                                 # (K,)
     dice = (2 * overlap + 1e-5) / (total + 1e-5)                                    # 1 where both are empty
     return 1 - dice[1:].mean() + F.cross_entropy(logits, mask)
 
@@ -176,7 +184,8 @@ def dice_ce_loss(logits, mask):
 def prompt_loss(f_i, f_t, labels, temperature=0.1):
     """Cross entropy of the pair "name." against "not name." for every volume and class.
 
-    f_i (B, E) of volumes; f_t (2K, E) of the prompts, a class's two in a row; labels (B, K) of 0 and 1.
+    f_i (B, E) of volumes; f_t (2K, E) of prompts, two in a row a class; labels (B, K) of 0 and 1.
     """
-    similarity = F.normalize(f_i, dim=-1) @ F.normalize(f_t, dim=-1).T / temperature            # (B, 2K)
-    return F.cross_entropy(similarity.unflatten(1, (-1, 2)).flatten(0, 1), (1 - labels).long().flatten())
+    cosines = F.normalize(f_i, dim=-1) @ F.normalize(f_t, dim=-1).T                 # (B, 2K)
+    pairs = (cosines / temperature).unflatten(1, (-1, 2)).flatten(0, 1)             # (B·K, 2)
+    return F.cross_entropy(pairs, (1 - labels).long().flatten())                    # 0 is "name."
