@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-
 # ------------------------------------------------------------------------------ the global batch
 
 class _Gather(torch.autograd.Function):

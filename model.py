@@ -1,75 +1,85 @@
-"""Everything of MG-3D that has parameters: 3D encoders, the frozen text encoder, fusion attention, MG3D, foreign weights.
+"""Everything of MG-3D that has parameters. `MG3D.forward` is the method.
 
-B patients, C channels, D H W voxels (z, y, x), N visual tokens, L report tokens, S sentences, E embedding, V vocabulary.
-`MG3D.forward` is the method: above it stands what it is made of, below it heads for other tasks and files of weights.
+Above it stand its parts: 3D encoders, the frozen text encoder, fusion attention. Below it stand the
+heads of the nine tasks and the files of weights. B patients, C channels, D H W voxels (z, y, x),
+N visual tokens, L report tokens, S sentences, E embedding, V vocabulary.
 """
-import contextlib
 import functools
+import itertools
 import logging
 import math
-import os
 import pickle
+import re
 from collections import OrderedDict, defaultdict
+from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 log = logging.getLogger("mg3d")
 
 LOSSES = ("mim", "mlm", "sfr", "cml", "ssm", "dfa", "clip")
+PAD, BEGIN, END, UNKNOWN = range(4)             # special tokens of the report generator
+# Scores of one head in a call to attention: in float32 4 MB stay in a CPU's cache, a GPU wants more.
+SCORES_IN_A_CALL = {"cpu": 2 ** 20, "cuda": 2 ** 25}
+# How the 8 sub-lattices of a map are merged.
+# NOTE(compat): MONAI before 1.5, its SSL file and the authors' checkpoints take two of them twice ("v0.9").
+MERGING_ORDERS = {"monai": ("000", "100", "010", "001", "110", "101", "011", "111"),
+                  "v0.9": ("000", "100", "010", "001", "101", "010", "001", "111")}
 
 
-# ------------------------------------------------------------------------------- 3D Swin Transformer: windows
-# Attention within windows of 7×7×7 tokens is exact and never needs a mask, a roll or a padded copy of the volume:
+# ------------------------------------------------------------------ 3D Swin Transformer: windows
+# Attention within windows of 7×7×7 tokens is exact and needs no mask, no roll and no padded copy:
 #   - tokens are sorted window by window, with one permutation that is computed once for a shape;
 #   - a shifted window that wraps around the volume is cut at the seam into smaller windows;
-#   - windows over the edge hold padding tokens, which others may attend to. These all share one key and one value
-#     (the bias of `qkv`), so a single extra key stands for all of them, with the log-sum-exp of their biases;
-#   - windows of one shape are worked on a few at a time, so that their scores stay in cache.
+#   - windows over the edge hold padding tokens, which all share one key and one value (the bias of
+#     `qkv`): a single extra key stands for them, with the log-sum-exp of their biases;
+#   - windows of one shape are computed a few at a time, so that their scores stay in cache.
 
 @functools.lru_cache(maxsize=64)
 def window_plan(batch, size, window, shift, device):
-    """Which tokens share a window, for B maps of (d, h, w) tokens and windows of (wd, wh, ww) tokens shifted by (sd, sh, sw).
+    """Which tokens share a window, for maps of `size` tokens; size, window and shift are (d, h, w).
 
-    Returns (order, inverse, groups). `order` (B·d·h·w,) sorts the tokens window by window, group by group, `inverse` undoes
-    it; a group is (number of windows, real, padding): windows of one shape, the places of their real and of their padding
-    tokens in the raster of the uncut window.
+    Returns (order, inverse, groups). `order` (B·d·h·w,) sorts tokens by group and window, `inverse`
+    undoes it. A group holds windows of one shape: (number of windows, real, padding), the places of
+    its real and of its padding tokens in the raster of the uncut window.
     """
-    padded = [-(-s // w) * w for s, w in zip(size, window)]
-    token = np.full(padded, -1)                                                     # -1 = padding
+    padded = [-(-side // w) * w for side, w in zip(size, window)]
+    token = np.full(padded, -1)                                         # -1 = padding
     token[:size[0], :size[1], :size[2]] = np.arange(np.prod(size)).reshape(size)
     token = np.roll(token, [-s for s in shift], axis=(0, 1, 2))
-    piece = np.zeros(padded, int)                                                   # on which side of a seam
+    piece = np.zeros(padded, int)                                       # numbers the sides of the seams
     for axis, s in enumerate(shift):
         if s:
             behind = (np.arange(padded[axis]) >= padded[axis] - s).astype(int)
             piece = 2 * piece + behind.reshape([-1 if a == axis else 1 for a in range(3)])
 
-    def cut(grid):
+    def cut_into_windows(grid):
         grid = grid.reshape([n for p, w in zip(padded, window) for n in (p // w, w)])
-        return grid.transpose(0, 2, 4, 1, 3, 5).reshape(-1, np.prod(window))        # (windows, tokens)
+        return grid.transpose(0, 2, 4, 1, 3, 5).reshape(-1, np.prod(window))  # (windows, tokens)
 
     groups = defaultdict(list)
-    for tokens, pieces in zip(cut(token), cut(piece)):
+    for tokens, pieces in zip(cut_into_windows(token), cut_into_windows(piece)):
         for p in np.unique(pieces):
             places = np.flatnonzero(pieces == p)
             real, padding = places[tokens[places] >= 0], places[tokens[places] < 0]
             if len(real):
                 groups[tuple(real), tuple(padding)].append(tokens[real])
-    with torch.inference_mode(False):                   # the plan is kept, and later calls may want gradients
-        first = np.arange(batch)[:, None] * np.prod(size)                           # token of each map
-        order = np.concatenate([(first + np.concatenate(windows)).ravel() for windows in groups.values()])
-        order = torch.from_numpy(order).to(device)
+    first = np.arange(batch)[:, None] * np.prod(size)                   # the first token of each map
+    order = [(first + np.concatenate(windows)).ravel() for windows in groups.values()]
+    with torch.inference_mode(False):           # callers may infer; the plan is kept for training, too
+        order = torch.from_numpy(np.concatenate(order)).to(device)
         return order, order.argsort(), [
-            (batch * len(windows), torch.tensor(real, device=device), torch.tensor(padding, device=device).long())
+            (batch * len(windows), torch.tensor(real, device=device),
+             torch.tensor(padding, device=device, dtype=torch.long))
             for (real, padding), windows in groups.items()]
 
 
 class _Permute(torch.autograd.Function):
-    """x[order]; as no row repeats, the backward pass is the inverse permutation and not a slow scatter-add."""
+    """x[order]. No row repeats, so backward is the inverse permutation, not a slow scatter-add."""
 
     @staticmethod
     def forward(ctx, x, order, inverse):
@@ -83,14 +93,14 @@ class _Permute(torch.autograd.Function):
 
 
 class _Attention(torch.autograd.Function):
-    """softmax(q kᵀ / √d + bias) v for W windows; scores are made again in the backward pass instead of being kept.
+    """softmax(q kᵀ / √d + bias) v for W windows. Backward recomputes the scores, none are kept.
 
     q (W, heads, n, d); k, v (W, heads, m, d); bias (heads, n, m).
     """
 
     @staticmethod
     def forward(ctx, q, k, v, bias):
-        bias = bias.detach().to(q.dtype)                # a bias that asks for a gradient would take SDPA's slow path
+        bias = bias.detach().to(q.dtype)        # a bias that needs a gradient takes SDPA's slow path
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
         ctx.save_for_backward(q, k, v, bias)
         return out
@@ -99,16 +109,17 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, bias = ctx.saved_tensors
         d = q.shape[-1]
-        q_scaled, k_scaled = q * d ** -0.5, k * d ** -0.5
-        wide = [q_scaled, k_scaled, grad]
-        if d < 16:                                      # matrix libraries are slow at making 4 or 8 columns: 16 take half the time
-            wide = [F.pad(x, (0, 16 - d)) for x in wide]
+        scaled_q, scaled_k = q * d ** -0.5, k * d ** -0.5
+        columns = [scaled_q, scaled_k, grad]
+        if d < 16:                              # products with 4 or 8 columns take twice the time of 16
+            columns = [F.pad(x, (0, 16 - d)) for x in columns]
         grads = []
-        for head, (q_h, k_h, grad_h) in enumerate(zip(*(x.unbind(1) for x in wide))):       # one head's scores stay in cache
-            weights = torch.baddbmm(bias[head], q_scaled[:, head], k[:, head].mT).softmax(-1)           # (W, n, m)
-            grad_scores = torch._softmax_backward_data(grad[:, head] @ v[:, head].mT, weights, -1, weights.dtype)
-            grads.append(((grad_scores @ k_h)[..., :d], (grad_scores.mT @ q_h)[..., :d], (weights.mT @ grad_h)[..., :d],
-                          grad_scores.sum(0)))
+        for head, (q_h, k_h, grad_h) in enumerate(zip(*(x.unbind(1) for x in columns))):
+            weights = torch.baddbmm(bias[head], scaled_q[:, head], k[:, head].mT).softmax(-1)  # (W, n, m)
+            grad_weights = grad[:, head] @ v[:, head].mT
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            grads.append(((grad_scores @ k_h)[..., :d], (grad_scores.mT @ q_h)[..., :d],
+                          (weights.mT @ grad_h)[..., :d], grad_scores.sum(0)))
         grad_q, grad_k, grad_v, grad_bias = zip(*grads)
         return torch.stack(grad_q, 1), torch.stack(grad_k, 1), torch.stack(grad_v, 1), torch.stack(grad_bias)
 
@@ -119,32 +130,33 @@ class WindowAttention(nn.Module):
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 3, num_heads))
+        width = 2 * window_size - 1
+        self.relative_position_bias_table = nn.Parameter(torch.empty(width ** 3, num_heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        place = torch.cartesian_prod(*[torch.arange(window_size)] * 3)              # (tokens, 3)
-        offset = place[:, None] - place[None] + window_size - 1                     # (tokens, tokens, 3), from 0
-        base = torch.tensor([(2 * window_size - 1) ** 2, 2 * window_size - 1, 1])
-        self.register_buffer("relative_position_index", (offset * base).sum(-1))    # (tokens, tokens)
+        place = torch.cartesian_prod(*[torch.arange(window_size)] * 3)  # (tokens, 3)
+        offset = place[:, None] - place[None] + window_size - 1         # (tokens, tokens, 3)
+        base = torch.tensor([width ** 2, width, 1])
+        self.register_buffer("relative_position_index", (offset * base).sum(-1))  # (tokens, tokens)
 
     def bias(self, real, padding):
-        """(heads, n, n), or (heads, n, n + 1) where the window has padding: its biases add up in one extra key."""
-        # NOTE(compat): a window shrunk to a small map keeps the first n places of the full window's raster, as if cut by
-        # `relative_position_index[:n, :n]`, whatever its shape. Published weights were trained so.
-        index = self.relative_position_index[real][:, torch.cat([real, padding])]   # (n, n + padding)
-        bias = self.relative_position_bias_table[index].permute(2, 0, 1)            # (heads, n, n + padding)
-        n = len(real)
+        """(heads, n, n); with padding (heads, n, n + 1), where the last key stands for all of it"""
+        # NOTE(compat): a window shrunk to a small map keeps the first n places of the full window's
+        # raster, as if cut by `relative_position_index[:n, :n]`: published weights were trained so.
+        index = self.relative_position_index[real][:, torch.cat([real, padding])]
+        bias = self.relative_position_bias_table[index].permute(2, 0, 1)  # (heads, n, n + padding)
         if len(padding):
+            n = len(real)
             bias = torch.cat([bias[:, :, :n], bias[:, :, n:].logsumexp(-1, keepdim=True)], dim=-1)
         return bias
 
     def forward(self, x, bias):
         """x (W, n, C) -> (W, n, C)"""
         W, n, C = x.shape
-        q, k, v = self.qkv(x).view(W, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)      # each (W, heads, n, d)
-        if bias.shape[-1] > n:                                                      # the key and value of padding: LN(0) W + b = b
-            _, k_pad, v_pad = self.qkv.bias.to(k.dtype).view(3, 1, self.num_heads, 1, -1).expand(3, W, -1, -1, -1)
-            k, v = torch.cat([k, k_pad], dim=2), torch.cat([v, v_pad], dim=2)
-        x = _Attention.apply(q, k, v, bias)                                         # (W, heads, n, d)
+        q, k, v = self.qkv(x).view(W, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (W, heads, n, d)
+        if bias.shape[-1] > n:                  # key and value of padding: LN(0) W + b = b
+            b = self.qkv.bias.to(k.dtype).view(3, 1, self.num_heads, 1, -1).expand(3, W, -1, -1, -1)
+            k, v = torch.cat([k, b[1]], dim=2), torch.cat([v, b[2]], dim=2)
+        x = _Attention.apply(q, k, v, bias)                             # (W, heads, n, d)
         return self.proj(x.transpose(1, 2).reshape(W, n, C))
 
 
@@ -159,9 +171,6 @@ class MLP(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    # Scores of one head in one call to attention: 4 MB in float32 stay in a CPU's cache, a GPU wants larger pieces.
-    scores_at_a_time = {"cpu": 2 ** 20, "cuda": 2 ** 25}
-
     def __init__(self, dim, num_heads, window_size, shifted, use_checkpoint):
         super().__init__()
         self.window_size, self.shifted, self.use_checkpoint = window_size, shifted, use_checkpoint
@@ -171,25 +180,26 @@ class SwinBlock(nn.Module):
         self.mlp = MLP(dim, 4 * dim)
 
     def run_windows(self, x, bias):
-        x = x + self.attn(self.norm1(x), bias)                                      # (W, n, C)
+        x = x + self.attn(self.norm1(x), bias)                          # (W, n, C)
         return x + self.mlp(self.norm2(x))
 
     def forward(self, x):
         """x (B, d, h, w, C) -> the same shape"""
         B, *size, C = x.shape
-        # NOTE(compat): along an axis that a window covers whole, the window shrinks to the map and is not shifted.
-        window = tuple(min(s, self.window_size) for s in size)
-        shift = tuple(self.window_size // 2 if self.shifted and s > self.window_size else 0 for s in size)
+        # NOTE(compat): along an axis that one window covers, the window shrinks to the map, unshifted.
+        window = tuple(min(side, self.window_size) for side in size)
+        half = self.window_size // 2
+        shift = tuple(half if self.shifted and side > self.window_size else 0 for side in size)
         order, inverse, groups = window_plan(B, tuple(size), window, shift, x.device)
-        x = _Permute.apply(x.reshape(-1, C), order, inverse)                        # (tokens of all maps, C), sorted
-        parts = x.split([number * len(real) for number, real, _ in groups])
+        x = _Permute.apply(x.reshape(-1, C), order, inverse)            # (B·d·h·w, C), sorted
         done = []
-        for part, (number, real, padding) in zip(parts, groups):
+        for group, (number, real, padding) in zip(x.split([n * len(real) for n, real, _ in groups]), groups):
             bias = self.attn.bias(real, padding)
-            few = max(1, self.scores_at_a_time[x.device.type] // bias[0].numel())
-            for windows in part.view(number, len(real), C).split(few):
+            windows_in_a_call = max(1, SCORES_IN_A_CALL[x.device.type] // bias[0].numel())
+            for windows in group.view(number, len(real), C).split(windows_in_a_call):
                 if self.use_checkpoint and torch.is_grad_enabled():
-                    windows = checkpoint(self.run_windows, windows, bias, use_reentrant=False, preserve_rng_state=False)
+                    windows = checkpoint(self.run_windows, windows, bias, use_reentrant=False,
+                                         preserve_rng_state=False)
                 else:
                     windows = self.run_windows(windows, bias)
                 done.append(windows.flatten(0, 1))
@@ -197,10 +207,7 @@ class SwinBlock(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Halve a map: the 8 tokens of every 2×2×2 cube, one behind the other, normed and reduced to 2C."""
-    # NOTE(compat): MONAI before 1.5, its SSL file and the authors' checkpoints take two sub-lattices twice ("v0.9").
-    orders = {"monai": ("000", "100", "010", "001", "110", "101", "011", "111"),
-              "v0.9": ("000", "100", "010", "001", "101", "010", "001", "111")}
+    """Halve a map: the 8 tokens of every 2×2×2 cube are concatenated, normed and reduced to 2C."""
 
     def __init__(self, dim):
         super().__init__()
@@ -208,83 +215,79 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(8 * dim, 2 * dim, bias=False)
 
     def forward(self, x, merging):
-        """x (B, d, h, w, C) -> (B, d/2, h/2, w/2, 2C), odd sides padded with zeros"""
+        """x (B, d, h, w, C) -> (B, d/2, h/2, w/2, 2C); odd sides are padded with zeros"""
         _, d, h, w, _ = x.shape
         x = F.pad(x, (0, 0, 0, w % 2, 0, h % 2, 0, d % 2))
-        x = torch.cat([x[:, int(i)::2, int(j)::2, int(k)::2] for i, j, k in self.orders[merging]], dim=-1)
-        return self.reduction(self.norm(x))
-
-
-class SwinStage(nn.Module):
-    """Blocks and the merging that follows them, held together for MONAI's names."""
-
-    def __init__(self, dim, depth, num_heads, window_size, use_checkpoint):
-        super().__init__()
-        self.blocks = nn.ModuleList(SwinBlock(dim, num_heads, window_size, i % 2 == 1, use_checkpoint) for i in range(depth))
-        self.downsample = PatchMerging(dim)
+        lattices = [x[:, int(i)::2, int(j)::2, int(k)::2] for i, j, k in MERGING_ORDERS[merging]]
+        return self.reduction(self.norm(torch.cat(lattices, dim=-1)))
 
 
 class PatchEmbed(nn.Module):
     def __init__(self, in_channels, dim):
         super().__init__()
         self.proj = nn.Conv3d(in_channels, dim, kernel_size=2, stride=2)
-        # Volumes in [0, 1] have a mean of about 0.4 and a deviation of about 0.25. The first weights standardise them:
-        # without that, patients start out all but alike (cosine 0.997) and contrast takes long to find a hold.
+        # Volumes in [0, 1] have a mean of about 0.4 and a deviation of about 0.25. The first weights
+        # standardise them: otherwise features of different patients start almost equal (cosine
+        # 0.997) and the contrastive losses start slowly.
         with torch.no_grad():
             self.proj.weight *= 4
             self.proj.bias -= 0.4 * self.proj.weight.sum((1, 2, 3, 4))
 
 
 def _optional_mask_token(module, state_dict, prefix, *_):
-    """Encoders from elsewhere have no mask token; they keep loading strictly."""
+    """Foreign state dicts have no mask token; allow strict loading without it."""
     state_dict.setdefault(prefix + "mask_token", module.mask_token)
 
 
 class SwinTransformer3D(nn.Module):
-    """3D Swin Transformer with the names and numbers of MONAI's `SwinTransformer` (Hatamizadeh et al. 2022).
+    """3D Swin Transformer with the names and numbers of MONAI's `SwinTransformer` (Hatamizadeh 2022).
 
-    Args: feature_size is the width after patch embedding, window_size the side of a window in tokens, merging "monai" or
-    "v0.9" (see `PatchMerging`); use_checkpoint recomputes a block's insides in the backward pass to save memory.
+    feature_size: width after patch embedding, doubled by each stage; depths, num_heads: of each stage,
+    any number of them; window_size: in tokens; merging: a key of MERGING_ORDERS;
+    use_checkpoint: recompute blocks in the backward pass. ValueError for an unknown merging.
     """
     patch = 2
-    stride = 32                                                                     # of the last map
 
-    def __init__(self, in_channels=1, feature_size=48, depths=(2, 2, 2, 2), num_heads=(3, 6, 12, 24), window_size=7,
-                 merging="monai", use_checkpoint=False):
+    def __init__(self, in_channels=1, feature_size=48, depths=(2, 2, 2, 2), num_heads=(3, 6, 12, 24),
+                 window_size=7, merging="monai", use_checkpoint=False):
         super().__init__()
-        if merging not in PatchMerging.orders:
-            raise ValueError(f"merging is {merging!r}, expected one of {list(PatchMerging.orders)}")
+        if merging not in MERGING_ORDERS:
+            raise ValueError(f"found merging {merging!r}, expected one of {list(MERGING_ORDERS)}")
         self.merging = merging
-        self.channels = [feature_size * 2 ** i for i in range(5)]
+        self.channels = [feature_size * 2 ** i for i in range(len(depths) + 1)]
+        self.stride = self.patch * 2 ** len(depths)                     # of the last map
         self.patch_embed = PatchEmbed(in_channels, feature_size)
-        for i, (depth, heads) in enumerate(zip(depths, num_heads)):
-            stage = SwinStage(self.channels[i], depth, heads, window_size, use_checkpoint)
-            setattr(self, f"layers{i + 1}", nn.ModuleList([stage]))
+        for i, (dim, depth, heads) in enumerate(zip(self.channels, depths, num_heads)):
+            blocks = [SwinBlock(dim, heads, window_size, k % 2 == 1, use_checkpoint) for k in range(depth)]
+            stage = nn.ModuleDict({"blocks": nn.ModuleList(blocks), "downsample": PatchMerging(dim)})
+            setattr(self, f"layers{i + 1}", nn.ModuleList([stage]))     # MONAI's names
         self.mask_token = nn.Parameter(torch.zeros(feature_size))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.register_load_state_dict_pre_hook(_optional_mask_token)
 
     def forward(self, x, mask=None):
-        """x (B, C_in, D, H, W), mask (B, 1, D, H, W) with 1 = masked voxel
-        -> 5 maps (B, C·2^i, D/2^(i+1), ...), i = 0..4. A patch with any masked voxel becomes the mask token."""
-        B, _, D, H, W = x.shape
-        x = self.patch_embed.proj(F.pad(x, (0, W % 2, 0, H % 2, 0, D % 2))).permute(0, 2, 3, 4, 1)   # (B, d, h, w, C)
+        """x (B, C_in, D, H, W), mask (B, 1, D, H, W) with 1 = masked -> maps (B, C·2^i, D/2^(i+1), ...)
+
+        A patch with any masked voxel becomes the mask token.
+        """
+        D, H, W = x.shape[2:]
+        x = self.patch_embed.proj(F.pad(x, (0, W % 2, 0, H % 2, 0, D % 2))).permute(0, 2, 3, 4, 1)
         if mask is not None:
-            masked = F.max_pool3d(mask.to(x.dtype), self.patch, ceil_mode=True)     # (B, 1, d, h, w)
-            x = torch.where(masked.permute(0, 2, 3, 4, 1) > 0, self.mask_token.to(x.dtype), x)
-        maps = [x]
-        for stages in (self.layers1, self.layers2, self.layers3, self.layers4):
-            stage = stages[0]
-            for block in stage.blocks:
+            mask = F.max_pool3d(mask.to(x.dtype), self.patch, ceil_mode=True)  # (B, 1, d, h, w)
+            x = torch.where(mask.permute(0, 2, 3, 4, 1) > 0, self.mask_token.to(x.dtype), x)
+        maps = [x]                                                      # (B, d, h, w, C)
+        for i in range(len(self.channels) - 1):
+            stage = getattr(self, f"layers{i + 1}")[0]
+            for block in stage["blocks"]:
                 x = block(x)
-            x = stage.downsample(x, self.merging)
+            x = stage["downsample"](x, self.merging)
             maps.append(x)
-        # NOTE(compat): a LayerNorm over channels without parameters on every map that leaves the encoder.
+        # NOTE(compat): every map that leaves the encoder passes a parameter-free LayerNorm.
         return [F.layer_norm(m, m.shape[-1:]).permute(0, 4, 1, 2, 3) for m in maps]
 
 
 class UNetEncoder(nn.Module):
-    """The contracting path of a plain 3D U-Net (Çiçek et al. 2016), the paper's second backbone: 5 levels, strides 1 to 16."""
+    """The contracting path of a plain 3D U-Net (Çiçek et al. 2016), the paper's second backbone."""
     stride = 16
 
     def __init__(self, in_channels=1, feature_size=32, use_checkpoint=False):
@@ -299,60 +302,63 @@ class UNetEncoder(nn.Module):
         self.register_load_state_dict_pre_hook(_optional_mask_token)
 
     def forward(self, x, mask=None):
-        """x (B, C_in, D, H, W), mask (B, 1, D, H, W) with 1 = masked -> 5 maps (B, C·2^i, D/2^i, ...), i = 0..4"""
-        if mask is not None:                            # no patches here: the token stands in for masked voxels
+        """x (B, C_in, D, H, W), mask (B, 1, D, H, W) with 1 = masked -> 5 maps (B, C·2^i, D/2^i, ...)"""
+        if mask is not None:                    # there are no patches: masked voxels become the token
             x = torch.where(mask > 0, self.mask_token.view(1, -1, 1, 1, 1).to(x.dtype), x)
         maps = []
         for i, level in enumerate(self.levels):
             x = F.max_pool3d(x, 2) if i else x
-            x = checkpoint(level, x, use_reentrant=False) if self.use_checkpoint and torch.is_grad_enabled() else level(x)
+            recompute = self.use_checkpoint and torch.is_grad_enabled()
+            x = checkpoint(level, x, use_reentrant=False) if recompute else level(x)
             maps.append(x)
         return maps
 
 
 ENCODERS = {"swin_b": functools.partial(SwinTransformer3D, feature_size=48),
             "swin_l": functools.partial(SwinTransformer3D, feature_size=96),
-            "swin_t": functools.partial(SwinTransformer3D, feature_size=12),        # for tests and the demo
+            "swin_t": functools.partial(SwinTransformer3D, feature_size=12),  # for tests and the demo
             "unet": UNetEncoder}
 
 
 def build_encoder(name, in_channels=1, **kwargs):
     """One of ENCODERS by name; kwargs go to its constructor. ValueError for an unknown name."""
     if name not in ENCODERS:
-        raise ValueError(f"unknown encoder {name!r}, expected one of {', '.join(ENCODERS)}")
+        raise ValueError(f"found the encoder {name!r}, expected one of {', '.join(ENCODERS)}")
     return ENCODERS[name](in_channels=in_channels, **kwargs)
 
 
-# ------------------------------------------------------------------------------------------------------- text
+# ------------------------------------------------------------------------------------------ text
 
 class TextEncoder(nn.Module):
-    """A frozen Hugging Face encoder with its fast tokenizer: a hub name or a local folder, BERT- or RoBERTa-like.
+    """A frozen BERT- or RoBERTa-like Hugging Face encoder with its fast tokenizer: hub name or folder.
 
-    Frozen means: no gradient, no dropout, whatever mode the model around it is in. ValueError, naming the folder, where
-    there is no such model, no weights, or no fast tokenizer.
+    Frozen means no gradient and no dropout, whatever the mode of the model around it. ValueError,
+    naming the folder, without such a model, with weights missing, or without a fast tokenizer.
     """
 
     def __init__(self, name):
         super().__init__()
-        from transformers import AutoModel, AutoTokenizer    # slow to import, and needed here alone
+        from transformers import AutoModel, AutoTokenizer  # slow to import, and needed only here
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False)
-            self.bert, loading = AutoModel.from_pretrained(name, trust_remote_code=False, output_loading_info=True)
+            self.bert, info = AutoModel.from_pretrained(name, trust_remote_code=False,
+                                                        output_loading_info=True)
         except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
-            raise ValueError(f"text encoder {name}: expected a Hugging Face encoder with its tokenizer and weights, "
-                             f"a hub name or a local folder; found: {error}") from None
-        self.bert.float()                               # files in half precision come as they are; autocast lowers what it likes
+            raise ValueError(f"text encoder {name}: expected a Hugging Face encoder with its tokenizer "
+                             f"and weights, a hub name or a local folder; found: {error}") from None
+        self.bert.float()                       # files may be in half precision; autocast casts by itself
         if not self.tokenizer.is_fast:
-            raise ValueError(f"text encoder {name}: expected a fast tokenizer (tokenizer.json), which tells words apart")
-        missing = [key for key in loading["missing_keys"] if "pooler" not in key]     # the pooler is not used
+            raise ValueError(f"text encoder {name}: found a slow tokenizer, expected a fast one "
+                             "(tokenizer.json), which knows where words begin and end")
+        missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)  # which is not used
         if missing:
-            raise ValueError(f"text encoder {name}: {len(missing)} weights are missing from the file, among them "
-                             f"{sorted(missing)[:3]}")
+            raise ValueError(f"text encoder {name}: {len(missing)} weights are missing from the file, "
+                             f"among them {missing[:3]}")
         self.name = name
         self.width = self.bert.config.hidden_size
         self.vocab_size = len(self.tokenizer)
-        around = {self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, self.tokenizer.pad_token_id} - {None}
-        self.register_buffer("no_word_ids", torch.tensor(sorted(around)))            # what stands around words
+        special = {self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, self.tokenizer.pad_token_id}
+        self.register_buffer("special_ids", torch.tensor(sorted(special - {None})))
         self.requires_grad_(False)
         self.eval()
 
@@ -365,55 +371,31 @@ class TextEncoder(nn.Module):
         return self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
     def encode_sentences(self, input_ids, attention_mask):
-        """T sentences encoded one by one: (T, L), (T, L) -> mean of the word features of each (T, E_t)"""
-        belongs = torch.isin(input_ids, self.no_word_ids).long().neg()              # 0 = word, -1 = none
-        return sentence_mean(self(input_ids, attention_mask), belongs, 1).squeeze(1)
-
-
-def make_demo_text_encoder(folder, reports, seed=0):
-    """Write a small BERT for the demo to a folder: a vocabulary of the reports' words, random frozen weights, no network.
-
-    Random features keep what matters here: equal words have equal features, so similar sentences stay similar.
-    """
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
-    words = {word for report in reports for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(report))}
-    vocabulary = {word: i for i, word in enumerate(special + sorted(words))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **names).save_pretrained(folder)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        bert = BertModel(BertConfig(vocab_size=len(vocabulary), hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
-                                    intermediate_size=256, max_position_embeddings=512))
-        with torch.no_grad():                           # words weigh more than places, so that order does not drown them
-            bert.embeddings.word_embeddings.weight *= 5
-    bert.save_pretrained(folder)
+        """T sentences encoded one by one: (T, L), (T, L) -> mean of their word features (T, E_t)"""
+        sentence_ids = -torch.isin(input_ids, self.special_ids).long()  # 0 = word, -1 = none
+        return sentence_mean(self(input_ids, attention_mask), sentence_ids, 1).squeeze(1)
 
 
 def sentence_mean(words, sentence_ids, num_sentences):
-    """Mean of the word features of each sentence: words (B, L, E), sentence_ids (B, L), -1 = none -> (B, S, E)"""
-    belongs = sentence_ids[:, None] == torch.arange(num_sentences, device=words.device)[:, None]      # (B, S, L)
-    belongs = belongs.to(words.dtype)
-    return belongs @ words / belongs.sum(-1, keepdim=True).clamp(min=1)
+    """Mean word feature of each sentence: words (B, L, E), sentence_ids (B, L), -1 = none -> (B, S, E)"""
+    numbers = torch.arange(num_sentences, device=words.device)
+    is_member = (sentence_ids[:, None] == numbers[:, None]).to(words.dtype)  # (B, S, L)
+    return is_member @ words / is_member.sum(-1, keepdim=True).clamp(min=1)
 
 
-# ----------------------------------------------------------------------------------------------------- fusion
+# ---------------------------------------------------------------------------------------- fusion
 
-def _heads(x, num_heads):
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)                         # (B, L, E) -> (B, heads, L, d)
+def _split_heads(x, num_heads):
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)     # (B, L, E) -> (B, heads, L, d)
 
 
 class FusionAttention(nn.Module):
-    """The paper's cross-modal attention, Eq. (1, 3), Fig. 4b: the dominant modality gives keys and values, the guide queries.
+    """The paper's cross-modal attention, Eq. (1, 3), Fig. 4b: guide tokens are queries, dominant tokens
+    keys and values.
 
-    Every guide token makes its own attention map over the dominant tokens, the map weighs the values one by one, and the
-    weighted copies are averaged over the guide. As the values do not depend on the guide token, that is the averaged map
-    times the values, so no (guide × dominant × E) tensor is made.
+    Every guide token makes its own attention map over the dominant tokens, the map weighs the values
+    one by one, and the weighted copies are averaged over the guide. As the values do not depend on the
+    guide token, that is the averaged map times the values: no (guide × dominant × E) tensor is made.
     """
 
     def __init__(self, dim, num_heads):
@@ -422,28 +404,32 @@ class FusionAttention(nn.Module):
         self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
 
     def forward(self, dominant, guide, dominant_mask=None, guide_mask=None):
-        """dominant (B, N, E), guide (B, G, E), masks (B, N) and (B, G) with True = real token -> (B, N, E)"""
+        """dominant (B, N, E), guide (B, G, E), masks (B, N) and (B, G), True = real -> (B, N, E)"""
         B, N, _ = dominant.shape
-        q, k, v = (_heads(x, self.num_heads) for x in (self.query(guide), self.key(dominant), self.value(dominant)))
-        scores = q @ k.mT * q.shape[-1] ** -0.5                                     # (B, heads, G, N)
+        q = _split_heads(self.query(guide), self.num_heads)             # (B, heads, G, d)
+        k = _split_heads(self.key(dominant), self.num_heads)            # (B, heads, N, d)
+        v = _split_heads(self.value(dominant), self.num_heads)
+        scores = q @ k.mT * q.shape[-1] ** -0.5                         # (B, heads, G, N)
         if dominant_mask is not None:
             scores = scores.masked_fill(~dominant_mask[:, None, None], torch.finfo(scores.dtype).min)
-        maps = scores.softmax(-1)                                                   # one map for each guide token
+        maps = scores.softmax(-1)                                       # one a guide token
         if guide_mask is None:
-            attention = maps.mean(2)                                                # (B, heads, N)
+            attention = maps.mean(2)                                    # (B, heads, N)
         else:
-            weight = guide_mask / guide_mask.sum(-1, keepdim=True).clamp(min=1)     # (B, G), adds up to 1
+            weight = guide_mask / guide_mask.sum(-1, keepdim=True).clamp(min=1)  # (B, G), sums to 1
             attention = torch.einsum("bhgn,bg->bhn", maps, weight.to(maps.dtype))
-        # NOTE(paper): a map adds up to 1 over N tokens and would shrink the values N-fold; times N, uniform attention
-        # leaves them as they are.
-        real = N if dominant_mask is None else dominant_mask.sum(-1).view(B, 1, 1)
-        fused = (attention * real).to(v.dtype)[..., None] * v                       # (B, heads, N, d)  Eq. (1, 3)
+        # NOTE(paper): a map sums to 1 over N tokens and would shrink the values N-fold. Times N,
+        # uniform attention leaves them as they are.
+        count = N if dominant_mask is None else dominant_mask.sum(-1).view(B, 1, 1)
+        fused = (attention * count).to(v.dtype)[..., None] * v          # Eq. (1, 3)
         return self.out(fused.transpose(1, 2).flatten(2))
 
 
 class ClassicalAttention(nn.Module):
-    """Ordinary cross attention, Fig. 4a: dominant tokens are queries, guide tokens keys and values. With itself as the
-    guide it is self-attention. `query_dim` is the width of the dominant tokens, where it is not `dim`."""
+    """Ordinary cross attention, Fig. 4a: dominant tokens are queries, guide tokens keys and values.
+
+    With the dominant tokens as their own guide it is self-attention. query_dim: their width if not `dim`.
+    """
 
     def __init__(self, dim, num_heads, query_dim=None):
         super().__init__()
@@ -452,11 +438,19 @@ class ClassicalAttention(nn.Module):
         self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(3))
 
     def forward(self, dominant, guide, dominant_mask=None, guide_mask=None):
-        """dominant (B, N, E), guide (B, G, E), masks True = real token -> (B, N, E). Padded queries go their way unused."""
-        q, k, v = (_heads(x, self.num_heads) for x in (self.query(dominant), self.key(guide), self.value(guide)))
+        """The arguments of FusionAttention -> (B, N, E); outputs at padded queries mean nothing"""
+        q = _split_heads(self.query(dominant), self.num_heads)          # (B, heads, N, d)
+        k = _split_heads(self.key(guide), self.num_heads)               # (B, heads, G, d)
+        v = _split_heads(self.value(guide), self.num_heads)
         mask = None if guide_mask is None else guide_mask[:, None, None]
-        fused = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)             # (B, heads, N, d)
+        fused = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, N, d)
         return self.out(fused.transpose(1, 2).flatten(2))
+
+    def maps(self, dominant, guide):
+        """The attention itself, for pictures: (B, N, E), (B, G, E) -> (B, heads, N, G), sums to 1"""
+        q = _split_heads(self.query(dominant), self.num_heads)
+        k = _split_heads(self.key(guide), self.num_heads)
+        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
 
 
 class FusionLayer(nn.Module):
@@ -466,18 +460,20 @@ class FusionLayer(nn.Module):
         super().__init__()
         self.norm1, self.norm2, self.norm_guide, self.norm3 = (nn.LayerNorm(dim) for _ in range(4))
         self.self_attention = ClassicalAttention(dim, num_heads)
-        self.cross_attention = {"proposed": FusionAttention, "classical": ClassicalAttention}[attention](dim, num_heads)
+        cross_attention = {"proposed": FusionAttention, "classical": ClassicalAttention}[attention]
+        self.cross_attention = cross_attention(dim, num_heads)
         self.mlp = MLP(dim, 4 * dim)
 
     def forward(self, x, guide, mask=None, guide_mask=None):
         y = self.norm1(x)
         x = x + self.self_attention(y, y, mask, mask)
         x = x + self.cross_attention(self.norm2(x), self.norm_guide(guide), mask, guide_mask)
-        return x + self.mlp(self.norm3(x))                                          # (B, N, E)
+        return x + self.mlp(self.norm3(x))                              # (B, N, E)
 
 
 class Fusion(nn.Module):
-    """A stack of fusion layers with a final norm. NOTE(paper): no dropout, of which the paper says nothing."""
+    """A stack of fusion layers with a final norm."""
+    # NOTE(paper): silent on dropout; there is none.
 
     def __init__(self, dim, num_layers, num_heads, attention):
         super().__init__()
@@ -492,162 +488,181 @@ class Fusion(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Self-attention pooling: tokens weighted by a softmax of their own scores. (B, S, E), (B, S) -> (B, E)"""
-    # NOTE(paper): "a self-attention pooling layer" is all it says; this is the additive form of Lin et al. 2017.
+    """Self-attention pooling: tokens weighted by a softmax of their own scores."""
+    # NOTE(paper): it says no more than "a self-attention pooling layer"; this is the additive form of
+    # Lin et al. 2017.
 
     def __init__(self, dim):
         super().__init__()
         self.score = nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, 1))
 
     def forward(self, x, mask):
-        score = self.score(x).squeeze(-1).float().masked_fill(~mask, torch.finfo(torch.float32).min)   # (B, S)
-        return torch.einsum("bs,bse->be", score.softmax(-1).to(x.dtype), x)
+        """x (B, S, E), mask (B, S) -> (B, E)"""
+        score = self.score(x).squeeze(-1).float()                       # (B, S)
+        weight = score.masked_fill(~mask, torch.finfo(torch.float32).min).softmax(-1)
+        return torch.einsum("bs,bse->be", weight.to(x.dtype), x)
 
 
 class VolumeDecoder(nn.Module):
-    """Fused tokens to a volume: 3×3×3 convolutions, each followed by ×2 trilinear up-sampling, to full size."""
-    # NOTE(paper): no norm is named. One over all channels keeps their ratios; a norm of each channel by itself would leave
-    # no more than signs of a map of two voxels, and nothing of one.
+    """Fused tokens to a volume: 3×3×3 convolutions, each followed by ×2 trilinear up-sampling."""
+    # NOTE(paper): no norm is named. One over all channels keeps their ratios; one for each channel would
+    # leave only signs of a map of two voxels, and nothing of a map of one.
 
     def __init__(self, dim, stride):
         super().__init__()
-        widths = [max(dim // 2 ** i, 8) for i in range(stride.bit_length())]        # halved with every doubling in size
+        self.stride = stride
+        widths = [max(dim // 2 ** i, 8) for i in range(stride.bit_length())]  # halved as the size doubles
         self.layers = nn.ModuleList(
             nn.Sequential(nn.Conv3d(c_in, c, 3, padding=1), nn.GroupNorm(1, c), nn.LeakyReLU(0.1),
                           nn.Upsample(scale_factor=2, mode="trilinear", align_corners=False))
-            for c_in, c in zip(widths, widths[1:]))
+            for c_in, c in itertools.pairwise(widths))
         self.out = nn.Conv3d(widths[-1], 1, 3, padding=1)
 
     def forward(self, tokens, size):
-        """tokens (B, d·h·w, E), size (d, h, w) -> (B, 1, D, H, W)"""
-        x = tokens.mT.unflatten(-1, size)                                           # (B, E, d, h, w)
+        """tokens (B, d·h·w, E), size (D, H, W) -> (B, 1, D, H, W)"""
+        x = tokens.mT.unflatten(-1, [side // self.stride for side in size])     # (B, E, d, h, w)
         for layer in self.layers:
             x = layer(x)
         return self.out(x)
 
 
-# ------------------------------------------------------------------------------------------------------- MG3D
+# ------------------------------------------------------------------------------------------ MG3D
+
+def in_one_pass(module, *calls):
+    """Several calls of a module, tuples of arguments (B, ...), as one call with one large batch.
+
+    Returns the output of each call. A call that is False is not made; its output is None.
+    """
+    made = [call for call in calls if call]
+    arguments = [None if column[0] is None else torch.cat(column) for column in zip(*made)]
+    outputs = iter(module(*arguments).chunk(len(made)) if made else ())
+    return [next(outputs) if call else None for call in calls]
+
 
 class MG3D(nn.Module):
-    """The pre-training model. `losses` names the enabled ones of LOSSES: only what they need is built and computed.
+    """The pre-training model. Only what the enabled `losses` need is built and computed.
 
-    encoder: from `build_encoder`; text_encoder: a frozen `TextEncoder`; embed_dim E; guidance of the image-dominant stack
-    by "sentence" or "word"; mim_attention and mlm_attention "proposed" or "classical".
+    losses: some of LOSSES; embed_dim: E, a multiple of num_heads or ValueError; guidance of the
+    image-dominant stack: "sentence" or "word"; mim_attention, mlm_attention: "proposed" or "classical".
     NOTE(paper): depth, heads and width of the fusion are not given; 2 layers, 12 heads, 768.
     """
 
-    def __init__(self, encoder, text_encoder, losses=LOSSES[:6], embed_dim=768, num_layers=2, num_heads=12,
-                 guidance="sentence", mim_attention="proposed", mlm_attention="proposed"):
+    def __init__(self, encoder, text_encoder, losses=LOSSES[:6], embed_dim=768, num_layers=2,
+                 num_heads=12, guidance="sentence", mim_attention="proposed", mlm_attention="proposed"):
         super().__init__()
         if embed_dim % num_heads:
-            raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
+            raise ValueError(f"found embed_dim {embed_dim}, expected a multiple of num_heads {num_heads}")
         self.losses, self.guidance = frozenset(losses), guidance
         self.encoder, self.text_encoder = encoder, text_encoder
 
-        def keep(module, *needed_by):
-            # Every part is made and then kept or dropped: one loss more or less leaves the others' first weights alone.
-            return module if self.losses & set(needed_by) else None
+        def needed_by(names, module):
+            # Build every part, then drop the unneeded: initial weights must not depend on which
+            # losses are on.
+            return module if self.losses.intersection(names.split()) else None
 
-        self.image_proj = nn.Linear(encoder.channels[-1], embed_dim)
-        self.text_proj = keep(nn.Linear(text_encoder.width, embed_dim), "mim", "mlm", "sfr", "cml", "clip")
-        self.image_fusion = keep(Fusion(embed_dim, num_layers, num_heads, mim_attention), "mim", "cml")
-        self.text_fusion = keep(Fusion(embed_dim, num_layers, num_heads, mlm_attention), "mlm", "sfr", "cml")
-        self.text_pool = keep(AttentionPool(embed_dim), "cml", "clip")
-        self.mim_decoder = keep(VolumeDecoder(embed_dim, encoder.stride), "mim")
-        self.mlm_head = keep(nn.Sequential(nn.Linear(embed_dim, embed_dim), nn.GELU(), nn.LayerNorm(embed_dim)), "mlm", "sfr")
-        self.mlm_vocabulary = keep(nn.Linear(embed_dim, text_encoder.vocab_size), "mlm")
-        self.sentence_attention = keep(ClassicalAttention(embed_dim, num_heads, query_dim=text_encoder.width), "ssm", "dfa")
-        self.visual_sentence_pool = keep(AttentionPool(embed_dim), "dfa")
+        E, E_t, V = embed_dim, text_encoder.width, text_encoder.vocab_size
+        self.image_proj = nn.Linear(encoder.channels[-1], E)
+        self.text_proj = needed_by("mim mlm sfr cml clip", nn.Linear(E_t, E))
+        self.image_fusion = needed_by("mim cml", Fusion(E, num_layers, num_heads, mim_attention))
+        self.text_fusion = needed_by("mlm sfr cml", Fusion(E, num_layers, num_heads, mlm_attention))
+        self.text_pool = needed_by("cml clip", AttentionPool(E))
+        self.mim_decoder = needed_by("mim", VolumeDecoder(E, encoder.stride))
+        self.mlm_head = needed_by("mlm sfr", nn.Sequential(nn.Linear(E, E), nn.GELU(), nn.LayerNorm(E)))
+        self.mlm_vocabulary = needed_by("mlm", nn.Linear(E, V))
+        self.sentence_attention = needed_by("ssm dfa", ClassicalAttention(E, num_heads, query_dim=E_t))
+        self.visual_sentence_pool = needed_by("dfa", AttentionPool(E))
         encoder.mask_token.requires_grad_("mim" in self.losses)
 
     def encode_image(self, volume, mask=None):
         """(B, 1, D, H, W) -> visual tokens (B, N, E); their mean over N is the global feature"""
         return self.image_proj(self.encoder(volume, mask)[-1].flatten(2).mT)
 
+    def encode_words(self, input_ids, attention_mask):
+        """(B, L), (B, L) -> projected word features (B, L, E)"""
+        return self.text_proj(self.text_encoder(input_ids, attention_mask))
+
     def encode_text(self, input_ids, attention_mask, sentence_ids, sentence_mask):
         """(B, L) each, sentence_mask (B, S) -> global report feature (B, E)"""
-        words = self.text_proj(self.text_encoder(input_ids, attention_mask))
+        words = self.encode_words(input_ids, attention_mask)
         return self.text_pool(sentence_mean(words, sentence_ids, sentence_mask.shape[1]), sentence_mask)
 
+    def sentence_features(self, batch, F_I):
+        """F_S* (B, S, E_t), frozen and unprojected, and H_S (B, S, E), the visual feature of each sentence"""
+        features = self.text_encoder.encode_sentences(batch["single_ids"], batch["single_mask"])  # (ΣS, E_t)
+        F_S_star = features.new_zeros(*batch["sentence_mask"].shape, features.shape[-1])
+        F_S_star[batch["sentence_mask"]] = features
+        # NOTE(paper): the only key of Eq. (11) is the pooled vector of the volume. A softmax over one key
+        # is 1: H_S would not depend on the sentence. Here keys and values are the N tokens of the volume.
+        return F_S_star, self.sentence_attention(F_S_star, F_I)         # Eq. (11)
+
     def forward(self, batch):
-        """A batch of `data.collate` -> a dict with what the enabled losses compare, named as their arguments are."""
-        on = self.losses.__contains__
+        """A batch of `data.collate` -> what the enabled losses compare, a dict by their names for it.
+
+        The paper's letters: I image, T text, S sentences; F features, M masked, H fused with the other
+        modality. Tokens are capitals, `_bar` marks pooled vectors (B, E)."""
+        mim, mlm, sfr, cml, ssm, dfa, clip = (name in self.losses for name in LOSSES)
         volume, word_mask = batch["volume"], batch["attention_mask"].bool()
-        sentence_ids, sentence_mask = batch["sentence_ids"], batch["sentence_mask"]
-        B, S = len(volume), sentence_mask.shape[1]
+        sentence_mask = batch["sentence_mask"]
+        sentence_ids, S = batch["sentence_ids"], sentence_mask.shape[1]
         by_sentence = functools.partial(sentence_mean, sentence_ids=sentence_ids, num_sentences=S)
         out = {}
 
-        # Visual tokens F_I of the whole volume and I_M of the masked one; the two passes share a batch.
-        whole, masked = bool(self.losses - {"mim"}), on("mim")
-        volumes, masks = torch.cat([volume] * (whole + masked)), None
-        if masked:
-            masks = torch.cat([torch.zeros_like(batch["volume_mask"])] * whole + [batch["volume_mask"]])
-        tokens = self.encode_image(volumes, masks)
-        f_i, i_m = (tokens[:B] if whole else None), (tokens[-B:] if masked else None)           # (B, N, E)
-
-        # Word features F_T, their sentence means F_S, and T_M of the masked report.
+        # Visual tokens of the whole volume, F_I, and of the masked volume, I_M: (B, N, E).
+        no_mask = torch.zeros_like(batch["volume_mask"]) if mim else None
+        F_I, I_M = in_one_pass(self.encode_image, self.losses - {"mim"} and (volume, no_mask),
+                               mim and (volume, batch["volume_mask"]))
+        # Words of the report, F_T, and of the masked report, T_M: (B, L, E). Sentences F_S: (B, S, E).
         if self.text_proj is not None:
-            f_t = self.text_proj(self.text_encoder(batch["input_ids"], batch["attention_mask"]))           # (B, L, E)
-            f_s = by_sentence(f_t)                                                                          # (B, S, E)
-        if self.mlm_head is not None:
-            t_m = self.text_proj(self.text_encoder(batch["masked_ids"], batch["attention_mask"]))          # (B, L, E)
+            F_T = self.encode_words(batch["input_ids"], batch["attention_mask"])
+            F_S = by_sentence(F_T)
+        if mlm or sfr:
+            T_M = self.encode_words(batch["masked_ids"], batch["attention_mask"])
 
-        # Image-dominant fusion of I_M (for MIM) and of F_I (for CML), again in one batch: Eq. (1).
-        if self.image_fusion is not None:
-            guide, guide_mask = (f_s, sentence_mask) if self.guidance == "sentence" else (f_t, sentence_ids >= 0)
-            dominant = ([i_m] if on("mim") else []) + ([f_i] if on("cml") else [])
-            fused = self.image_fusion(torch.cat(dominant), torch.cat([guide] * len(dominant)), None,
-                                      torch.cat([guide_mask] * len(dominant)))
-            if on("mim"):
-                size = [side // self.encoder.stride for side in volume.shape[2:]]
-                out["recon"] = self.mim_decoder(fused[:B], size)                                # (B, 1, D, H, W)
-            if on("cml"):
-                out["h_i"] = fused[-B:].mean(1)                                                 # (B, E)
+        # Image-dominant fusion, Eq. (1): sentences guide I_M for MIM and F_I for CML.
+        if mim or cml:
+            guide = (F_T, None, sentence_ids >= 0) if self.guidance == "word" else (F_S, None, sentence_mask)
+            H_IM, H_I = in_one_pass(self.image_fusion, mim and (I_M, *guide), cml and (F_I, *guide))
+        if mim:
+            out["recon"] = self.mim_decoder(H_IM, volume.shape[2:])     # (B, 1, D, H, W)
 
-        # Text-dominant fusion of T_M (for MLM and SFR) and of F_T (for CML): Eq. (3).
-        if self.text_fusion is not None:
-            dominant = ([t_m] if self.mlm_head is not None else []) + ([f_t] if on("cml") else [])
-            fused = self.text_fusion(torch.cat(dominant), torch.cat([f_i] * len(dominant)),
-                                     torch.cat([word_mask] * len(dominant)), None)
-            if self.mlm_head is not None:
-                rebuilt = self.mlm_head(fused[:B])                                              # (B, L, E)
-            if on("mlm"):
-                chosen = batch["mlm_labels"] != -100
-                out["logits"], out["mlm_labels"] = self.mlm_vocabulary(rebuilt[chosen]), batch["mlm_labels"][chosen]  # (M, V), (M,)
-            if on("sfr"):
-                # NOTE(paper): the target is F_S in the width of the fusion, so after the projection, without a gradient.
-                out["rebuilt"], out["sentences"] = by_sentence(rebuilt), f_s.detach()           # (B, S, E)
-            if on("cml"):
-                out["h_t"] = self.text_pool(by_sentence(fused[-B:]), sentence_mask)             # (B, E)
+        # Text-dominant fusion, Eq. (3): visual tokens guide T_M for MLM and SFR and F_T for CML.
+        if mlm or sfr or cml:
+            guide = (F_I, word_mask, None)
+            H_TM, H_T = in_one_pass(self.text_fusion, (mlm or sfr) and (T_M, *guide), cml and (F_T, *guide))
+        if mlm or sfr:
+            rebuilt = self.mlm_head(H_TM)                               # (B, L, E)
+        if mlm:
+            masked = batch["mlm_labels"] != -100
+            out["mlm_labels"] = batch["mlm_labels"][masked]             # (M,)
+            out["logits"] = self.mlm_vocabulary(rebuilt[masked])        # (M, V)
+        if sfr:
+            # NOTE(paper): the target is F_S in the width of the fusion: projected, without a gradient.
+            out["rebuilt"], out["sentences"] = by_sentence(rebuilt), F_S.detach()
 
-        # Global features: volumes by average, reports by self-attention pooling.
-        if on("cml") or on("dfa") or on("clip"):
-            out["f_i"] = f_i.mean(1)                                                            # (B, E)
-        if on("cml") or on("clip"):
-            out["f_t"] = self.text_pool(f_s, sentence_mask)                                     # (B, E)
-
-        # Sentence-specific visual features H_S.
-        # NOTE(paper): Eq. (11) has the one pooled vector of the volume as its only key: a softmax over one key is 1 and
-        # H_S would not depend on the sentence. Keys and values are therefore the N tokens of the whole volume.
-        if self.sentence_attention is not None:
-            alone = self.text_encoder.encode_sentences(batch["single_ids"], batch["single_mask"])   # (ΣS, E_t)
-            f_s_alone = alone.new_zeros(B, S, alone.shape[-1])
-            f_s_alone[sentence_mask] = alone                                                    # (B, S, E_t)
-            h_s = self.sentence_attention(f_s_alone, f_i)                                       # (B, S, E)  Eq. (11)
-            if on("ssm"):
-                out["text_sentences"], out["visual_sentences"] = f_s_alone, h_s
-            if on("dfa"):
-                out["h_s"] = self.visual_sentence_pool(h_s, sentence_mask)                      # (B, E)
+        # Global features: averages of visual tokens, self-attention pooling of sentences.
+        if cml:
+            out["h_i"] = H_I.mean(1)                                    # H_I_bar
+            out["h_t"] = self.text_pool(by_sentence(H_T), sentence_mask)  # H_T_bar
+        if cml or dfa or clip:
+            out["f_i"] = F_I.mean(1)                                    # F_I_bar
+        if cml or clip:
+            out["f_t"] = self.text_pool(F_S, sentence_mask)             # F_T_bar
+        # Sentences encoded one by one, F_S* (B, S, E_t), and their visual features H_S (B, S, E).
+        if ssm or dfa:
+            F_S_star, H_S = self.sentence_features(batch, F_I)
+        if ssm:
+            out["text_sentences"], out["visual_sentences"] = F_S_star, H_S
+        if dfa:
+            out["h_s"] = self.visual_sentence_pool(H_S, sentence_mask)  # H_S_bar
         return out
 
 
-# -------------------------------------------------------------------------------------- heads of the nine tasks
-# Each holds its `encoder`, which `load_weights` fills from a pre-trained file. Nothing is masked here, so the mask token,
-# which would never have a gradient, does not ask for one.
+# ------------------------------------------------------------------------- heads of the nine tasks
+# Each holds its `encoder`, which `load_weights` fills from a pre-trained file. Nothing is masked here:
+# the mask token would never have a gradient, and must not ask for one.
 
 class Classifier(nn.Module):
-    """Average pooling of the last map, LayerNorm, one linear layer: volume (B, 1, D, H, W) -> logits (B, K)"""
+    """Average pooling of the last map, LayerNorm, one linear layer."""
 
     def __init__(self, encoder, num_classes):
         super().__init__()
@@ -657,11 +672,12 @@ class Classifier(nn.Module):
         encoder.mask_token.requires_grad_(False)
 
     def forward(self, volume):
+        """(B, 1, D, H, W) -> logits (B, K)"""
         return self.head(self.norm(self.encoder(volume)[-1].mean((2, 3, 4))))
 
 
-def _under(name, module):
-    """A module under one more name, as MONAI's weights have it"""
+def _named(name, module):
+    """A module under one more name, as MONAI's state dicts have it"""
     return nn.Sequential(OrderedDict({name: module}))
 
 
@@ -670,12 +686,12 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.conv1 = _under("conv", nn.Conv3d(c_in, c_out, 3, padding=1, bias=False))
-        self.conv2 = _under("conv", nn.Conv3d(c_out, c_out, 3, padding=1, bias=False))
-        self.conv3 = _under("conv", nn.Conv3d(c_in, c_out, 1, bias=False)) if c_in != c_out else None
+        self.conv1 = _named("conv", nn.Conv3d(c_in, c_out, 3, padding=1, bias=False))
+        self.conv2 = _named("conv", nn.Conv3d(c_out, c_out, 3, padding=1, bias=False))
+        self.conv3 = _named("conv", nn.Conv3d(c_in, c_out, 1, bias=False)) if c_in != c_out else None
 
     def forward(self, x):
-        def norm(x):                                    # of each channel over the volume; a map of one voxel becomes 0
+        def norm(x):                            # each channel over its voxels; a single voxel becomes 0
             return F.layer_norm(x, x.shape[2:])
         shortcut = x if self.conv3 is None else norm(self.conv3(x))
         x = norm(self.conv2(F.leaky_relu(norm(self.conv1(x)), 0.01)))
@@ -687,7 +703,7 @@ class UpBlock(nn.Module):
 
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.transp_conv = _under("conv", nn.ConvTranspose3d(c_in, c_out, 2, stride=2, bias=False))
+        self.transp_conv = _named("conv", nn.ConvTranspose3d(c_in, c_out, 2, stride=2, bias=False))
         self.conv_block = ResBlock(2 * c_out, c_out)
 
     def forward(self, x, skip):
@@ -695,31 +711,29 @@ class UpBlock(nn.Module):
 
 
 class SwinUNETR(nn.Module):
-    """A Swin encoder with the decoder of Swin UNETR (Hatamizadeh et al. 2022): MONAI's names, numbers and order.
-
-    volume (B, 1, D, H, W) with sides that are multiples of 32 -> logits (B, out_channels, D, H, W). ValueError for an encoder
-    that is no Swin and for other sides.
-    """
+    """A Swin encoder and the decoder of Swin UNETR (Hatamizadeh et al. 2022), MONAI's names and numbers"""
 
     def __init__(self, encoder, out_channels):
         super().__init__()
-        if not isinstance(encoder, SwinTransformer3D):
-            raise ValueError(f"found the encoder {type(encoder).__name__}, expected a SwinTransformer3D: this decoder needs its "
-                             "maps")
+        if not isinstance(encoder, SwinTransformer3D) or encoder.stride != 32:
+            raise ValueError(f"found the encoder {type(encoder).__name__}, expected a SwinTransformer3D of "
+                             "4 stages: this decoder needs its maps")
         self.encoder = encoder
-        c = encoder.channels                                                        # widths of the maps: C, 2C, 4C, 8C, 16C
-        self.encoder1 = _under("layer", ResBlock(encoder.patch_embed.proj.in_channels, c[0]))
-        self.encoder2, self.encoder3, self.encoder4 = (_under("layer", ResBlock(n, n)) for n in c[:3])
-        self.encoder10 = _under("layer", ResBlock(c[4], c[4]))
-        self.decoder5, self.decoder4, self.decoder3, self.decoder2 = (UpBlock(c[i], c[i - 1]) for i in (4, 3, 2, 1))
+        c = encoder.channels                                            # C, 2C, 4C, 8C, 16C
+        self.encoder1 = _named("layer", ResBlock(encoder.patch_embed.proj.in_channels, c[0]))
+        self.encoder2, self.encoder3, self.encoder4 = (_named("layer", ResBlock(n, n)) for n in c[:3])
+        self.encoder10 = _named("layer", ResBlock(c[4], c[4]))
+        self.decoder5, self.decoder4 = UpBlock(c[4], c[3]), UpBlock(c[3], c[2])
+        self.decoder3, self.decoder2 = UpBlock(c[2], c[1]), UpBlock(c[1], c[0])
         self.decoder1 = UpBlock(c[0], c[0])
-        self.out = _under("conv", _under("conv", nn.Conv3d(c[0], out_channels, 1)))
+        self.out = _named("conv", _named("conv", nn.Conv3d(c[0], out_channels, 1)))
         encoder.mask_token.requires_grad_(False)
 
     def forward(self, volume):
+        """(B, 1, D, H, W) -> logits (B, out_channels, D, H, W)"""
         if any(side % 32 for side in volume.shape[2:]):
-            raise ValueError(f"found a volume of {tuple(volume.shape[2:])} voxels, expected sides that are multiples of 32")
-        maps = self.encoder(volume)                                                 # strides 2, 4, 8, 16, 32
+            raise ValueError(f"found a volume of {tuple(volume.shape[2:])} voxels, expected multiples of 32")
+        maps = self.encoder(volume)                                     # strides 2, 4, 8, 16, 32
         x = self.decoder5(self.encoder10(maps[4]), maps[3])
         x = self.decoder4(x, self.encoder4(maps[2]))
         x = self.decoder3(x, self.encoder3(maps[1]))
@@ -728,10 +742,10 @@ class SwinUNETR(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Causal self-attention, attention to contexts whose keys and values are given, feed-forward; pre-norm, residual.
+    """Causal self-attention, attention to contexts, feed-forward; pre-norm, residual.
 
-    Each context has a softmax of its own: beside 60 slots of memory in the same softmax, one visual token would have a 61st of
-    the weight at first, and the image would hardly be heard.
+    A context is a pair of keys and values, and has its own softmax: in one softmax with the 60 slots
+    of the memory, a single visual token would start with 1/61 of the weight and little influence.
     """
 
     def __init__(self, dim, num_heads, dropout):
@@ -744,31 +758,31 @@ class DecoderLayer(nn.Module):
 
     def context(self, x):
         """(B, M, E) -> keys and values (B, heads, M, d)"""
-        return _heads(self.key(x), self.num_heads), _heads(self.value(x), self.num_heads)
+        return _split_heads(self.key(x), self.num_heads), _split_heads(self.value(x), self.num_heads)
 
     def forward(self, x, contexts, past=None):
-        """x (B, L, E), or (B, 1, E) where `past` holds keys and values of the tokens before; contexts: pairs of keys and values
-        -> x, all keys and values"""
-        q, k, v = (_heads(y, self.num_heads) for y in self.qkv(self.norm1(x)).chunk(3, dim=-1))     # (B, heads, L, d)
+        """x (B, L, E), or (B, 1, E) after `past` -> x, the keys and values of all tokens so far"""
+        q, k, v = (_split_heads(y, self.num_heads) for y in self.qkv(self.norm1(x)).chunk(3, dim=-1))
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=past is None)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=past is None)  # (B, heads, L, d)
         x = x + self.dropout(self.self_out(y.transpose(1, 2).flatten(2)))
-        q = _heads(self.query(self.norm2(x)), self.num_heads)
-        y = sum(F.scaled_dot_product_attention(q, k, v) for k, v in contexts)
+        q = _split_heads(self.query(self.norm2(x)), self.num_heads)
+        y = sum(F.scaled_dot_product_attention(q, *keys_values) for keys_values in contexts)
         x = x + self.dropout(self.cross_out(y.transpose(1, 2).flatten(2)))
         return x + self.dropout(self.mlp(self.norm3(x))), (k, v)
 
 
 class ReportGenerator(nn.Module):
-    """Knowledge-enhanced report generation: a transformer decoder that attends to visual tokens and, beside them, to a
-    learned memory of `memory_slots` vectors. Token 0 is padding, 1 begins and 2 ends a report.
+    """Knowledge-enhanced report generation: a transformer decoder that attends to visual tokens and,
+    beside them, to a learned memory of `memory_slots` vectors.
 
-    NOTE(paper): it only says that the head follows M2KT; one encoder and one decoder layer, width 512, 8 heads, 60 slots are
-    the release's. Their memory is no parameter there and never learns; here it does.
+    NOTE(paper): it only says that the head follows M2KT. One encoder and one decoder layer, width 512,
+    8 heads and 60 slots are the release's. Its memory is no parameter and never learns; here it does.
     """
 
-    def __init__(self, encoder, vocab_size, dim=512, num_heads=8, memory_slots=60, max_length=150, dropout=0.1):
+    def __init__(self, encoder, vocab_size, dim=512, num_heads=8, memory_slots=60, max_length=150,
+                 dropout=0.1):
         super().__init__()
         self.encoder, self.num_heads, self.max_length = encoder, num_heads, max_length
         self.project = nn.Linear(encoder.channels[-1], dim)
@@ -777,188 +791,170 @@ class ReportGenerator(nn.Module):
         self.memory = nn.Parameter(torch.randn(memory_slots, dim) * 0.02)
         self.words, self.places = nn.Embedding(vocab_size, dim), nn.Embedding(max_length + 1, dim)
         self.decoder = DecoderLayer(dim, num_heads, dropout)
-        self.norm, self.head, self.dropout = nn.LayerNorm(dim), nn.Linear(dim, vocab_size), nn.Dropout(dropout)
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, vocab_size)
+        self.dropout = nn.Dropout(dropout)
         for table in (self.words, self.places):
             nn.init.normal_(table.weight, std=0.02)
         encoder.mask_token.requires_grad_(False)
 
     def contexts(self, volume):
-        """(B, 1, D, H, W) -> keys and values (B, heads, N, d) of the visual tokens, and (B, heads, slots, d) of the memory"""
-        x = self.project(self.encoder(volume)[-1].flatten(2).mT)                    # (B, N, E)
+        """(B, 1, D, H, W) -> keys and values of the N visual tokens, and of the memory"""
+        x = self.project(self.encoder(volume)[-1].flatten(2).mT)        # (B, N, E)
         y = self.visual_norms[0](x)
         x = x + self.visual_attention(y, y)
         x = self.visual_norms[2](x + self.visual_mlp(self.visual_norms[1](x)))
         return self.decoder.context(x), self.decoder.context(self.memory.expand(len(x), -1, -1))
 
     def decode(self, tokens, contexts, past=None):
-        """tokens (B, L), the first of them after those in `past` -> logits (B, L, V), keys and values so far"""
-        place = torch.arange(tokens.shape[1], device=tokens.device) + (0 if past is None else past[0].shape[2])
+        """tokens (B, L), which follow those in `past` -> logits (B, L, V), keys and values so far"""
+        first = 0 if past is None else past[0].shape[2]
+        place = first + torch.arange(tokens.shape[1], device=tokens.device)
         x, past = self.decoder(self.dropout(self.words(tokens) + self.places(place)), contexts, past)
         return self.head(self.norm(x)), past
 
     def forward(self, volume, tokens):
-        """volume (B, 1, D, H, W), tokens (B, L <= max_length + 1) -> logits (B, L, V) of the token after each"""
+        """volume (B, 1, D, H, W), tokens (B, L <= max_length + 1) -> logits (B, L, V) of the next tokens"""
         return self.decode(tokens, self.contexts(volume))[0]
 
     @torch.no_grad()
     def generate(self, volume, beams=3):
-        """Beam search, the mean log-probability of a report's tokens (its end, too) decides -> B lists of token ids.
+        """Beam search for the highest mean log-probability of a report and its end -> B lists of ids
 
-        A report that reaches max_length words without an end is taken as it is, if none has ended.
+        If no beam has ended after max_length words, the best beam is taken as it is.
         """
-        B, max_length, bos, eos = len(volume), self.max_length, 1, 2
-        contexts = [[x.repeat_interleave(beams, 0) for x in pair] for pair in self.contexts(volume)]     # (B·beams, heads, …, d)
-        tokens = torch.full((B * beams, 1), bos, device=volume.device)
-        scores = torch.full((B, beams), -torch.inf, device=volume.device)
-        scores[:, 0] = 0                                                            # all beams begin alike: one counts
-        past, ended = None, [(-math.inf, [])] * B                                   # the best report that has its end
-        for length in range(1, max_length + 2):
+        B, device = len(volume), volume.device
+        contexts = [[x.repeat_interleave(beams, 0) for x in pair] for pair in self.contexts(volume)]
+        tokens = torch.full((B * beams, 1), BEGIN, device=device)
+        scores = torch.full((B, beams), -torch.inf, device=device)
+        scores[:, 0] = 0                        # all beams start equal: only the first may grow
+        best = [(-math.inf, [])] * B            # mean log-probability and tokens of the best ended report
+        past = None
+        for length in range(1, self.max_length + 2):
             logits, past = self.decode(tokens[:, -1:], contexts, past)
-            step = logits[:, -1].float().log_softmax(-1)                            # (B·beams, V)
-            step[:, [0, bos]] = -torch.inf
-            total = (scores.view(-1, 1) + step).view(B, beams, -1)
-            done = total[:, :, eos] / length                                        # (B, beams)
-            for b, (score, beam) in enumerate(zip(*(x.tolist() for x in done.max(-1)))):
-                if score > ended[b][0]:
-                    ended[b] = score, tokens[b * beams + beam, 1:].tolist()
-            total[:, :, eos] = -torch.inf
-            # A report only gets less probable as it grows: what is left at its best would be divided by the full length.
-            hope = (total.amax((1, 2)) / (max_length + 1)).tolist()
-            if length > max_length or all(best[0] >= bound for best, bound in zip(ended, hope)):
+            log_probability = logits[:, -1].float().log_softmax(-1)     # (B·beams, V)
+            log_probability[:, [PAD, BEGIN]] = -torch.inf
+            total = (scores.view(-1, 1) + log_probability).view(B, beams, -1)
+            end_score, end_beam = (total[:, :, END] / length).max(-1)   # (B,)
+            for b, (score, beam) in enumerate(zip(end_score.tolist(), end_beam.tolist())):
+                if score > best[b][0]:
+                    best[b] = score, tokens[b * beams + beam, 1:].tolist()
+            total[:, :, END] = -torch.inf
+            # A report only loses probability as it grows: the upper bound of what a beam can still reach
+            # is its total now, divided by the greatest length.
+            upper_bound = (total.amax((1, 2)) / (self.max_length + 1)).tolist()
+            if length > self.max_length or all(best[b][0] >= upper_bound[b] for b in range(B)):
                 break
-            scores, choice = total.flatten(1).topk(beams)                           # (B, beams)
-            beam = (choice // total.shape[-1] + torch.arange(B, device=volume.device)[:, None] * beams).flatten()
-            tokens = torch.cat([tokens[beam], (choice % total.shape[-1]).view(-1, 1)], dim=1)
+            V = total.shape[-1]
+            scores, choice = total.flatten(1).topk(beams)               # (B, beams)
+            beam = (choice // V + torch.arange(B, device=device)[:, None] * beams).flatten()
+            tokens = torch.cat([tokens[beam], (choice % V).view(-1, 1)], dim=1)
             past = tuple(x[beam] for x in past)
-        return [best[1] if best[0] > -math.inf else tokens[b * beams, 1:].tolist() for b, best in enumerate(ended)]
+        return [report if score > -math.inf else tokens[b * beams, 1:].tolist()
+                for b, (score, report) in enumerate(best)]
 
 
-# ------------------------------------------------------------------------- what both training scripts agree on
-
-def parameter_groups(network, lr_encoder, lr, weight_decay):
-    """Parameters for AdamW: the encoder with its own rate; biases, norms, tokens, memory and bias tables do not decay"""
-    groups = {}
-    for name, p in network.named_parameters():
-        if p.requires_grad:
-            key = name.startswith("encoder."), p.ndim > 1 and "bias_table" not in name and name != "memory"
-            groups.setdefault(key, []).append(p)
-    return [dict(params=params, lr=lr_encoder if of_encoder else lr, weight_decay=weight_decay * decays)
-            for (of_encoder, decays), params in groups.items()]
-
-
-def mixed_precision(precision, device):
-    """"auto", "bf16", "fp16" or "fp32" -> the one that is meant, autocast, GradScaler. ValueError for fp16 on a CPU."""
-    cuda = device.type == "cuda"
-    if precision == "auto":
-        precision = "fp32" if not cuda else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if precision == "fp16" and not cuda:
-        raise ValueError("--precision fp16 needs a GPU; a CPU computes in fp32 or bf16")
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    autocast = torch.autocast(device.type, dtype=half) if half else contextlib.nullcontext()
-    return precision, autocast, torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+def build_network(kind, num_classes, config, folder):
+    """The network of a fine-tuning run: kind of `data.Task`, flags in `config`, folder of text_encoder/"""
+    encoder = build_encoder(config["encoder"], use_checkpoint=config["use_checkpoint"])
+    if kind == "classify":
+        return Classifier(encoder, num_classes)
+    if kind == "segment":
+        return SwinUNETR(encoder, 1 + num_classes)
+    if kind == "report":
+        return ReportGenerator(encoder, len(config["vocabulary"]))
+    text = Path(folder, "text_encoder") if config["text_encoder"] == "demo" else config["text_encoder"]
+    return MG3D(encoder, TextEncoder(str(text)), losses=("clip",), embed_dim=config["embed_dim"])
 
 
-# ---------------------------------------------------------------------------------------------- files of weights
+# -------------------------------------------------------------------------------- files of weights
 
-def save_file(state, path, before=None):
-    """torch.save to `path`, whole or not at all; the file that was there stays as `before`."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        raise SystemExit(f"error: {part} cannot be written ({error}); is the disk full? {path} is as it was before") from None
-    if before and path.exists():
-        os.replace(path, before)
-    os.replace(part, path)
-
-
-def load_last(out):
-    """OUT/last.pt, or OUT/previous.pt where that is broken. ValueError where neither can be read."""
-    found = []
-    for path in (out / "last.pt", out / "previous.pt"):
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            if "optimizer" not in state:
-                raise ValueError("it is no checkpoint to go on from")
-            state["broken"] = bool(found)
-            for problem in found:
-                log.warning("%s; going on from %s instead", problem, path)
-            return state
-        except Exception as error:                      # a torn file fails in many ways, from zip to pickle
-            found.append(f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
-    raise ValueError("--resume found no checkpoint to go on from: " + "; ".join(found))
+# Names in foreign files -> ours, applied in this order: pattern, replacement, and whether such files
+# were trained with the old order of patch merging.
+RENAMES = ((r"^module\.", "", False),                                   # DataParallel, MONAI's SSL
+           (r"^.*?vision_encoder\.(swinViT\.)?", "encoder.", True),     # the authors
+           (r"\.mlp\.fc", ".mlp.linear", True),                         # MONAI's SSL
+           (r"swinViT\.", "encoder.", False),                           # MONAI's SwinUNETR
+           (r"^(?=patch_embed\.|layers|levels\.|mask_token)", "encoder.", False))   # encoder.pt
 
 
 def export_encoder(encoder):
-    """A flat state dict of the encoder with MONAI's names (no mask token), which notes the order of its patch merging."""
+    """A flat state dict on the CPU with MONAI's names (no mask token), noting the order of merging"""
     state = encoder.state_dict()
     del state["mask_token"]
-    for key in state:                                   # a machine without a GPU must be able to load it
+    for key in state:
         state[key] = state[key].cpu()
     state._metadata[""]["merging"] = getattr(encoder, "merging", None)
     return state
 
 
-def load_weights(module, path):
-    """Fill a module (an encoder, or one with an `.encoder`) from a file of ours or of others.
-
-    Knows `last.pt` and `encoder.pt`; the authors' Lightning checkpoints and flat dicts (`vision_encoder.*`); MONAI's
-    SwinUNETR (`swinViT.*`, `encoder1.*`); MONAI's self-supervised Swin (`module.*`, `mlp.fc1`). Where the file was trained
-    with the old patch merging, `encoder.merging` is set to "v0.9".
-
-    Returns {"matched": int, "missing": [...], "unexpected": [...]}. ValueError where the file is not a dict of weights, or
-    does not fill the encoder; nothing has been loaded then.
-    """
+def read_checkpoint(path):
+    """The dict in a file of weights. ValueError, naming the file, if it cannot be read safely."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path}: not a file of weights that can be read safely (weights_only): {error}") from None
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file, expected weights to start from") from None
-    merging = state.get("merging") if isinstance(state, dict) else None             # last.pt notes it
-    for nest in ("state_dict", "model"):
-        state = state.get(nest, state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not any(torch.is_tensor(v) for v in state.values()):
-        raise ValueError(f"{path}: expected a dict of tensors, found {type(state).__name__}")
+        raise ValueError(f"{path}: found no such file, expected weights") from None
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, OSError) as error:
+        raise ValueError(f"{path}: cannot be read safely (weights_only), expected weights: {error}") from None
+    if not hasattr(state, "items"):
+        raise ValueError(f"{path}: found {type(state).__name__}, expected a dict of tensors")
+    return state
 
-    merging = merging or getattr(state, "_metadata", {}).get("", {}).get("merging")         # so does encoder.pt
-    found = {}
+
+def read_foreign(path):
+    """A file of weights of ours or of others -> {our name: tensor}, its order of merging or None"""
+    state = read_checkpoint(path)
+    merging = state.get("merging")                                      # noted in last.pt
+    for key in ("state_dict", "model"):
+        state = state.get(key, state)
+    if not isinstance(state, dict) or not any(torch.is_tensor(value) for value in state.values()):
+        raise ValueError(f"{path}: found {type(state).__name__} without tensors, expected a dict of tensors")
+    merging = merging or getattr(state, "_metadata", {}).get("", {}).get("merging")     # in encoder.pt
+    tensors = {}
     for key, tensor in state.items():
         if not torch.is_tensor(tensor):
             continue
-        key = key.removeprefix("module.")
-        if "vision_encoder." in key:
-            key, merging = "encoder." + key.split("vision_encoder.", 1)[1].removeprefix("swinViT."), "v0.9"
-        if ".mlp.fc" in key:
-            key, merging = key.replace(".mlp.fc", ".mlp.linear"), "v0.9"
-        key = key.replace("swinViT.", "encoder.", 1)
-        if key.startswith(("patch_embed.", "layers", "levels.", "mask_token")):
-            key = "encoder." + key
-        found[key] = tensor
+        for pattern, replacement, is_old in RENAMES:
+            key, count = re.subn(pattern, replacement, key, count=1)
+            merging = "v0.9" if count and is_old else merging
+        tensors[key] = tensor
+    return tensors, merging
 
+
+def load_weights(module, path):
+    """Fill a module (an encoder, or one with an `.encoder`) from a file of ours or of others.
+
+    Knows `last.pt` and `encoder.pt`; the authors' Lightning checkpoints and flat dicts
+    (`vision_encoder.*`); MONAI's SwinUNETR (`swinViT.*`, `encoder1.*`); MONAI's self-supervised Swin
+    (`module.*`, `mlp.fc1`). Sets `encoder.merging` to the order of patch merging of the file.
+
+    Returns {"matched": int, "missing": [...], "unexpected": [...]}. ValueError, before anything is
+    loaded, if the file holds no dict of weights or does not fill the encoder.
+    """
+    tensors, merging = read_foreign(path)
     encoder = getattr(module, "encoder", module)
     prefix = "" if encoder is module else "encoder."
     if encoder is module:
-        found = {key.removeprefix("encoder."): tensor for key, tensor in found.items() if key.startswith("encoder.")}
-    own = {key: tensor for key, tensor in module.state_dict().items() if not key.startswith("text_encoder.")}
-    matched = {key: tensor for key, tensor in found.items() if key in own and own[key].shape == tensor.shape}
+        tensors = {key.removeprefix("encoder."): tensor for key, tensor in tensors.items()
+                   if key.startswith("encoder.")}
+    expected = {k: tensor for k, tensor in module.state_dict().items() if not k.startswith("text_encoder.")}
+    matched = {key: tensor for key, tensor in tensors.items()
+               if key in expected and expected[key].shape == tensor.shape}
+    missing = [key for key in expected if key not in matched]
+    unexpected = [key for key in tensors if key not in matched]
+
     optional = {"mask_token"} | {key for key, _ in encoder.named_buffers()}
-    missing = [key for key in own if key not in matched]
-    unexpected = [key for key in found if key not in matched]
-    unfilled = [key for key in missing if key.startswith(prefix) and key.removeprefix(prefix) in encoder.state_dict()
-                and key.removeprefix(prefix) not in optional]
-    if unfilled:
-        shapes = [f"{key}: expected {tuple(own[key].shape)}, found {tuple(found[key].shape) if key in found else 'nothing'}"
-                  for key in unfilled[:5]]
-        raise ValueError(f"{path} does not fill the encoder: {len(matched)} weights match, {len(unfilled)} of the encoder do "
-                         "not.\n  " + "\n  ".join(shapes) + f"\n  keys in the file: {', '.join(list(state)[:5])} …")
+    required = {prefix + key for key in encoder.state_dict() if key not in optional}
+    if unfilled := [key for key in missing if key in required]:
+        shapes = [f"{key}: expected {tuple(expected[key].shape)}, found "
+                  f"{tuple(tensors[key].shape) if key in tensors else 'nothing'}" for key in unfilled[:5]]
+        raise ValueError("\n  ".join([
+            f"{path} does not fill the encoder: {len(matched)} weights match, {len(unfilled)} do not.",
+            *shapes,
+            f"keys in the file, as named here: {', '.join(list(tensors)[:5])} …"]))
 
     module.load_state_dict(matched, strict=False)
-    log.info("%s: %d weights matched, %d missing, %d unexpected", path, len(matched), len(missing), len(unexpected))
+    log.info("%s: %d weights matched, %d missing, %d unexpected", path, len(matched), len(missing),
+             len(unexpected))
     if any("proj_head" in key for key in unexpected):
         log.info("%s: vision_encoder.proj_head is left out; the method has no such layer", path)
     if hasattr(encoder, "merging") and merging:
