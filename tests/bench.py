@@ -45,16 +45,16 @@ def flags():
 if __name__ == "__main__":
     args = flags().parse_args()
 
-import nibabel  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import nibabel
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
-import data  # noqa: E402
-import losses  # noqa: E402
-import model  # noqa: E402
-
+import data
+import losses
+import model
+import phantoms
 
 # ------------------------------------------------------------------------------------------- one measurement
 
@@ -101,14 +101,14 @@ def measure_encoder(job):
             if mode != "forward":
                 sum(one.float().square().mean() for one in out).backward()
                 net.zero_grad()
-    return dict(seconds=clock(work, device), gb=peak() - before)
+    return {"seconds": clock(work, device), "gb": peak() - before}
 
 
 def matrix_rate(job):
     """GFLOP/s of a large matrix product: the limit of this machine"""
     a, b = (torch.rand(2048, 2048, device=job["device"], dtype=torch.bfloat16 if job["device"] == "cuda" else torch.float32)
             for _ in range(2))
-    return dict(seconds=clock(lambda: a @ b, job["device"], 9), gb=0.0)
+    return {"seconds": clock(lambda: a @ b, job["device"], 9), "gb": 0.0}
 
 
 def pretraining(job):
@@ -121,13 +121,15 @@ def pretraining(job):
     reports = [" ".join(" ".join(rng.choice(words, 9)).capitalize() + "." for _ in range(job["sentences"]))
                for _ in range(job["batch_size"])]
     with tempfile.TemporaryDirectory() as folder:
-        model.make_demo_text_encoder(folder, reports)
+        phantoms.make_demo_text_encoder(folder, reports)
         BertModel(BertConfig()).save_pretrained(folder)
         text_encoder = model.TextEncoder(folder)
         scan = Path(folder, "scan.nii.gz")
         nibabel.save(nibabel.Nifti1Image(rng.integers(-1000, 1000, (64, 64, 64)).astype(np.int16), np.diag([4, 4, 4, 1])), scan)
         items = [data.Item(str(i), scan, report, "train", str(i), None, None) for i, report in enumerate(reports)]
-        dataset = data.VolumeReports(items, text_encoder.tokenizer, size=tuple(job["size"]), hu="header")
+        make = functools.partial(data.pretraining_example, tokenizer=text_encoder.tokenizer,
+                                 size=tuple(job["size"]), hu="header")
+        dataset = data.Examples(items, make)
         batch = data.collate([dataset[i, 0] for i in range(len(items))], text_encoder.tokenizer.pad_token_id)
     encoder = model.build_encoder(job["encoder"], use_checkpoint=job["use_checkpoint"])
     network = model.MG3D(encoder, text_encoder).to(job["device"]).train()
@@ -175,7 +177,7 @@ def measure_step(job):
     def sentences():
         with autocast:
             network.text_encoder.encode_sentences(batch["single_ids"], batch["single_mask"])
-    out = dict(seconds=clock(step, device), gb=peak() - before)
+    out = {"seconds": clock(step, device), "gb": peak() - before}
     out["weights_gb"] = sum(p.numel() * p.element_size() for p in network.parameters()) / 1e9
     if job["parts"]:
         out["parts"] = {one.__name__: clock(one, device) for one in (encoder, decoder, words, sentences)}
@@ -230,31 +232,32 @@ def encoder_bench(args):
         libraries, version = ["ours"], "MONAI is not installed"
     batch = args.batch_size or (4 if args.device == "cuda" else 1)
     gflop = encoder_flop(args.encoder, args.size) * batch / 1e9
-    rate = 2 * 2048 ** 3 / 1e9 / in_turns([dict(kind="matrix_rate", device=args.device)], args.rounds)[0]["seconds"]
+    rate = 2 * 2048 ** 3 / 1e9 / in_turns([{"kind": "matrix_rate", "device": args.device}], args.rounds)[0]["seconds"]
     print(f"encoder {args.encoder}, {batch} × {' × '.join(map(str, args.size))}, {args.device}, {version}, "
           f"{args.rounds} rounds; {gflop:.0f} GFLOP forward; the machine multiplies matrices at {rate:.0f} GFLOP/s")
     rows = []
     for mode, passes in (("forward", 1), ("train", 3), ("checkpoint", 4)):
         compared = [one for one in libraries if mode == "forward" or one != "monai flash"]
-        found = in_turns([dict(kind="measure_encoder", library=one, mode=mode, device=args.device, encoder=args.encoder,
-                               size=args.size, batch_size=batch) for one in compared], args.rounds)
+        found = in_turns([{"kind": "measure_encoder", "library": one, "mode": mode, "device": args.device, "encoder": args.encoder,
+                               "size": args.size, "batch_size": batch} for one in compared], args.rounds)
         for name, this in zip(compared, found):
-            rows.append([mode, name, this["seconds"], this["seconds"] / found[0]["seconds"], this["gb"], found[0]["gb"] / this["gb"],
+            memory = found[0]["gb"] / this["gb"] if this["gb"] else float("nan")    # tiny volumes take no more
+            rows.append([mode, name, this["seconds"], this["seconds"] / found[0]["seconds"], this["gb"], memory,
                          this["seconds"] * rate / gflop / passes])
     table(["pass", "by", "seconds", "time ÷ ours", "peak GB", "our memory ÷ its", "time ÷ matrix limit"], rows)
 
 
 def step_bench(args):
     batch = args.batch_size or (4 if args.device == "cuda" else 2)
-    job = dict(kind="measure_step", device=args.device, encoder=args.encoder, size=args.size, batch_size=batch, sentences=15,
-               use_checkpoint=False, parts=True)
+    job = {"kind": "measure_step", "device": args.device, "encoder": args.encoder, "size": args.size, "batch_size": batch, "sentences": 15,
+               "use_checkpoint": False, "parts": True}
     print(f"a step with six losses, {args.encoder}, {batch} × {' × '.join(map(str, args.size))}, 15 sentences a report, "
           f"{args.device}")
     this = one(job)
     parts = this["parts"] | {"rest": this["seconds"] - sum(this["parts"].values())}
-    names = dict(encoder="encoder, whole and masked volume", decoder="MIM decoder",
-                 words="frozen text encoder: report, whole and masked", sentences="frozen text encoder: sentences one by one",
-                 rest="fusion, pooling, losses, clipping, AdamW")
+    names = {"encoder": "encoder, whole and masked volume", "decoder": "MIM decoder",
+                 "words": "frozen text encoder: report, whole and masked", "sentences": "frozen text encoder: sentences one by one",
+                 "rest": "fusion, pooling, losses, clipping, AdamW"}
     rows = [[names[key], value, 100 * value / this["seconds"]] for key, value in parts.items()]
     table(["part", "seconds", "% of the step"], rows + [["whole step", this["seconds"], 100.0]])
     print(f"peak {this['gb']:.2f} GB above parameters; {batch / this['seconds']:.3g} volumes a second\n")
@@ -295,9 +298,10 @@ def loader_bench(args):
                             "--workers", str(workers), "--size", *map(str, size)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             rows.append([f"data.py cache --workers {workers}, 8 such scans", time.perf_counter() - start])
         items = data.load_items(str(manifest), folder)
-        model.make_demo_text_encoder(folder / "text", [item.report for item in items])
+        phantoms.make_demo_text_encoder(folder / "text", [item.report for item in items])
         tokenizer = model.TextEncoder(str(folder / "text")).tokenizer
-        dataset = data.VolumeReports(items, tokenizer, folder / "cache2", size)
+        make = functools.partial(data.pretraining_example, tokenizer=tokenizer, cache=folder / "cache2", size=size)
+        dataset = data.Examples(items, make)
         loader = torch.utils.data.DataLoader(dataset, batch_sampler=data.Batches(len(items), 4), num_workers=2,
                                              collate_fn=functools.partial(data.collate, pad_id=tokenizer.pad_token_id))
         stream = iter(loader)
@@ -316,13 +320,13 @@ def loader_bench(args):
 
 def growth_bench(args):
     """Time and memory against size, each with the exponent of the power law that fits best"""
-    base = dict(kind="measure_step", device=args.device, encoder="swin_t", size=[64, 64, 64], batch_size=2, sentences=8,
-                use_checkpoint=False, parts=False)
+    base = {"kind": "measure_step", "device": args.device, "encoder": "swin_t", "size": [64, 64, 64], "batch_size": 2, "sentences": 8,
+                "use_checkpoint": False, "parts": False}
     volumes = [[32, 32, 64], [64, 64, 64], [64, 64, 128], [64, 128, 128]]
     curves = {
-        f"{args.encoder} forward and backward, voxels": [(float(np.prod(size)), dict(
-            kind="measure_encoder", library="ours", mode="train", device=args.device, encoder=args.encoder, size=size,
-            batch_size=1)) for size in volumes],
+        f"{args.encoder} forward and backward, voxels": [(float(np.prod(size)), {
+            "kind": "measure_encoder", "library": "ours", "mode": "train", "device": args.device, "encoder": args.encoder, "size": size,
+            "batch_size": 1}) for size in volumes],
         "step with swin_t at 64³, volumes a batch": [(n, base | {"batch_size": n}) for n in (2, 4, 8)],
         "step with swin_t at 64³, sentences a report": [(n, base | {"sentences": n}) for n in (2, 8, 32)]}
     results = {}
@@ -359,8 +363,8 @@ def memory_bench(args):
     for use_checkpoint in (False, True):
         gb = []
         for batch in (1, 2):
-            this = one(dict(kind="measure_step", device=args.device, encoder=args.encoder, size=args.size, batch_size=batch,
-                            sentences=15, use_checkpoint=use_checkpoint, parts=False))
+            this = one({"kind": "measure_step", "device": args.device, "encoder": args.encoder, "size": args.size, "batch_size": batch,
+                            "sentences": 15, "use_checkpoint": use_checkpoint, "parts": False})
             gb.append(this["gb"] + this["weights_gb"])
         fits = [max(0, int((0.9 * card - gb[0]) / (gb[1] - gb[0]) + 1)) for card in (8, 12, 24, 80)]
         rows.append([args.encoder, "yes" if use_checkpoint else "no", *gb, *fits])
@@ -375,6 +379,6 @@ if __name__ == "__main__":
     else:
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads"
               + (f", {torch.cuda.get_device_name()}" if args.device == "cuda" else ""))
-        for name, bench in dict(encoder=encoder_bench, step=step_bench, loader=loader_bench, growth=growth_bench, memory=memory_bench).items():
+        for name, bench in {"encoder": encoder_bench, "step": step_bench, "loader": loader_bench, "growth": growth_bench, "memory": memory_bench}.items():
             if args.what in (name, "all"):
                 bench(args)

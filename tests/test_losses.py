@@ -1,4 +1,5 @@
-"""Every loss against a loop written from its equation, in value and gradient; and two processes against one."""
+"""Every loss against a loop written from its equation, in value and gradient; two processes against one."""
+import itertools
 import math
 
 import pytest
@@ -12,7 +13,7 @@ B, S, E, E_T, V, L = 4, 5, 6, 7, 11, 9
 
 
 def example(seed=0, dtype=torch.float64):
-    """Random arguments of every loss for a batch of four with ragged sentence counts; leaves that want gradients."""
+    """Random arguments of every loss, reports of several lengths; all that is no mask wants a gradient."""
     g = torch.Generator().manual_seed(seed)
 
     def leaf(*shape):
@@ -74,7 +75,8 @@ def naive_ssm(text, visual, mask):
     return sum(pairs) / len(pairs)
 
 
-NAIVE = {"mim_loss": naive_mim, "mlm_loss": naive_mlm, "sfr_loss": naive_sfr, "ssm_loss": naive_ssm, "dfa_loss": naive_info_nce,
+NAIVE = {"mim_loss": naive_mim, "mlm_loss": naive_mlm, "sfr_loss": naive_sfr, "ssm_loss": naive_ssm,
+         "dfa_loss": naive_info_nce,
          "cml_loss": lambda f_i, h_i, f_t, h_t: naive_info_nce(f_i, h_i) + naive_info_nce(f_t, h_t),
          "clip_loss": lambda f_i, f_t: (naive_info_nce(f_i, f_t) + naive_info_nce(f_t, f_i)) / 2}
 
@@ -117,8 +119,9 @@ def test_padding_does_not_matter(name):
         other = losses.mlm_loss(torch.cat([junk, torch.randn(B, 3, V, dtype=junk.dtype)], 1), longer)
     else:
         a, b, mask = arguments
-        a, b = (torch.cat([torch.where(mask[..., None], x, 100 * torch.randn_like(x)), torch.randn_like(x[:, :2])], 1) for x in (a, b))
-        other = getattr(losses, name)(a, b, torch.cat([mask, torch.zeros(B, 2, dtype=torch.bool)], 1))
+        with_junk = [torch.where(mask[..., None], x, 100 * torch.randn_like(x)) for x in (a, b)]
+        longer = [torch.cat([x, torch.randn_like(x[:, :2])], 1) for x in with_junk]
+        other = getattr(losses, name)(*longer, torch.cat([mask, torch.zeros(B, 2, dtype=torch.bool)], 1))
         used = gradients[1] if name == "ssm_loss" else gradients[0]
         assert used[~mask].abs().max() == 0
     torch.testing.assert_close(other, value)
@@ -127,16 +130,21 @@ def test_padding_does_not_matter(name):
 def test_temperature():
     f, h = example()["dfa_loss"]
     torch.testing.assert_close(losses.dfa_loss(f, h, temperature=0.5), naive_info_nce(f, h, 0.5))
+    labels = torch.tensor([[1, 0]] * B)
+    hotter = losses.prompt_loss(f, h, labels, temperature=0.5)
+    cosines = torch.stack([torch.stack([cosine(a, b) for b in h]) for a in f])
+    pairs = (cosines / 0.5).view(B, 2, 2).log_softmax(-1)
+    torch.testing.assert_close(hotter, -(pairs[:, 0, 0] + pairs[:, 1, 1]).mean() / 2)
 
 
 def test_batch_of_one_is_zero_and_never_nan():
     arguments = example()
     for name in ("cml_loss", "ssm_loss", "dfa_loss", "clip_loss"):
-        one = [a[:1].detach().requires_grad_(a.is_floating_point()) for a in arguments[name]]
-        value = getattr(losses, name)(*one)
+        first = [a[:1].detach().requires_grad_(a.is_floating_point()) for a in arguments[name]]
+        value = getattr(losses, name)(*first)
         value.backward()
         assert value == 0
-        assert all(torch.isfinite(a.grad).all() for a in one if a.grad is not None)
+        assert all(torch.isfinite(a.grad).all() for a in first if a.grad is not None)
 
 
 def test_nothing_masked_is_zero():
@@ -156,25 +164,29 @@ def test_float32_under_autocast(name):
     torch.testing.assert_close(value, expected)
 
 
+def value_and_scaled_gradient(name, arguments):
+    """A loss whose first trained input passes through a parameter, `scale`, that all processes share."""
+    trained = 1 if name == "ssm_loss" else 0
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    leaf = arguments[trained].requires_grad_()
+    inputs = [*arguments[:trained], leaf * scale ** 2 + scale - 1, *arguments[trained + 1:]]
+    value = getattr(losses, name)(*inputs)
+    value.backward()
+    return value.item(), scale.grad, leaf.grad
+
+
 def _as_process(rank, world, folder):
-    """One of two processes: its part of the batch (sentences cut to its own longest report), all losses, all gradients."""
+    """One of two processes: its part of the batch, with sentences cut to its own longest report."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     result = {}
     for name, arguments in example().items():
-        part = [a.detach().chunk(world)[rank].clone() for a in arguments]
+        arguments = [a.detach().chunk(world)[rank].clone() for a in arguments]
         if name in ("sfr_loss", "ssm_loss"):
-            longest = int(part[2].sum(1).max())
-            part = [a[:, :longest] for a in part]
-        # a parameter shared by both processes scales the first trainable input, as a layer's weights do
-        scale = torch.ones((), dtype=torch.float64, requires_grad=True)
-        trained = 1 if name == "ssm_loss" else 0
-        part[trained] = part[trained].requires_grad_()
-        inputs = list(part)
-        inputs[trained] = part[trained] * scale ** 2 + scale - 1
-        value = getattr(losses, name)(*inputs)
-        value.backward()
-        dist.all_reduce(scale.grad)                     # what DistributedDataParallel does: the mean over processes
-        result[name] = value.item(), (scale.grad / world).item(), part[trained].grad / world
+            longest = int(arguments[2].sum(1).max())
+            arguments = [a[:, :longest] for a in arguments]
+        value, scale_grad, leaf_grad = value_and_scaled_gradient(name, arguments)
+        dist.all_reduce(scale_grad)             # DistributedDataParallel takes the mean over processes
+        result[name] = value, (scale_grad / world).item(), leaf_grad / world
     torch.save(result, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -183,16 +195,42 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path):
     mp.spawn(_as_process, (2, str(tmp_path)), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for name, arguments in example().items():
-        arguments = [a.detach() for a in arguments]
-        scale = torch.ones((), dtype=torch.float64, requires_grad=True)
-        trained = 1 if name == "ssm_loss" else 0
-        arguments[trained].requires_grad_()
-        inputs = list(arguments)
-        inputs[trained] = arguments[trained] * scale ** 2 + scale - 1
-        value = getattr(losses, name)(*inputs)
-        value.backward()
-        for rank, (its_value, its_scale_grad, its_grad) in enumerate(r[name] for r in ranks):
-            assert math.isclose(its_value, value.item(), rel_tol=1e-12), name
-            assert math.isclose(its_scale_grad, scale.grad.item(), rel_tol=1e-9), name
-            wanted = arguments[trained].grad.chunk(2)[rank]
-            torch.testing.assert_close(its_grad, wanted[:, :its_grad.shape[1]], msg=lambda m: f"{name}: {m}")
+        value, scale_grad, leaf_grad = value_and_scaled_gradient(name, [a.detach() for a in arguments])
+        for rank, result in enumerate(ranks):
+            its_value, its_scale_grad, its_leaf_grad = result[name]
+            assert math.isclose(its_value, value, rel_tol=1e-12), name
+            assert math.isclose(its_scale_grad, scale_grad.item(), rel_tol=1e-9), name
+            wanted = leaf_grad.chunk(2)[rank][:, :its_leaf_grad.shape[1]]
+            torch.testing.assert_close(its_leaf_grad, wanted, msg=lambda m: f"{name}: {m}")
+
+
+# ------------------------------------------------------------------------ losses of fine-tuning
+
+def naive_dice_ce(logits, mask):
+    probability, dices = logits.softmax(1), []
+    voxels = list(itertools.product(*map(range, mask.shape)))
+    for k in (1, 2):
+        overlap = sum(probability[b, k, z, y, x] for b, z, y, x in voxels if mask[b, z, y, x] == k)
+        total = sum(probability[b, k, z, y, x] + (mask[b, z, y, x] == k) for b, z, y, x in voxels)
+        dices.append((2 * overlap + 1e-5) / (total + 1e-5))
+    cross_entropies = [-torch.log(probability[b, mask[b, z, y, x], z, y, x]) for b, z, y, x in voxels]
+    return 1 - sum(dices) / 2 + sum(cross_entropies) / len(cross_entropies)
+
+
+def naive_prompt(f_i, f_t, labels):
+    terms = []
+    for i, k in itertools.product(range(len(f_i)), range(labels.shape[1])):
+        yes, no = (torch.exp(cosine(f_i[i], f_t[2 * k + j]) / 0.1) for j in (0, 1))
+        terms.append(-torch.log((yes if labels[i, k] else no) / (yes + no)))
+    return sum(terms) / len(terms)
+
+
+@pytest.mark.parametrize("name, naive", [("dice_ce_loss", naive_dice_ce), ("prompt_loss", naive_prompt)])
+def test_fine_tuning(name, naive):
+    torch.manual_seed(0)
+    labels = torch.tensor([[1, 0], [0, 0], [1, 1]])
+    arguments = {"dice_ce_loss": (torch.randn(2, 3, 2, 3, 4), torch.randint(0, 3, (2, 2, 3, 4))),
+                 "prompt_loss": (torch.randn(3, 5), torch.randn(4, 5), labels)}[name]
+    arguments = [a.double().requires_grad_() if a.is_floating_point() else a for a in arguments]
+    torch.testing.assert_close(value_and_gradients(getattr(losses, name), arguments),
+                               value_and_gradients(naive, arguments))

@@ -1,16 +1,19 @@
 """Encoders against MONAI, fusion attention against loops, MG3D's switches, foreign weights."""
 import itertools
+import os
 
+import numpy as np
 import pytest
 import torch
+from conftest import REPORTS, chest, save_nifti, small_mg3d
 from torch import nn
 
+import data
 import losses
 import model
 from model import ClassicalAttention, FusionAttention, SwinTransformer3D, build_encoder, load_weights
 
-
-# ---------------------------------------------------------------------------------------------- Swin: the oracle
+# --------------------------------------------------------------------------------- Swin: the oracle
 # The plain way, on one volume: pad, roll, cut, and for every window ask token by token who may see whom.
 
 def plain_block(block, x):
@@ -26,7 +29,8 @@ def plain_block(block, x):
         box = tuple(slice(c, c + v) for c, v in zip(corner, window))
         tokens = y[box].reshape(-1, C)
         at = torch.cartesian_prod(*[torch.arange(c, c + v) for c, v in zip(corner, window)])
-        behind = at >= torch.tensor([p - s if s else p for p, s in zip(padded, shift)])        # wrapped around the end
+        seam = torch.tensor([p - s if s else p for p, s in zip(padded, shift)])
+        behind = at >= seam                                             # wrapped around the end
         together = (behind[:, None] == behind[None]).all(-1)
         n = len(tokens)
         q, k, v = attn.qkv(tokens).view(n, 3, attn.num_heads, -1).permute(1, 2, 0, 3)
@@ -39,7 +43,8 @@ def plain_block(block, x):
     return x + block.mlp(block.norm2(x))
 
 
-@pytest.mark.parametrize("size, shifted", [((7, 7, 7), False), ((14, 7, 9), True), ((10, 8, 12), True), ((10, 8, 12), False), ((5, 4, 9), True)])
+@pytest.mark.parametrize("size, shifted", [((7, 7, 7), False), ((14, 7, 9), True), ((10, 8, 12), True),
+                                           ((10, 8, 12), False), ((5, 4, 9), True)])
 def test_block_is_plain_window_attention(size, shifted):
     torch.manual_seed(0)
     block = model.SwinBlock(12, 3, 7, shifted, use_checkpoint=False).double()
@@ -73,10 +78,31 @@ def test_encoder_has_monais_numbers_and_gradients(size):
     wanted = dict(theirs.named_parameters())
     for name, p in ours.named_parameters():
         if name != "mask_token":
-            torch.testing.assert_close(p.grad, wanted[name].grad, atol=1e-4 * wanted[name].grad.abs().max().item(), rtol=0, msg=lambda m: f"{name}: {m}")
+            grad = wanted[name].grad
+            torch.testing.assert_close(p.grad, grad, atol=1e-4 * grad.abs().max().item(), rtol=0,
+                                       msg=lambda m: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("merging, order", [("monai", "000 100 010 001 110 101 011 111"), ("v0.9", "000 100 010 001 101 010 001 111")])
+@pytest.mark.parametrize("depths", [(1,), (2, 1), (1, 1, 2), (2, 2, 2, 2), (1, 1, 1, 1, 1)], ids=str)
+def test_any_number_of_stages(depths):
+    encoder = SwinTransformer3D(feature_size=6, depths=depths, num_heads=(1, 2, 3, 6, 6), window_size=3)
+    D, H, W = 64, 33, 40
+    maps = encoder(torch.rand(2, 1, D, H, W))
+    assert len(maps) == len(encoder.channels) == len(depths) + 1
+    for i, m in enumerate(maps):                # half the size of the one before, rounded up
+        stride = 2 ** (i + 1)
+        assert m.shape == (2, 6 * 2 ** i, -(-D // stride), -(-H // stride), -(-W // stride))
+        assert encoder.channels[i] == m.shape[1]
+    assert encoder.stride == 2 ** (len(depths) + 1)
+    for i, depth in enumerate(depths):
+        stage = getattr(encoder, f"layers{i + 1}")[0]
+        assert [block.shifted for block in stage["blocks"]] == [k % 2 == 1 for k in range(depth)]
+    sum(m.square().sum() for m in maps).backward()
+    assert [name for name, p in encoder.named_parameters() if p.grad is None] == ["mask_token"]
+
+
+@pytest.mark.parametrize("merging, order", [("monai", "000 100 010 001 110 101 011 111"),
+                                            ("v0.9", "000 100 010 001 101 010 001 111")])
 def test_merging_orders(merging, order):
     merge = model.PatchMerging(1)
     merge.norm = merge.reduction = nn.Identity()
@@ -88,7 +114,8 @@ def test_merging_orders(merging, order):
 
 def test_checkpointing_changes_nothing():
     torch.manual_seed(0)
-    plain, lean = build_encoder("swin_t", window_size=3), build_encoder("swin_t", window_size=3, use_checkpoint=True)
+    plain = build_encoder("swin_t", window_size=3)
+    lean = build_encoder("swin_t", window_size=3, use_checkpoint=True)
     lean.load_state_dict(plain.state_dict())
     x = torch.randn(1, 1, 32, 32, 64)
     for encoder in (plain, lean):
@@ -113,7 +140,7 @@ def test_training_follows_inference():
 @pytest.mark.parametrize("name", ["swin_t", "unet"])
 def test_masked_voxels_are_not_seen(name):
     torch.manual_seed(0)
-    encoder = build_encoder(name, **({"feature_size": 8} if name == "unet" else {}))
+    encoder = build_encoder(name, feature_size=8 if name == "unet" else 12)
     nn.init.normal_(encoder.mask_token)
     x, mask = torch.randn(1, 1, 32, 32, 32), torch.zeros(1, 1, 32, 32, 32, dtype=torch.bool)
     mask[..., :16] = True
@@ -135,10 +162,10 @@ def test_sizes_of_the_encoders():
         build_encoder("vit")
 
 
-# ------------------------------------------------------------------------------------------------------- fusion
+# ------------------------------------------------------------------------------------------- fusion
 
 def loop_over_guides(attention, dominant, guide, dominant_mask, guide_mask):
-    """Eq. (1) as it is written: a (guide × dominant × E) tensor, one guide token after the other, one patient at a time."""
+    """Eq. (1) as it is written: a (guide × dominant × E) tensor, a guide token of a patient after another."""
     h, outputs = attention.num_heads, []
     for b in range(len(dominant)):
         tokens = [n for n in range(dominant.shape[1]) if dominant_mask[b, n]]
@@ -164,23 +191,28 @@ def test_proposed_attention_is_the_loop(padded):
     torch.manual_seed(0)
     attention = FusionAttention(8, 2).double()
     dominant, guide = (torch.randn(2, n, 8, dtype=torch.float64, requires_grad=True) for n in (5, 3))
-    dominant_mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool() if padded else torch.ones(2, 5).bool()
-    guide_mask = torch.tensor([[1, 0, 0], [1, 1, 1]]).bool() if padded else torch.ones(2, 3).bool()
+    dominant_mask, guide_mask = torch.ones(2, 5).bool(), torch.ones(2, 3).bool()
+    if padded:
+        dominant_mask[1, 3:] = False
+        guide_mask[0, 1:] = False
     masks = (dominant_mask, guide_mask) if padded else (None, None)
     real = dominant_mask[..., None]
     results = []
-    for out in (attention(dominant, guide, *masks), loop_over_guides(attention, dominant, guide, dominant_mask, guide_mask)):
+    for out in (attention(dominant, guide, *masks),
+                loop_over_guides(attention, dominant, guide, dominant_mask, guide_mask)):
         out = out * real
-        results.append((out, *torch.autograd.grad((out * torch.arange(8.)).sum(), [dominant, guide, *attention.parameters()])))
+        leaves = [dominant, guide, *attention.parameters()]
+        results.append((out, *torch.autograd.grad((out * torch.arange(8.)).sum(), leaves)))
     for ours, loop in zip(*results):
         torch.testing.assert_close(ours, loop)
 
 
 def test_uniform_attention_leaves_values_unchanged():
     attention = FusionAttention(8, 2)
-    for layer in (attention.value, attention.out):
-        nn.init.eye_(layer.weight), nn.init.zeros_(layer.bias)
-    nn.init.zeros_(attention.query.weight), nn.init.zeros_(attention.query.bias)
+    for layer in (attention.value, attention.out, attention.query):
+        nn.init.eye_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    nn.init.zeros_(attention.query.weight)
     dominant = torch.randn(2, 5, 8)
     torch.testing.assert_close(attention(dominant, torch.randn(2, 3, 8)), dominant)
 
@@ -190,7 +222,8 @@ def test_padding_of_both_sides_does_not_matter(kind):
     torch.manual_seed(0)
     attention = kind(8, 2)
     dominant, guide = torch.randn(2, 5, 8), torch.randn(2, 3, 8)
-    longer, longer_guide = torch.cat([dominant, 50 * torch.randn(2, 4, 8)], 1), torch.cat([guide, 50 * torch.randn(2, 2, 8)], 1)
+    longer = torch.cat([dominant, 50 * torch.randn(2, 4, 8)], 1)
+    longer_guide = torch.cat([guide, 50 * torch.randn(2, 2, 8)], 1)
     out = attention(longer, longer_guide, torch.arange(9).expand(2, 9) < 5, torch.arange(5).expand(2, 5) < 3)
     torch.testing.assert_close(out[:, :5], attention(dominant, guide))
 
@@ -199,10 +232,25 @@ def test_classical_attention_is_pytorchs():
     torch.manual_seed(0)
     ours, theirs = ClassicalAttention(8, 2), nn.MultiheadAttention(8, 2, batch_first=True)
     layers = ours.query, ours.key, ours.value
-    theirs.in_proj_weight.data, theirs.in_proj_bias.data = torch.cat([m.weight for m in layers]), torch.cat([m.bias for m in layers])
+    theirs.in_proj_weight.data = torch.cat([layer.weight for layer in layers])
+    theirs.in_proj_bias.data = torch.cat([layer.bias for layer in layers])
     theirs.out_proj.load_state_dict(ours.out.state_dict())
-    dominant, guide, mask = torch.randn(2, 5, 8), torch.randn(2, 3, 8), torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()
-    torch.testing.assert_close(ours(dominant, guide, None, mask), theirs(dominant, guide, guide, key_padding_mask=~mask)[0])
+    dominant, guide = torch.randn(2, 5, 8), torch.randn(2, 3, 8)
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()
+    expected, _ = theirs(dominant, guide, guide, key_padding_mask=~mask)
+    torch.testing.assert_close(ours(dominant, guide, None, mask), expected)
+
+
+def test_maps_are_the_softmax_inside_classical_attention():
+    torch.manual_seed(0)
+    attention = ClassicalAttention(8, 2, query_dim=6).double()
+    dominant, guide = torch.randn(2, 5, 6, dtype=torch.float64), torch.randn(2, 3, 8, dtype=torch.float64)
+    maps = attention.maps(dominant, guide)
+    assert maps.shape == (2, 2, 5, 3)
+    torch.testing.assert_close(maps.sum(-1), torch.ones(2, 2, 5, dtype=torch.float64))
+    values = attention.value(guide).view(2, 3, 2, 4).transpose(1, 2)    # (B, heads, G, d)
+    fused = (maps @ values).transpose(1, 2).reshape(2, 5, 8)
+    torch.testing.assert_close(attention.out(fused), attention(dominant, guide))
 
 
 def test_sentence_mean_is_a_loop():
@@ -213,40 +261,38 @@ def test_sentence_mean_is_a_loop():
         torch.testing.assert_close(means[b, s], sum(members) / len(members) if members else torch.zeros(4))
 
 
-# --------------------------------------------------------------------------------------------------------- MG3D
-
-REPORTS = ["The heart is large. There is effusion on the left.", "No nodule was seen. The heart is normal. The aorta is wide."]
-
+# --------------------------------------------------------------------------------------------- MG3D
 
 @pytest.fixture(scope="module")
-def text_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    model.make_demo_text_encoder(folder, REPORTS)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def batch(text_folder):
-    import numpy as np
-    import data
+def batch(text_folder, tmp_path_factory):
+    scan = save_nifti(tmp_path_factory.mktemp("scan") / "scan.nii.gz", chest())
     tokenizer = model.TextEncoder(str(text_folder)).tokenizer
-    rng = np.random.default_rng(0)
-    examples = []
-    for report in REPORTS:
-        tokens = data.tokenize_report(tokenizer, data.split_sentences(report))
-        masked, labels = data.mask_words(tokens["input_ids"], tokens["word_ids"], tokenizer, rng)
-        examples.append({"id": report, "skipped": [], "volume": torch.rand(1, 32, 32, 64), "volume_mask": data.mask_volume((32, 32, 64), 16, 0.5, rng),
-                         "input_ids": torch.from_numpy(tokens["input_ids"]), "sentence_ids": torch.from_numpy(tokens["sentence_ids"]),
-                         "masked_ids": torch.from_numpy(masked), "mlm_labels": torch.from_numpy(labels),
-                         "single_ids": [torch.from_numpy(i) for i in tokens["single_ids"]]})
-    return data.collate(examples, tokenizer.pad_token_id)
-
-
-def build(text_folder, enabled=model.LOSSES, encoder="swin_t", **kwargs):
-    """A small MG3D: narrow, windows of 3."""
+    generator = np.random.default_rng(0)
+    items = [data.Item(report, scan, report, "train", report, None, None) for report in REPORTS]
+    examples = [data.pretraining_example(item, generator, tokenizer, size=(32, 32, 64)) for item in items]
+    batch = data.collate(examples, tokenizer.pad_token_id)
     torch.manual_seed(0)
-    small = dict(feature_size=8) if encoder == "unet" else dict(window_size=3)
-    return model.MG3D(build_encoder(encoder, **small), model.TextEncoder(str(text_folder)), enabled, embed_dim=24, **kwargs)
+    batch["volume"] = torch.rand_like(batch["volume"])
+    return batch
+
+
+def test_calls_in_one_pass_are_the_calls():
+    torch.manual_seed(0)
+    attention = FusionAttention(8, 2).double()
+
+    def arguments(B):
+        mask = torch.rand(B, 5) < 0.5
+        mask[:, 0] = True
+        return torch.randn(B, 5, 8).double(), torch.randn(B, 3, 8).double(), mask, None
+    first, second = arguments(2), arguments(3)
+    outputs = model.in_one_pass(attention, first, first, False)
+    assert len(outputs) == 3 and outputs[2] is None
+    for out in outputs[:2]:
+        torch.testing.assert_close(out, attention(*first))
+    nothing, alone = model.in_one_pass(attention, False, second)
+    assert nothing is None
+    torch.testing.assert_close(alone, attention(*second))
+    assert model.in_one_pass(attention, False, None) == [None, None]
 
 
 def terms(network, batch):
@@ -263,34 +309,36 @@ def terms(network, batch):
 
 
 def test_shapes(text_folder, batch):
-    o = build(text_folder)(batch)
+    network = small_mg3d(text_folder)
+    o = network(batch)
     B, S = batch["sentence_mask"].shape
     chosen = int((batch["mlm_labels"] != -100).sum())
     assert o["recon"].shape == batch["volume"].shape
-    assert o["logits"].shape == (chosen, build(text_folder).text_encoder.vocab_size)
+    assert o["logits"].shape == (chosen, network.text_encoder.vocab_size)
     assert o["rebuilt"].shape == o["sentences"].shape == o["visual_sentences"].shape == (B, S, 24)
     assert o["text_sentences"].shape == (B, S, 128)
     assert all(o[name].shape == (B, 24) for name in ("f_i", "h_i", "f_t", "h_t", "h_s"))
 
 
-@pytest.mark.parametrize("left_out", model.LOSSES)
-def test_a_loss_less_leaves_the_others_alone(text_folder, batch, left_out):
-    full = terms(build(text_folder), batch)
-    enabled = [name for name in model.LOSSES if name != left_out]
-    rest = terms(build(text_folder, enabled), batch)
-    assert list(rest) == enabled
-    for name in enabled:
-        torch.testing.assert_close(rest[name], full[name], msg=lambda m: f"{name} without {left_out}: {m}")
+def test_a_loss_less_leaves_the_others_alone(text_folder, batch):
+    full = terms(small_mg3d(text_folder), batch)
+    for left_out in model.LOSSES:
+        enabled = [name for name in model.LOSSES if name != left_out]
+        rest = terms(small_mg3d(text_folder, enabled), batch)
+        assert list(rest) == enabled
+        for name in enabled:
+            torch.testing.assert_close(rest[name], full[name],
+                                       msg=lambda m: f"{name} without {left_out}: {m}")
 
 
 HEADS = {"mim": "mim_decoder", "mlm": "mlm_vocabulary", "dfa": "visual_sentence_pool"}
 
 
-@pytest.mark.parametrize("enabled", [[name] for name in model.LOSSES] + [["mim", "mlm"], ["sfr", "dfa"], ["ssm", "dfa"], list(model.LOSSES)],
-                         ids=lambda names: "+".join(names))
+@pytest.mark.parametrize("enabled", [*([name] for name in model.LOSSES), ["mim", "mlm"], ["sfr", "dfa"],
+                                     ["ssm", "dfa"], list(model.LOSSES)], ids="+".join)
 def test_every_trained_parameter_gets_a_gradient(text_folder, batch, enabled):
-    """So DistributedDataParallel never has to look for unused parameters; and heads of disabled losses are not there."""
-    network = build(text_folder, enabled)
+    """DistributedDataParallel need not look for unused parameters; heads of disabled losses are not built."""
+    network = small_mg3d(text_folder, enabled)
     sum(terms(network, batch).values()).backward()
     for name, p in network.named_parameters():
         assert (p.grad is not None) == p.requires_grad, name
@@ -298,17 +346,18 @@ def test_every_trained_parameter_gets_a_gradient(text_folder, batch, enabled):
         assert (getattr(network, head) is not None) == (loss in enabled)
 
 
-@pytest.mark.parametrize("options", [dict(guidance="word"), dict(mim_attention="classical", mlm_attention="classical"), dict(encoder="unet")], ids=str)
+@pytest.mark.parametrize("options", [{"guidance": "word"}, {"encoder": "unet"},
+                                     {"mim_attention": "classical", "mlm_attention": "classical"}], ids=str)
 def test_variants_run(text_folder, batch, options):
-    network = build(text_folder, **options)
-    values = terms(network, batch)
+    values = terms(small_mg3d(text_folder, **options), batch)
     sum(values.values()).backward()
     assert all(torch.isfinite(v) for v in values.values())
 
 
 def test_words_guide_and_what_stands_around_them_does_not(text_folder, batch):
-    network = build(text_folder, ["mim"], guidance="word")
-    recon, features = network(batch)["recon"], network.text_encoder(batch["input_ids"], batch["attention_mask"])
+    network = small_mg3d(text_folder, ["mim"], guidance="word")
+    recon = network(batch)["recon"]
+    features = network.text_encoder(batch["input_ids"], batch["attention_mask"])
     around = (batch["sentence_ids"] < 0)[..., None]                     # [CLS], [SEP], padding
     for where, same in ((around, True), (~around, False)):
         network.text_encoder.forward = lambda *_: torch.where(where, torch.randn_like(features), features)
@@ -317,13 +366,14 @@ def test_words_guide_and_what_stands_around_them_does_not(text_folder, batch):
 
 def test_one_visual_token_is_enough(text_folder, batch):
     small = dict(batch, **{name: batch[name][..., :32, :32, :32] for name in ("volume", "volume_mask")})
-    o = build(text_folder).train()(small)
+    o = small_mg3d(text_folder).train()(small)
     assert o["recon"].shape == small["volume"].shape and torch.isfinite(o["recon"]).all()
-    assert (o["recon"][0] - o["recon"][1]).abs().max() > 1e-4          # a norm of each channel would make them equal
+    difference = o["recon"][0] - o["recon"][1]
+    assert difference.abs().max() > 1e-4                # a norm of each channel would make them equal
 
 
 def test_text_encoder_is_frozen(text_folder, batch):
-    network = build(text_folder).train()
+    network = small_mg3d(text_folder).train()
     assert not network.text_encoder.bert.training                        # no dropout
     assert not any(p.requires_grad for p in network.text_encoder.parameters())
     first, second = (network.text_encoder(batch["input_ids"], batch["attention_mask"]) for _ in range(2))
@@ -331,48 +381,60 @@ def test_text_encoder_is_frozen(text_folder, batch):
 
 
 def test_padding_in_the_batch_does_not_matter(text_folder, batch):
-    network = build(text_folder)
-    pad = torch.nn.functional.pad
-    longer = dict(batch, **{name: pad(batch[name], (0, 3), value=value) for name, value in
-                            dict(input_ids=0, masked_ids=0, attention_mask=0, sentence_ids=-1, mlm_labels=-100, single_ids=0, single_mask=0).items()},
-                  sentence_mask=pad(batch["sentence_mask"], (0, 2)))
+    network = small_mg3d(text_folder)
+    longer = batch | {"sentence_mask": nn.functional.pad(batch["sentence_mask"], (0, 2))}
+    padding = {"input_ids": 0, "masked_ids": 0, "attention_mask": 0, "single_ids": 0, "single_mask": 0,
+               "sentence_ids": -1, "mlm_labels": -100}
+    for name, value in padding.items():
+        longer[name] = nn.functional.pad(batch[name], (0, 3), value=value)
     values, others = terms(network, batch), terms(network, longer)
     for name in values:
-        torch.testing.assert_close(values[name], others[name], atol=1e-5, rtol=1e-4, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(values[name], others[name], atol=1e-5, rtol=1e-4,
+                                   msg=lambda m: f"{name}: {m}")
 
 
 def test_encode_image_and_text(text_folder, batch):
-    network = build(text_folder)
+    network = small_mg3d(text_folder)
     o = network(batch)
     torch.testing.assert_close(network.encode_image(batch["volume"]).mean(1), o["f_i"], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(network.encode_text(*(batch[k] for k in ("input_ids", "attention_mask", "sentence_ids", "sentence_mask"))), o["f_t"])
+    report = [batch[key] for key in ("input_ids", "attention_mask", "sentence_ids", "sentence_mask")]
+    torch.testing.assert_close(network.encode_text(*report), o["f_t"])
 
 
 def test_h_s_depends_on_the_sentence(text_folder, batch):
     """Eq. (11) as printed, with one pooled key, would give every sentence the same feature."""
-    h_s = build(text_folder)(batch)["visual_sentences"]
+    h_s = small_mg3d(text_folder)(batch)["visual_sentences"]
     assert (h_s[1, 0] - h_s[1, 1]).abs().max() > 1e-6
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_any_hugging_face_encoder(tmp_path, kind):
     """A folder as users have it: BERT with word pieces, RoBERTa with byte pairs, saved by transformers."""
-    import data
     from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer
-    from transformers import BertConfig, BertModel, BertTokenizerFast, RobertaConfig, RobertaModel, RobertaTokenizerFast
+    from transformers import (
+        BertConfig,
+        BertModel,
+        BertTokenizerFast,
+        RobertaConfig,
+        RobertaModel,
+        RobertaTokenizerFast,
+    )
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     if kind == "bert":
         trained = BertWordPieceTokenizer()
         trained.train_from_iterator(REPORTS, vocab_size=60, min_frequency=1)
         trained.save_model(str(tmp_path))
         BertTokenizerFast.from_pretrained(tmp_path).save_pretrained(tmp_path)
-        network = BertModel(BertConfig(vocab_size=trained.get_vocab_size(), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8))
+        network = BertModel(BertConfig(vocab_size=trained.get_vocab_size(), **small))
     else:
         trained = ByteLevelBPETokenizer()
-        trained.train_from_iterator(REPORTS, vocab_size=300, min_frequency=1, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+        trained.train_from_iterator(REPORTS, vocab_size=300, min_frequency=1,
+                                    special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
         trained.save_model(str(tmp_path))
         RobertaTokenizerFast.from_pretrained(tmp_path).save_pretrained(tmp_path)
-        network = RobertaModel(RobertaConfig(vocab_size=trained.get_vocab_size(), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
-                                             pad_token_id=1, bos_token_id=0, eos_token_id=2, max_position_embeddings=300))
+        config = RobertaConfig(vocab_size=trained.get_vocab_size(), pad_token_id=1, bos_token_id=0,
+                               eos_token_id=2, max_position_embeddings=300, **small)
+        network = RobertaModel(config)
     network.half().save_pretrained(tmp_path)             # as some published files are
     text = model.TextEncoder(str(tmp_path))
     assert {p.dtype for p in text.parameters()} == {torch.float32}
@@ -381,7 +443,7 @@ def test_any_hugging_face_encoder(tmp_path, kind):
     single = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(i) for i in tokens["single_ids"]], True, pad)
     mask = (single != pad).long()
     together = text.encode_sentences(single, mask)
-    for i, ids in enumerate(tokens["single_ids"]):                       # one by one, without padding, without the ends
+    for i, ids in enumerate(tokens["single_ids"]):      # one by one, without padding, without the ends
         alone = text(torch.from_numpy(ids)[None], torch.ones(1, len(ids), dtype=torch.long))[0, 1:-1].mean(0)
         torch.testing.assert_close(together[i], alone, atol=1e-5, rtol=1e-4)
 
@@ -396,21 +458,26 @@ def test_text_folder_without_weights(tmp_path, text_folder):
         model.TextEncoder("no/such")
 
 
-# ---------------------------------------------------------------------------------------------- foreign weights
+# ---------------------------------------------------------------------------------- foreign weights
 
 def as_file(state, kind):
     bare = {k: v for k, v in state.items() if k != "mask_token"}
     old = {k.replace("mlp.linear", "mlp.fc"): v for k, v in bare.items()}
+
+    def named(state, prefix, other):
+        return {prefix + key: tensor for key, tensor in state.items()} | {other: torch.zeros(2)}
     return {"ours, encoder.pt": bare,
-            "ours, last.pt": {"model": {f"encoder.{k}": v for k, v in state.items()} | {"image_proj.weight": torch.zeros(2)}, "step": 3, "config": {}},
-            "the authors', flat": {f"vision_encoder.{k}": v for k, v in bare.items()} | {"vision_encoder.proj_head.weight": torch.zeros(2)},
-            "the authors', Lightning": {"state_dict": {f"vision_encoder.{k}": v for k, v in bare.items()} | {"text_encoder.x": torch.zeros(2)}, "epoch": 1},
-            "MONAI, SwinUNETR": {f"swinViT.{k}": v for k, v in bare.items()} | {"encoder1.layer.conv1.conv.weight": torch.zeros(2)},
-            "MONAI, SSL": {"state_dict": {f"module.{k}": v for k, v in old.items()} | {"module.rotation_head.weight": torch.zeros(2)}}}[kind]
+            "ours, last.pt": {"model": named(state, "encoder.", "image_proj.weight"), "config": {}},
+            "the authors', flat": named(bare, "vision_encoder.", "vision_encoder.proj_head.weight"),
+            "the authors', Lightning": {"state_dict": named(bare, "vision_encoder.", "text_encoder.x"),
+                                        "epoch": 1},
+            "MONAI, SwinUNETR": named(bare, "swinViT.", "encoder1.layer.conv1.conv.weight"),
+            "MONAI, SSL": {"state_dict": named(old, "module.", "module.rotation_head.weight")}}[kind]
 
 
-@pytest.mark.parametrize("kind, merging", [("ours, encoder.pt", "monai"), ("ours, last.pt", "monai"), ("the authors', flat", "v0.9"),
-                                           ("the authors', Lightning", "v0.9"), ("MONAI, SwinUNETR", "monai"), ("MONAI, SSL", "v0.9")])
+@pytest.mark.parametrize("kind, merging", [
+    ("ours, encoder.pt", "monai"), ("ours, last.pt", "monai"), ("the authors', flat", "v0.9"),
+    ("the authors', Lightning", "v0.9"), ("MONAI, SwinUNETR", "monai"), ("MONAI, SSL", "v0.9")])
 def test_every_known_file_fills_the_encoder(tmp_path, kind, merging):
     source, target = build_encoder("swin_t"), build_encoder("swin_t")
     torch.save(as_file(source.state_dict(), kind), tmp_path / "weights.pt")
@@ -423,12 +490,16 @@ def test_every_known_file_fills_the_encoder(tmp_path, kind, merging):
     assert set(report["missing"]) <= {"mask_token"}
 
 
-def test_a_whole_model_takes_encoder_weights(tmp_path, text_folder):
-    network, source = build(text_folder), build_encoder("swin_t", window_size=3)
-    torch.save(as_file(source.state_dict(), "the authors', flat"), tmp_path / "weights.pt")
-    report = load_weights(network, tmp_path / "weights.pt")
-    assert torch.equal(network.encoder.patch_embed.proj.weight, source.patch_embed.proj.weight)
-    assert "image_proj.weight" in report["missing"] and network.encoder.merging == "v0.9"
+def test_an_encoder_inside_a_model_takes_weights(tmp_path, text_folder):
+    source = build_encoder("swin_t", window_size=3).state_dict()
+    torch.save(as_file(source, "the authors', flat"), tmp_path / "weights.pt")
+    classifier = model.Classifier(build_encoder("swin_t", window_size=3), 2)
+    for network, name in ((small_mg3d(text_folder), "image_proj.weight"), (classifier, "norm.weight")):
+        report = load_weights(network, tmp_path / "weights.pt")
+        assert name in report["missing"] and report["unexpected"] == ["encoder.proj_head.weight"]
+        assert network.encoder.merging == "v0.9"
+        for name, tensor in source.items():
+            assert name == "mask_token" or torch.equal(network.encoder.state_dict()[name], tensor), name
 
 
 def test_encoder_pt_keeps_the_order_of_merging(tmp_path):
@@ -452,7 +523,8 @@ def test_poor_matches_are_refused(tmp_path):
     torch.save(build_encoder("unet", feature_size=8).state_dict(), tmp_path / "unet.pt")
     torch.save({"step": 3}, tmp_path / "empty.pt")
     (tmp_path / "torn.pt").write_bytes(b"PK\x03\x04 torn")
-    with pytest.raises(ValueError, match=r"window.pt.*does not fill[\s\S]*relative_position_bias_table: expected \(2197, 3\), found \(729, 3\)"):
+    with pytest.raises(ValueError, match=r"window.pt.*does not fill[\s\S]*relative_position_bias_table: "
+                                         r"expected \(2197, 3\), found \(729, 3\)"):
         load_weights(target, tmp_path / "window.pt")
     for name in ("unet.pt", "empty.pt", "torn.pt", "absent.pt"):
         with pytest.raises(ValueError, match=name):
@@ -462,7 +534,6 @@ def test_poor_matches_are_refused(tmp_path):
 
 class Bomb:
     def __reduce__(self):
-        import os
         return os.mkdir, ("exploded",)
 
 

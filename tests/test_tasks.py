@@ -1,59 +1,47 @@
-"""data.py: the nine tasks in their native layouts. Real fold files and LUNA16 slabs are looked for in ../shared."""
+"""data.py: the nine tasks in their native layouts, real fold files and slabs of LUNA16."""
 import collections
 import csv
 import json
-import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
+from conftest import REAL, load, real_data, save_nifti, write_csv
 
 import data
 from data import LABELS, TASKS, load_task
 
-ROOT = Path(__file__).resolve().parents[1]
-REAL = Path(os.environ.get("MG3D_REAL_DATA", ROOT.parent / "shared" / "data"))
-real_data = pytest.mark.skipif(not REAL.exists(), reason=f"no real data at {REAL}")
-AFFINE = np.diag([-1.5, -2, 3, 1])
-
-
-def table(path, columns, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([columns.split(","), *rows])
-    return path
+LPS = np.diag([-1.5, -2, 3, 1])
+ONE_SPLIT = ("luna16", "ctrg", "ct-rate-vocab", "ct-rate-retrieval")        # sets without folds
 
 
 def touch(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
-    return path
 
 
-def scan(path, values=None, affine=AFFINE):
-    """A little CT of 8×16×16 voxels, or `values` (x, y, z), as NIfTI or MetaImage."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def scan(path, values=None, affine=LPS):
+    """A small CT of 8×16×16 voxels, or `values` (z, y, x), as NIfTI or MetaImage"""
     if values is None:
-        values = np.random.default_rng(0).normal(-500, 500, (16, 16, 8)).clip(-1000, 600).astype(np.int16)
-    if path.name.endswith((".nii", ".nii.gz")):
-        nib.save(nib.Nifti1Image(values, affine), path)
+        values = np.random.default_rng(0).normal(-500, 500, (8, 16, 16)).clip(-1000, 600).astype(np.int16)
+    if path.name.endswith(".nii.gz"):
+        save_nifti(path, values, affine)
     else:
-        sitk.WriteImage(sitk.GetImageFromArray(values.T), str(path))
-    return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sitk.WriteImage(sitk.GetImageFromArray(values), str(path))
 
 
-def mask(path, label=1, **options):
-    values = np.zeros((16, 16, 8), np.uint8)
-    values[4:8, 4:8, 2:5] = label
-    return scan(path, values, **options)
+def mask(path, label=1, affine=LPS):
+    values = np.zeros((8, 16, 16), np.uint8)
+    values[2:5, 4:8, 4:8] = label
+    scan(path, values, affine)
 
 
-# each writes a set into a folder: 10 patients, where nothing else is said
+# Each writes a set into a folder: of 10 patients if it does not say otherwise.
 
 def cc_ccii(folder, n=10, csvs=True):
     rows = []
@@ -68,26 +56,29 @@ def cc_ccii(folder, n=10, csvs=True):
             rows.append(["x.zip", i % 3, label, 100 + i, 1000 + 2 * i + k])
     if csvs:
         cut = round(n * 0.6) * 2
-        for part, some in (("train", rows[:cut]), ("valid", rows[cut:])):
-            table(folder / "folds" / f"CC_CCII_fold0_{part}.csv", "zip_file,target,label,patient_id,scan_id", some)
+        columns = "zip_file,target,label,patient_id,scan_id"
+        write_csv(folder / "folds" / "CC_CCII_fold0_train.csv", columns, rows[:cut])
+        write_csv(folder / "folds" / "CC_CCII_fold0_valid.csv", columns, rows[cut:])
 
 
-def luna16(folder, subsets=range(10), csv_name="candidates_V2.csv"):
+def luna16(folder, subsets=range(10)):
     rows = []
     for subset in range(10):
         if subset in subsets:
             scan(folder / f"subset{subset}" / f"1.2.{subset}.mhd")
         rows += [[f"1.2.{subset}", 5.5 + k, 6, 3, k] for k in (0, 1)]
     touch(folder / "seg-lungs-LUNA16" / "1.2.0.mhd")                # of the same name, no scan
-    table(folder / csv_name, "seriesuid,coordX,coordY,coordZ,class", rows)
+    write_csv(folder / "candidates_V2.csv", "seriesuid,coordX,coordY,coordZ,class", rows)
 
 
 def msd_lung(folder, n=10):
-    rows = [{"image": f"./imagesTr/lung_{i:03d}.nii.gz", "label": f"./labelsTr/lung_{i:03d}.nii.gz"} for i in range(n)]
+    rows = [{"image": f"./imagesTr/lung_{i:03d}.nii.gz", "label": f"./labelsTr/lung_{i:03d}.nii.gz"}
+            for i in range(n)]
     for row in rows:
         scan(folder / row["image"])
         mask(folder / row["label"])
-    (folder / "dataset.json").write_text(json.dumps({"training": rows, "test": ["./imagesTs/lung_900.nii.gz"]}))
+    content = {"training": rows, "test": ["./imagesTs/lung_900.nii.gz"]}
+    (folder / "dataset.json").write_text(json.dumps(content))
     return rows
 
 
@@ -98,25 +89,26 @@ def covid(folder, n=10):
     scan(folder / "Validation" / "volume-covid19-A-0900_ct.nii.gz")     # the challenge keeps its mask
 
 
-def acdc(folder, part="", first=1, n=10):
+def acdc(folder, first=1, n=10):
     for i in range(first, first + n):
-        home = folder / part / f"patient{i:03d}"
+        patient = folder / f"patient{i:03d}"
         for frame in ("frame01", f"frame{i + 5:02d}"):
-            scan(home / f"patient{i:03d}_{frame}.nii.gz")
-            mask(home / f"patient{i:03d}_{frame}_gt.nii.gz", label=3)
-        scan(home / f"patient{i:03d}_4d.nii.gz")
-        (home / "Info.cfg").write_text(f"ED: 1\nES: {i + 5}\nGroup: DCM\n")
+            scan(patient / f"{patient.name}_{frame}.nii.gz")
+            mask(patient / f"{patient.name}_{frame}_gt.nii.gz", label=3)
+        scan(patient / f"{patient.name}_4d.nii.gz")
+        (patient / "Info.cfg").write_text(f"ED: 1\nES: {i + 5}\nGroup: DCM\n")
 
 
 def stoic(folder, n=20):
     for i in range(n):
         scan(folder / "data" / "mha" / f"{i}.mha")
-    table(folder / "metadata" / "reference.csv", "PatientID,probCOVID,probSevere",
-          [[i, int(i % 4 < 3), int(i % 4 == 0)] for i in range(n)])
+    write_csv(folder / "metadata" / "reference.csv", "PatientID,probCOVID,probSevere",
+              [[i, int(i % 4 < 3), int(i % 4 == 0)] for i in range(n)])
 
 
 def ctrg(folder, n=10, name="CTRG.json"):
-    rows = [{"id": f"{i}.nii.gz", "report": f"Report {i}.", "result": "", "image_path": f"ct/{i}.nii.gz"} for i in range(n)]
+    rows = [{"id": f"{i}.nii.gz", "report": f"Report {i}.", "result": "", "image_path": f"ct/{i}.nii.gz"}
+            for i in range(n)]
     for row in rows:
         scan(folder / row["image_path"])
     content = {"train": rows[:7], "val": rows[7:], "test": rows[7:]}
@@ -128,35 +120,29 @@ def ct_rate(folder, n=10, columns=LABELS):
     names = [f"{'train' if i < 7 else 'valid'}_{i}_a_1.nii.gz" for i in range(n)]
     for name in names:
         scan(folder / name.split("_")[0] / name)
-    table(folder / "reports.csv", "VolumeName,Findings_EN,Impressions_EN", [[name, "Fine.", "Well."] for name in names])
-    rows = [[name, *[int((i + LABELS.index(label)) % 2) for label in columns]] for i, name in enumerate(names)]
-    table(folder / "labels.csv", ",".join(["VolumeName", *columns]), rows)
+    write_csv(folder / "reports.csv", "VolumeName,Findings_EN,Impressions_EN",
+              [[name, "Fine.", "Well."] for name in names])
+    rows = [[name, *[(i + LABELS.index(label)) % 2 for label in columns]] for i, name in enumerate(names)]
+    write_csv(folder / "labels.csv", ["VolumeName", *columns], rows)
 
 
-WRITE = {"cc-ccii": cc_ccii, "luna16": luna16, "msd-lung": msd_lung, "covid-19-20": covid, "acdc": acdc, "stoic": stoic,
-         "ctrg": ctrg, "ct-rate-vocab": ct_rate, "ct-rate-retrieval": ct_rate}
+WRITE = {"cc-ccii": cc_ccii, "luna16": luna16, "msd-lung": msd_lung, "covid-19-20": covid, "acdc": acdc,
+         "stoic": stoic, "ctrg": ctrg, "ct-rate-vocab": ct_rate, "ct-rate-retrieval": ct_rate}
 
 
-def parts(items):
-    """{split: set of patients}; asserts that no patient is in two."""
-    out = {split: {item.patient for item in items if item.split == split} for split in data.SPLITS}
-    assert sum(map(len, out.values())) == len({item.patient for item in items})
-    return out
+def patients(items):
+    """{split: its patients}; asserts that no patient is in two."""
+    names = {split: {item.patient for item in items if item.split == split} for split in data.SPLITS}
+    assert sum(map(len, names.values())) == len({item.patient for item in items})
+    return names
 
 
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Run `data.py check --task` in this process -> exit code, all that it says."""
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["data.py", "check", *map(str, args)])
-        with pytest.raises(SystemExit) as exit:
-            data.main()
-        text = "".join(capsys.readouterr())
-        return (1, text + exit.value.code) if isinstance(exit.value.code, str) else (exit.value.code, text)
-    return run
+def numbers(items):
+    """Patients in train, valid and test"""
+    return tuple(map(len, patients(items).values()))
 
 
-# ---------------------------------------------------------------------------------------------------- all nine
+# ---------------------------------------------------------------------------------------- all nine
 
 def test_the_table():
     assert set(TASKS) == set(WRITE) and len(TASKS) == 9
@@ -164,8 +150,16 @@ def test_the_table():
         assert task.kind in ("classify", "segment", "report", "prompt", "retrieve")
         assert task.view in ("whole", "slices", "cube", "box", "patch")
         assert all(side % 32 == 0 for side in task.size)
-        assert task.recipe.keys() == {"epochs", "warmup", "batch_size", "lr", "lr_encoder", "weight_decay", "decay",
-                                      "clip_grad"}
+        assert task.recipe.keys() == {"epochs", "warmup", "batch_size", "lr", "lr_encoder", "weight_decay",
+                                      "decay", "clip_grad"}
+
+
+def test_settings_are_all_that_a_network_needs(tmp_path):
+    for task in TASKS.values():
+        torch.save(task.settings(), tmp_path / "task.pt")
+        settings = load(tmp_path / "task.pt")               # nothing but plain values
+        assert settings.keys() == set(task._fields) - {"records", "layout", "recipe", "demo"}
+        assert task._replace(**settings) == task
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -173,25 +167,26 @@ def test_every_set_loads_and_is_checked(name, tmp_path, command):
     WRITE[name](tmp_path)
     items, task = load_task(name, tmp_path), TASKS[name]
     assert [item[:5] for item in items] == [item[:5] for item in load_task(name, str(tmp_path))]     # seeded
-    assert all(parts(items).values())
+    assert all(numbers(items))
     assert len({item.id for item in items}) == len(items)
     assert all((item.mask is not None) == (task.kind == "segment") for item in items)
     assert all((item.centre is not None) == (task.view == "cube") for item in items)
     if task.kind in ("classify", "prompt"):
-        assert all(item.labels.dtype == np.float32 and item.labels.shape == (len(task.classes),) for item in items)
-    code, text = command("--task", name, "--data", tmp_path, "--limit", 2)
+        for item in items:
+            assert item.labels.dtype == np.float32 and item.labels.shape == (len(task.classes),)
+    code, text = command("data.py", "check", "--task", name, "--data", tmp_path, "--limit", 2)
     assert code == 0, text
-    assert task.layout in text and "8x16x16" in text and "2 scans read, 0 of them with a problem" in text
+    assert task.layout in text and "8x16x16" in text and "2 volumes read, 0 of them with a problem" in text
     for split in data.SPLITS:
-        assert re.search(rf"^{split} +\d+ items of \d+ patients in \d+ scans", text, re.M)
+        assert re.search(rf"^{split} +\d+ items of \d+ patients in \d+ volumes", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_an_empty_folder_is_told_the_layout(name, tmp_path, command):
-    code, text = command("--task", name, "--data", tmp_path)
-    assert code == 1 and str(tmp_path) in text and TASKS[name].layout in text
-    code, text = command("--task", name, "--data", tmp_path / "none")
-    assert code == 1 and "found nothing there" in text
+    for folder in (tmp_path, tmp_path / "none"):
+        code, text = command("data.py", "check", "--task", name, "--data", folder)
+        assert code == 1 and str(folder) in text and TASKS[name].layout in text
+    assert "found nothing there" in text
 
 
 def test_unknown_task(tmp_path):
@@ -199,42 +194,99 @@ def test_unknown_task(tmp_path):
         load_task("x", tmp_path)
 
 
+@pytest.mark.parametrize("name", ONE_SPLIT)
+def test_a_set_without_folds_refuses_one(name, tmp_path):
+    WRITE[name](tmp_path)
+    message = "found --fold 3, but one split of its own and no folds, expected no --fold"
+    with pytest.raises(ValueError, match=message):
+        load_task(name, tmp_path, fold=3)
+
+
 def test_drawn_splits_are_by_patient_seeded_and_disjoint(tmp_path):
     stoic(tmp_path, 40)
     items = load_task("stoic", tmp_path)
-    assert {split: len(some) for split, some in parts(items).items()} == {"train": 24, "valid": 8, "test": 8}
-    tested = [parts(load_task("stoic", tmp_path, fold=fold))["test"] for fold in range(5)]
-    assert set.union(*tested) == {str(i) for i in range(40)} and sum(map(len, tested)) == 40
-    assert parts(load_task("stoic", tmp_path)) == parts(items) != parts(load_task("stoic", tmp_path, seed=1))
+    assert numbers(items) == (24, 8, 8)
+    assert patients(load_task("stoic", tmp_path)) == patients(items)
+    assert patients(load_task("stoic", tmp_path, seed=1)) != patients(items)
     for split in data.SPLITS:                               # every class in every part
         labels = np.array([item.labels for item in items if item.split == split])
         assert (labels.sum(0) > 0).all() and (labels.sum(0) < len(labels)).all()
 
 
+@pytest.mark.parametrize("n", [40, 62])
+def test_drawn_folds_are_fifths_that_share_no_patient(n, tmp_path):
+    stoic(tmp_path, n)
+    tests = [patients(load_task("stoic", tmp_path, fold=fold))["test"] for fold in range(5)]
+    assert set.union(*tests) == {str(i) for i in range(n)} and sum(map(len, tests)) == n
+    with pytest.raises(ValueError, match="no folds of its own and --fold 5, expected 0 to 4"):
+        load_task("stoic", tmp_path, fold=5)
+
+
 def test_missing_scans(tmp_path, caplog):
     stoic(tmp_path, 40)
     (tmp_path / "data" / "mha" / "7.mha").unlink()
-    assert len(load_task("stoic", tmp_path)) == 39 and "7.mha: left out" in caplog.text
+    assert len(load_task("stoic", tmp_path)) == 39
+    assert re.search("found no file for 1 of 40 volumes: .*7.mha; left out", caplog.text)
     for i in (8, 9):
         (tmp_path / "data" / "mha" / f"{i}.mha").unlink()
-    with pytest.raises(ValueError, match="no file for 3 of 40 scans: .*7.mha.*8.mha.*9.mha; expected at most 5 %"):
+    message = "no file for 3 of 40 volumes: .*7.mha.*8.mha.*9.mha, expected at most 5 %"
+    with pytest.raises(ValueError, match=message):
         load_task("stoic", tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------- each of them
+@pytest.mark.parametrize("name", ["luna16", "msd-lung", "stoic", "ctrg"])
+def test_cache_command(name, tmp_path, command, monkeypatch):
+    folder, cache, task = tmp_path / "set", tmp_path / "cache", TASKS[name]
+    WRITE[name](folder)
+    items = load_task(name, folder)
+    flags = ("data.py", "cache", "--task", name, "--data", folder, "--cache", cache, "--workers", 1)
+    code, text = command(*flags)
+    assert code == 0 and f"{len(items)} of {len(items)} items are ready in {cache}" in text
+    scans = {item.volume for item in items}
+    dtypes = {"": np.float16}
+    if task.view != "whole":
+        dtypes[".affine"] = np.float64
+    if task.kind == "segment":
+        dtypes[".mask"] = np.uint8
+    written = sorted(cache.iterdir())
+    assert len(written) == len(scans) * len(dtypes)
+    assert {Path(file.stem).suffix: np.load(file).dtype for file in written} == dtypes
+    times = [file.stat().st_mtime_ns for file in written]
+    assert command(*flags)[0] == 0                          # all is there: nothing is written
+    assert [file.stat().st_mtime_ns for file in sorted(cache.iterdir())] == times
+    with monkeypatch.context() as patch:                    # a network's input is read from there alone
+        patch.delattr(data, "read_stored")
+        for item in items:
+            assert data.network_input(item, task, cache).shape == (1, *task.size)
+
+    item = items[-1]
+    item.volume.write_bytes(b"broken")
+    code, text = command(*flags)
+    if len(scans) == 20:                                    # one of 20 may be wrong, one of 10 may not
+        assert code == 0 and f"left out {item.volume}: " in text and "19 of 20 items are ready" in text
+    else:
+        assert code == 1 and "1 of 10 scans are wrong, more than 5 %" in text and f"{item.volume}: " in text
+    assert "expected" in text
+    (tmp_path / "empty").mkdir()
+    code, text = command(*flags, "--data", tmp_path / "empty")
+    assert code == 1 and re.search(f"{tmp_path / 'empty'}: found .* expected", text)
+
+
+# ------------------------------------------------------------------------------------ each of them
 
 def test_cc_ccii(tmp_path):
     cc_ccii(tmp_path, 20)
     items = load_task("cc-ccii", tmp_path)
-    assert parts(items)["test"] == {str(112 + i) for i in range(8)}         # the valid part of the fold file
+    assert patients(items)["test"] == {str(112 + i) for i in range(8)}     # the valid part of the fold file
     item = next(item for item in items if item.id == "101/1003")
     assert item.volume == tmp_path / "CP" / "101" / "1003" and item.labels.tolist() == [0, 1, 0]
-    with pytest.raises(ValueError, match=r"files \['CC_CCII_fold0_train.csv', .*expected also \*fold1\*train"):
+    message = r"files \['CC_CCII_fold0_train.csv', .*expected also \*fold1\*train"
+    with pytest.raises(ValueError, match=message):
         load_task("cc-ccii", tmp_path, fold=1)
     shutil.move(tmp_path / "CP", tmp_path / "unzipped" / "CP-20" / "CP")    # as a zip gives it
     assert len(load_task("cc-ccii", tmp_path)) == 40
     shutil.rmtree(tmp_path / "Normal")
-    with pytest.raises(ValueError, match="no file for 14 of 40 scans"):
+    with pytest.raises(ValueError, match="no file for 14 of 40 volumes"):
         load_task("cc-ccii", tmp_path)
     shutil.rmtree(tmp_path / "folds")
     with pytest.raises(ValueError, match="found 0 of .* with the class normal"):
@@ -243,64 +295,68 @@ def test_cc_ccii(tmp_path):
 
 def test_cc_ccii_without_folds_and_with_bad_ones(tmp_path):
     cc_ccii(tmp_path, 30, csvs=False)
-    assert {split: len(some) for split, some in parts(load_task("cc-ccii", tmp_path)).items()} == \
-        {"train": 18, "valid": 6, "test": 6}
+    assert numbers(load_task("cc-ccii", tmp_path)) == (18, 6, 6)
     rows = [["0", "CP", 101, 1002]]
     for part in ("train", "valid"):
-        table(tmp_path / f"fold0_{part}.csv", "target,label,patient_id,scan_id", rows)
-    with pytest.raises(ValueError, match="fold0_train.csv, line 2: found target '0' and label 'CP', expected 0 Normal"):
+        write_csv(tmp_path / f"fold0_{part}.csv", "target,label,patient_id,scan_id", rows)
+    message = "fold0_train.csv, line 2: found target '0' and label 'CP', expected 0 Normal"
+    with pytest.raises(ValueError, match=message):
         load_task("cc-ccii", tmp_path)
     for part in ("train", "valid"):
-        table(tmp_path / f"fold0_{part}.csv", "target,label,patient_id", [["1", "CP", 101]])
+        write_csv(tmp_path / f"fold0_{part}.csv", "target,label,patient_id", [["1", "CP", 101]])
     with pytest.raises(ValueError, match=r"expected also \['scan_id'\]"):
         load_task("cc-ccii", tmp_path)
 
 
 def test_cc_ccii_patient_in_two_parts(tmp_path):
     cc_ccii(tmp_path)
-    rows = list(csv.reader((tmp_path / "folds" / "CC_CCII_fold0_train.csv").open()))
-    table(tmp_path / "folds" / "CC_CCII_fold0_train.csv", ",".join(rows[0]), rows[1:] + [["x", 1, "CP", 107, 1014]])
-    table(tmp_path / "folds" / "CC_CCII_fold0_valid.csv", ",".join(rows[0]), [["x", 1, "CP", 107, 1015]])
-    with pytest.raises(ValueError, match="the patient 107 in .* and in .*, expected it in one"):
+    train, valid = (tmp_path / "folds" / f"CC_CCII_fold0_{part}.csv" for part in ("train", "valid"))
+    columns, *rows = list(csv.reader(train.read_text().splitlines()))
+    write_csv(train, columns, rows + [["x", 1, "CP", 107, 1014]])
+    write_csv(valid, columns, [["x", 1, "CP", 107, 1015]])
+    with pytest.raises(ValueError, match="the patient 107 in train and in test, expected it in one"):
         load_task("cc-ccii", tmp_path)
-    table(tmp_path / "folds" / "CC_CCII_fold0_valid.csv", ",".join(rows[0]), [["x", 1, "CP", 107, 1014]])
-    with pytest.raises(ValueError, match="found 107/1014 twice"):
+    write_csv(valid, columns, [["x", 1, "CP", 107, 1014]])
+    with pytest.raises(ValueError, match=r"found 107/1014 \(.*CP/107/1014\) twice, expected it once"):
         load_task("cc-ccii", tmp_path)
 
 
 def test_cc_ccii_npy(tmp_path):
     rows = []
     for i in range(15):
-        grey = np.random.default_rng(i).integers(0, 256, (8, 16, 20)).astype(np.uint8)      # slices, rows, columns
+        grey = np.random.default_rng(i).integers(0, 256, (8, 16, 20), np.uint8)     # slices, rows, columns
         np.save(tmp_path / f"p{i}-s{i + 50}.npy", grey)
         rows.append([i % 3, ("Normal", "CP", "NCP")[i % 3], i, i + 50])
     with pytest.raises(ValueError, match=r"p\d+-s\d+.npy: found no \*fold0\*train"):
         load_task("cc-ccii", tmp_path)
-    table(tmp_path / "fold0_train.csv", "target,label,patient_id,scan_id", rows[:9])
-    table(tmp_path / "fold0_valid.csv", "target,label,patient_id,scan_id", rows[9:])
+    write_csv(tmp_path / "fold0_train.csv", "target,label,patient_id,scan_id", rows[:9])
+    write_csv(tmp_path / "fold0_valid.csv", "target,label,patient_id,scan_id", rows[9:])
     item = load_task("cc-ccii", tmp_path)[-1]
     array, spacing, _ = data.read_volume(item.volume)
-    np.testing.assert_allclose(array, grey[:, ::-1, ::-1] / 255 * 2000 - 1000, atol=1e-3)    # rows run to the back
+    hu = grey[:, ::-1, ::-1] / 255 * 2000 - 1000            # rows run to the back
+    np.testing.assert_allclose(array, hu, atol=1e-3)
     assert data.to_hounsfield(array, item.volume)[1].startswith("pictures") and spacing == (1, 1, 1)
     folder = tmp_path / "png"
     folder.mkdir()
     for z in range(8):
         sitk.WriteImage(sitk.GetImageFromArray(grey[z]), str(folder / f"{z}.png"))
-    np.testing.assert_array_equal(data.read_volume(folder)[0], array)                       # as pictures are read
+    np.testing.assert_array_equal(data.read_volume(folder)[0], array)       # as pictures are read
     np.save(item.volume, grey.astype(np.float32))
-    with pytest.raises(ValueError, match=r"npy: cannot be read: it holds float32 of shape \(8, 16, 20\), expected uint8"):
+    message = r"p14-s64.npy: cannot be read: it holds float32 of shape \(8, 16, 20\), expected uint8"
+    with pytest.raises(ValueError, match=message):
         data.read_volume(item.volume)
 
 
 @real_data
 def test_cc_ccii_real_fold_files(tmp_path):
     for part in ("train", "valid"):
-        shutil.copyfile(REAL / "splits" / f"CC_CCII_fold0_{part}.csv", tmp_path / f"CC_CCII_fold0_{part}.csv")
-        for _, row in data._rows(tmp_path / f"CC_CCII_fold0_{part}.csv"):
+        path = tmp_path / f"CC_CCII_fold0_{part}.csv"
+        shutil.copyfile(REAL / "splits" / path.name, path)
+        for _, row in data.read_table(path):
             (tmp_path / row["zip_file"][:-4] / row["patient_id"] / row["scan_id"]).mkdir(parents=True)
     items = load_task("cc-ccii", tmp_path)
     assert len(items) == 4178 and sum(item.split == "test" for item in items) == 1664
-    assert all(parts(items).values())
+    assert all(patients(items).values())
     assert np.sum([item.labels for item in items], 0).tolist() == [1078, 1556, 1544]
 
 
@@ -309,20 +365,20 @@ def test_luna16(tmp_path):
     items = load_task("luna16", tmp_path)
     assert len(items) == 20 and items[0].centre == (-5.5, -6, 3) and items[0].labels.tolist() == [0]
     assert items[0].volume == tmp_path / "subset0" / "1.2.0.mhd" and items[0].id == "1.2.0:2"
-    assert parts(items)["valid"] == {"1.2.5", "1.2.6"} and parts(items)["test"] == {"1.2.7", "1.2.8", "1.2.9"}
+    assert patients(items)["valid"] == {"1.2.5", "1.2.6"}
+    assert patients(items)["test"] == {"1.2.7", "1.2.8", "1.2.9"}
     (tmp_path / "candidates_V2.csv").rename(tmp_path / "candidates.csv")
     assert len(load_task("luna16", tmp_path)) == 20
-    with pytest.raises(ValueError, match="found --fold 3, but one split of its own and no folds; expected no --fold"):
-        load_task("luna16", tmp_path, fold=3)
 
 
 def test_luna16_with_some_subsets(tmp_path, caplog):
     luna16(tmp_path, subsets=(0, 1, 2, 8))
-    assert {split: len(some) for split, some in parts(load_task("luna16", tmp_path)).items()} == \
-        {"train": 2, "valid": 1, "test": 1}
-    assert "no .mhd for 6 of 10 series" in caplog.text and "in the subsets [3, 4, 5, 6, 7, 9]" in caplog.text
+    assert numbers(load_task("luna16", tmp_path)) == (2, 1, 1)
+    assert "no .mhd for 6 of 10 series" in caplog.text
+    assert "in the subsets [3, 4, 5, 6, 7, 9]" in caplog.text
     (tmp_path / "subset8" / "1.2.8.mhd").rename(tmp_path / "subset8" / "other.mhd")
-    with pytest.raises(ValueError, match="no .mhd for 7 of 10 series, the first are 1.2.3, 1.2.4, 1.2.5.*at most 5 %"):
+    message = "candidates_V2.csv: found no .mhd for 7 of 10 series: 1.2.3, 1.2.4, 1.2.5.*at most 5 %"
+    with pytest.raises(ValueError, match=message):
         load_task("luna16", tmp_path)
     shutil.rmtree(tmp_path / "subset8")
     with pytest.raises(ValueError, match="none for the part test"):
@@ -332,67 +388,88 @@ def test_luna16_with_some_subsets(tmp_path, caplog):
 def test_luna16_series_without_its_raw_file(tmp_path, command):
     luna16(tmp_path)
     (tmp_path / "subset1" / "1.2.1.raw").unlink()
-    code, text = command("--task", "luna16", "--data", tmp_path)
-    assert code == 1 and re.search("1.2.1.mhd +PROBLEM .*subset1/1.2.1.mhd: cannot be read: .* with its .raw beside", text)
-    assert "10 scans read, 1 of them with a problem" in text
+    code, text = command("data.py", "check", "--task", "luna16", "--data", tmp_path)
+    problem = "1.2.1.mhd +PROBLEM .*subset1/1.2.1.mhd: cannot be read: .* with its .raw beside"
+    assert code == 1 and re.search(problem, text)
+    assert "10 volumes read, 1 of them with a problem" in text
 
 
 def test_luna16_to_test_on(tmp_path, caplog):
     luna16(tmp_path, subsets=(7, 9))
-    assert {item.split for item in load_task("luna16", tmp_path)} == {"test"} and "can only be tested on" in caplog.text
+    assert {item.split for item in load_task("luna16", tmp_path)} == {"test"}
+    assert "can only be tested on" in caplog.text
 
 
-def test_luna16_bad_candidates(tmp_path):
+@pytest.mark.parametrize("old, new, message", [
+    ("5.5,6,3,0", "5.5,six,3,0", "candidates_V2.csv, line 2: found coordY 'six', expected a number"),
+    ("6,3,1", "6,3,2", "candidates_V2.csv, line 3: found class '2', expected one of 0, 1"),
+    ("6,3,1", "6,3,0", "found 0 of 10 items of the part train with the class nodule"),
+    ("class", "label", r"candidates_V2.csv: .*expected also \['class'\]")])
+def test_luna16_bad_candidates(tmp_path, old, new, message):
     luna16(tmp_path)
-    text = (tmp_path / "candidates_V2.csv").read_text()
-    (tmp_path / "candidates_V2.csv").write_text(text.replace("5.5,6,3,0", "5.5,six,3,0", 1))
-    with pytest.raises(ValueError, match="candidates_V2.csv, line 2: found .*'six'"):
+    path = tmp_path / "candidates_V2.csv"
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=message):
         load_task("luna16", tmp_path)
-    (tmp_path / "candidates_V2.csv").write_text(text.replace("6,3,1", "6,3,2"))
-    with pytest.raises(ValueError, match="line 3: .* and the class 0 or 1"):
-        load_task("luna16", tmp_path)
-    (tmp_path / "candidates_V2.csv").write_text(text.replace("6,3,1", "6,3,0"))
-    with pytest.raises(ValueError, match="found 0 of 10 items of the part train with the class nodule"):
-        load_task("luna16", tmp_path)
-    (tmp_path / "candidates_V2.csv").write_text(text.replace("class", "label"))
-    with pytest.raises(ValueError, match=r"expected also \['class'\]"):
-        load_task("luna16", tmp_path)
+
+
+def real_nodules():
+    return [row for _, row in data.read_table(REAL / "luna" / "nodules_inside_slabs.csv")]
+
+
+def real_slab(case):
+    return REAL / "luna" / f"{case}_slab.nii.gz"
 
 
 @real_data
 def test_luna16_centre_lies_in_the_nodule_of_the_real_slabs(tmp_path):
-    rows = [row for _, row in data._rows(REAL / "luna" / "nodules_inside_slabs.csv")]
-    slabs = {row["case"]: REAL / "luna" / f"{row['case']}_slab.nii.gz" for row in rows}
-    series = {case: next(row["seriesuid"] for row in rows if row["case"] == case) for case in slabs}
-    for k in range(10):                                     # the slabs stand as subsets 0 and 9
-        (tmp_path / f"subset{k}").mkdir()
+    nodules = [row for row in real_nodules() if row["case"] != "LIDC-IDRI-0002"]
+    for subset in range(10):
+        (tmp_path / f"subset{subset}").mkdir()
     for case, subset in (("LIDC-IDRI-0001", 0), ("LIDC-IDRI-0003", 9)):
-        sitk.WriteImage(sitk.ReadImage(str(slabs[case])), str(tmp_path / f"subset{subset}" / f"{series[case]}.mhd"))
-    nodules = [row for row in rows if row["case"] != "LIDC-IDRI-0002"]
-    table(tmp_path / "candidates.csv", "seriesuid,coordX,coordY,coordZ,class",
-          [[row["seriesuid"], row["coordX"], row["coordY"], row["coordZ"], 1] for row in nodules])
+        series = next(row["seriesuid"] for row in nodules if row["case"] == case)
+        slab = sitk.ReadImage(str(real_slab(case)))
+        sitk.WriteImage(slab, str(tmp_path / f"subset{subset}" / f"{series}.mhd"))
+    columns = ("seriesuid", "coordX", "coordY", "coordZ")
+    write_csv(tmp_path / "candidates.csv", [*columns, "class"],
+              [[*[row[name] for name in columns], 1] for row in nodules])
     items = TASKS["luna16"].records(tmp_path, 0)
     assert len(items) == len(nodules) and {item.split for item in items} == {"train", "test"}
     volumes = {item.volume: data.read_volume(item.volume) for item in items}
     for item, row in zip(items, nodules):
         array, _, affine = volumes[item.volume]
         x, y, z = np.rint(np.linalg.inv(affine) @ [*item.centre, 1])[:3].astype(int)
-        stored, own = data.read_stored(slabs[row["case"]])  # i, j, k are indices of the stored slab
-        np.testing.assert_allclose((own @ [int(row["i"]), int(row["j"]), int(row["k"]), 1])[:3], item.centre, atol=1.3)
-        assert array[z, y, x] == stored[int(row["i"]), int(row["j"]), int(row["k"])]
+        stored, stored_affine = data.read_stored(real_slab(row["case"]))
+        index = int(row["i"]), int(row["j"]), int(row["k"])             # of the stored slab
+        np.testing.assert_allclose((stored_affine @ [*index, 1])[:3], item.centre, atol=1.3)
+        assert array[z, y, x] == stored[index]
         if float(row["diameter_mm"]) > 20:
             assert array[z - 1:z + 2, y - 3:y + 4, x - 3:x + 4].mean() > -200       # a nodule, not lung
+
+
+@real_data
+def test_cubes_of_real_slabs_hold_their_nodules(tmp_path):
+    task = TASKS["luna16"]._replace(size=(2, 64, 64))
+    for row in real_nodules():
+        if float(row["diameter_mm"]) > 20:
+            x, y, z = (float(row[f"coord{axis}"]) for axis in "XYZ")
+            item = data.Item(row["case"], real_slab(row["case"]), "", None, row["case"], np.float32([1]),
+                             None, None, (-x, -y, z))
+            slices = data.network_input(item, task, tmp_path)[0]        # (2, 64, 64)
+            nodule, edge = slices[1, 28:36, 28:36].mean(), slices[1, -4:].mean()
+            assert nodule > 0.55 > edge                                 # 0.625 is 0 HU, 0.1 is lung
 
 
 def test_msd_lung(tmp_path):
     rows = msd_lung(tmp_path)
     items = load_task("msd-lung", tmp_path)
-    assert {split: len(some) for split, some in parts(items).items()} == {"train": 6, "valid": 2, "test": 2}
-    assert items[0].mask == tmp_path / "labelsTr" / "lung_000.nii.gz" and items[0].volume.parent.name == "imagesTr"
+    assert numbers(items) == (6, 2, 2)
+    assert items[0].mask == tmp_path / "labelsTr" / "lung_000.nii.gz"
+    assert items[0].volume == tmp_path / "imagesTr" / "lung_000.nii.gz"
     folds = {"training": [row | {"fold": i % 5} for i, row in enumerate(rows)]}
     (tmp_path / "folds").mkdir()
     (tmp_path / "folds" / "mine.json").write_text(json.dumps(folds))
-    assert parts(load_task("msd-lung", tmp_path, fold=3))["test"] == {"lung_003", "lung_008"}
+    assert patients(load_task("msd-lung", tmp_path, fold=3))["test"] == {"lung_003", "lung_008"}
     with pytest.raises(ValueError, match=r"mine.json: found the folds \[0, 1, 2, 3, 4\], expected fold 5"):
         load_task("msd-lung", tmp_path, fold=5)
     (tmp_path / "more.json").write_text(json.dumps(folds))
@@ -407,16 +484,19 @@ def test_msd_lung_bad_input(tmp_path, command):
         load_task("msd-lung", tmp_path)
     mask(tmp_path / rows[4]["label"])
     mask(tmp_path / rows[5]["label"], label=7)
-    code, text = command("--task", "msd-lung", "--data", tmp_path)
-    assert code == 1 and re.search(r"lung_005.nii.gz: found the label values \[7.0\], expected 0 to 1 \(background, lung cancer\)", text)
-    assert "10 scans read, 1 of them" in text and "0: 2000, 1: 48" in text
-    mask(tmp_path / rows[5]["label"], affine=np.diag([1, 1, 1, 1]))
-    code, text = command("--task", "msd-lung", "--data", tmp_path)
+    check = ("data.py", "check", "--task", "msd-lung", "--data", tmp_path)
+    code, text = command(*check)
+    problem = "lung_005.nii.gz: found the label values [7.0], expected 0 to 1 (background, lung cancer)"
+    assert code == 1 and problem in text
+    assert "10 volumes read, 1 of them" in text and "0: 2000, 1: 48" in text
+    mask(tmp_path / rows[5]["label"], affine=np.eye(4))
+    code, text = command(*check)
     assert code == 1 and re.search("lung_005.nii.gz: found a mask of .* expected the grid of", text)
     for content, message in (('{"training": [', "dataset.json: found JSONDecodeError"),
                              ('{"training": [{"image": "a"}]}', "dataset.json: .*no label in {'image': 'a'}"),
-                             ('{"training": ["a"]}', "dataset.json: found"), ("[]", "found nothing of msd-lung"),
-                             (json.dumps({"training": rows + rows[:1]}), "found lung_000 twice")):
+                             ('{"training": ["a"]}', "dataset.json: found"),
+                             ("[]", "found nothing of msd-lung"),
+                             (json.dumps({"training": rows + rows[:1]}), r"found lung_000 \(.*lung_000.nii.gz\) twice")):
         (tmp_path / "dataset.json").write_text(content)
         with pytest.raises(ValueError, match=message):
             load_task("msd-lung", tmp_path)
@@ -425,16 +505,18 @@ def test_msd_lung_bad_input(tmp_path, command):
 def test_covid(tmp_path, caplog):
     covid(tmp_path)
     items = load_task("covid-19-20", tmp_path)
-    assert len(items) == 10 and items[3].patient == "0003" and items[3].mask.name == "volume-covid19-A-0003_seg.nii.gz"
-    assert re.search(r"want of any mask: the scans in .*Validation \(1\)", caplog.text)
+    assert len(items) == 10 and items[3].patient == "0003"
+    assert items[3].mask.name == "volume-covid19-A-0003_seg.nii.gz"
+    assert re.search(r"left out, as they have no masks: the scans in .*Validation \(1\)", caplog.text)
     (tmp_path / "Train" / "volume-covid19-A-0005_seg.nii.gz").unlink()
     with pytest.raises(ValueError, match="no mask for 1 of 10 cases: .*A-0005_seg"):
         load_task("covid-19-20", tmp_path)
 
 
 @real_data
-@pytest.mark.parametrize("name, file, counts", [("msd-lung", "10_Decathlon_Task06_Lung_folds.json", (13, 50)),
-                                                ("covid-19-20", "Covid19_20_folds.json", (40, 159))])
+@pytest.mark.parametrize("name, file, counts", [
+    ("msd-lung", "10_Decathlon_Task06_Lung_folds.json", (13, 50)),
+    ("covid-19-20", "Covid19_20_folds.json", (40, 159))])
 def test_real_fold_files(name, file, counts, tmp_path):
     shutil.copyfile(REAL / "splits" / file, tmp_path / file)
     content = json.loads((REAL / "splits" / file).read_text())
@@ -443,21 +525,20 @@ def test_real_fold_files(name, file, counts, tmp_path):
         touch(tmp_path / "scans" / row["label"])
     (tmp_path / "dataset.json").write_text(json.dumps({"training": [{"image": "x", "label": "y"}]}))
     items = load_task(name, tmp_path, fold=1)
-    assert {item.volume.name for item in items if item.split == "test"} == {
-        Path(row["image"]).name for row in content["training"] if row["fold"] == 1}
-    assert (sum(item.split == "test" for item in items), sum(item.split != "test" for item in items)) == counts
-    assert all(parts(items).values())
+    tested = [item.volume.name for item in items if item.split == "test"]
+    assert set(tested) == {Path(row["image"]).name for row in content["training"] if row["fold"] == 1}
+    assert (len(tested), len(items) - len(tested)) == counts
+    assert all(patients(items).values())
 
 
 def test_acdc(tmp_path):
     acdc(tmp_path / "training")
     items = load_task("acdc", tmp_path)
-    assert len(items) == 20 and {split: len(some) for split, some in parts(items).items()} == \
-        {"train": 6, "valid": 2, "test": 2}
+    assert len(items) == 20 and numbers(items) == (6, 2, 2)
     assert not any("4d" in item.id or "_gt" in item.id for item in items)
-    assert parts(load_task("acdc", tmp_path / "training")) == parts(items)
+    assert patients(load_task("acdc", tmp_path / "training")) == patients(items)
     acdc(tmp_path / "testing", first=101, n=2)
-    assert parts(load_task("acdc", tmp_path))["test"] == {"patient101", "patient102"}
+    assert patients(load_task("acdc", tmp_path))["test"] == {"patient101", "patient102"}
     (tmp_path / "training" / "patient003" / "patient003_frame01_gt.nii.gz").unlink()
     with pytest.raises(ValueError, match="no mask for 1 of 24 cases: .*patient003_frame01_gt"):
         load_task("acdc", tmp_path)
@@ -471,34 +552,37 @@ def test_acdc_real_list_is_split_by_patient(tmp_path, caplog):
         touch(tmp_path / row["image"])
         touch(tmp_path / row["label"])
     items = load_task("acdc", tmp_path)
-    assert {split: len(some) for split, some in parts(items).items()} == {"train": 64, "valid": 16, "test": 20}
+    assert numbers(items) == (64, 16, 20)
     assert len(items) == 200 and "30 of 100 patients have scans on both sides" in caplog.text
-    apart = content | {"validation": [row for row in content["training"] if "patient001" in row["image"]],
-                       "training": [row for row in content["training"] if "patient001" not in row["image"]]}
-    (tmp_path / "ACDC_fold0.json").write_text(json.dumps(apart))
-    assert parts(load_task("acdc", tmp_path))["test"] == {"patient001"}     # by patient already: as it is
+    rows = content["training"]
+    content["validation"] = [row for row in rows if "patient001" in row["image"]]
+    content["training"] = [row for row in rows if "patient001" not in row["image"]]
+    (tmp_path / "ACDC_fold0.json").write_text(json.dumps(content))
+    assert patients(load_task("acdc", tmp_path))["test"] == {"patient001"}     # by patient already: as it is
 
 
 def test_stoic_bad_reference(tmp_path):
     stoic(tmp_path)
     path = tmp_path / "metadata" / "reference.csv"
-    table(path, "probSevere,PatientID,probCOVID", [[int(i % 4 == 0), i, int(i % 4 < 3)] for i in range(20)])
-    assert [item.labels.tolist() for item in load_task("stoic", tmp_path)][:4] == [[1, 1], [1, 0], [1, 0], [0, 0]]
-    table(path, "PatientID,probCOVID,probSevere", [[1, 0.5, 0]])
-    with pytest.raises(ValueError, match=r"reference.csv, line 2: found .*\['0.5', '0'\], expected 0 or 1"):
-        load_task("stoic", tmp_path)
-    table(path, "PatientID,probCOVID,probSevere", [[i, 1, i % 2] for i in range(20)])
-    with pytest.raises(ValueError, match="found .* of the part train with the class COVID-19"):
-        load_task("stoic", tmp_path)
-    table(path, "PatientID,probCOVID", [[1, 0]])
-    with pytest.raises(ValueError, match=r"expected also \['probSevere'\]"):
-        load_task("stoic", tmp_path)
+    write_csv(path, "probSevere,PatientID,probCOVID",
+              [[int(i % 4 == 0), i, int(i % 4 < 3)] for i in range(20)])
+    labels = [item.labels.tolist() for item in load_task("stoic", tmp_path)]
+    assert labels[:4] == [[1, 1], [1, 0], [1, 0], [0, 0]]
+    for columns, rows, message in (
+            ("PatientID,probCOVID,probSevere", [[1, 0.5, 0]],
+             "reference.csv, line 2: found probCOVID '0.5', expected one of 0, 1"),
+            ("PatientID,probCOVID,probSevere", [[i, 1, i % 2] for i in range(20)],
+             "found 12 of 12 items of the part train with the class COVID-19"),
+            ("PatientID,probCOVID", [[1, 0]], r"reference.csv: .*expected also \['probSevere'\]")):
+        write_csv(path, columns, rows)
+        with pytest.raises(ValueError, match=message):
+            load_task("stoic", tmp_path)
 
 
 def test_ctrg(tmp_path, caplog):
     content = ctrg(tmp_path)
     items = load_task("ctrg", tmp_path)
-    assert parts(items)["test"] == {"7.nii.gz", "8.nii.gz", "9.nii.gz"}     # val lists the same: not valid
+    assert patients(items)["test"] == {"7.nii.gz", "8.nii.gz", "9.nii.gz"}  # listed as val too: not valid
     assert collections.Counter(item.split for item in items) == {"train": 5, "valid": 2, "test": 3}
     assert [item.id for item in load_task("ctrg", tmp_path / "CTRG.json")] == [item.id for item in items]
     content["train"][2]["report"] = " . "
@@ -517,18 +601,21 @@ def test_ctrg(tmp_path, caplog):
 def test_ct_rate(name, tmp_path, caplog):
     ct_rate(tmp_path)
     items = load_task(name, tmp_path)
-    assert parts(items)["test"] == {"valid_7", "valid_8", "valid_9"} and len(parts(items)["train"]) == 5
+    assert patients(items)["test"] == {"valid_7", "valid_8", "valid_9"}
+    assert len(patients(items)["train"]) == 5
     assert items[0].labels.tolist() == [k % 2 for k in range(18)]
     ct_rate(tmp_path, columns=LABELS[::-1])                 # columns in another order follow their names
     assert load_task(name, tmp_path)[0].labels.tolist() == [k % 2 for k in range(18)]
     shutil.rmtree(tmp_path / "train")
-    assert {item.split for item in load_task(name, tmp_path)} == {"test"} and "can only be tested on" in caplog.text
+    assert {item.split for item in load_task(name, tmp_path)} == {"test"}
+    assert "can only be tested on" in caplog.text
 
 
 def test_vocab_needs_labels_and_draws_training_volumes(tmp_path, monkeypatch):
     ct_rate(tmp_path, columns=LABELS[:17])
     assert len(load_task("ct-rate-retrieval", tmp_path)) == 10
-    with pytest.raises(ValueError, match="no label of train_0_a_1 for Interlobular septal thickening, expected 0 or 1"):
+    message = "no label of train_0_a_1 for Interlobular septal thickening, expected 0 or 1"
+    with pytest.raises(ValueError, match=message):
         load_task("ct-rate-vocab", tmp_path)
     (tmp_path / "labels.csv").unlink()
     with pytest.raises(ValueError, match="no label of train_0_a_1 for Medical material, Arterial"):
@@ -537,39 +624,20 @@ def test_vocab_needs_labels_and_draws_training_volumes(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "FEW_SHOT_VOLUMES", 4)
     items = load_task("ct-rate-vocab", tmp_path)
     assert collections.Counter(item.split for item in items) == {"train": 4, "valid": 1, "test": 3}
-    assert parts(load_task("ct-rate-vocab", tmp_path)) == parts(items)
-    assert len({tuple(sorted(parts(load_task("ct-rate-vocab", tmp_path, seed=k))["train"])) for k in range(5)}) > 1
+    assert patients(load_task("ct-rate-vocab", tmp_path)) == patients(items)
+    drawn = {frozenset(patients(load_task("ct-rate-vocab", tmp_path, seed=k))["train"]) for k in range(5)}
+    assert len(drawn) > 1
 
 
 def test_ct_rate_manifest(tmp_path):
-    rows = []
+    splits = [("train", "valid", "test")[i % 3] for i in range(10)]
     for i in range(10):
         scan(tmp_path / f"{i}.nii.gz")
-        rows.append([f"{i}.nii.gz", "Fine.", ("train", "valid", "test")[i % 3], *[i % 2] * 18])
-    path = table(tmp_path / "manifest.csv", ",".join(["volume", "report", "split", *LABELS]), rows)
+    path = write_csv(tmp_path / "manifest.csv", ["volume", "report", "split", *LABELS],
+                     [[f"{i}.nii.gz", "Fine.", splits[i], *[i % 2] * 18] for i in range(10)])
     for name in ("ct-rate-vocab", "ct-rate-retrieval"):
-        items = load_task(name, path)
-        assert [item.split for item in items] == [("train", "valid", "test")[i % 3] for i in range(10)]
-    table(path, "volume,report,split,patient", [[f"{i}.nii.gz", "Fine.", ("valid", "test")[i % 2], "p"] for i in range(10)])
+        assert [item.split for item in load_task(name, path)] == splits
+    write_csv(path, "volume,report,split,patient",
+              [[f"{i}.nii.gz", "Fine.", ("valid", "test")[i % 2], "p"] for i in range(10)])
     with pytest.raises(ValueError, match="the patient p in valid and in test"):
         load_task("ct-rate-retrieval", path)
-
-
-def test_cubes_of_real_slabs_hold_their_nodules(tmp_path):
-    folder = REAL / "luna"
-    if not folder.exists():
-        pytest.skip(f"{folder} is not there")
-    for row in csv.DictReader(open(folder / "nodules_inside_slabs.csv")):
-        if float(row["diameter_mm"]) > 20:
-            x, y, z = (float(row[f"coord{axis}"]) for axis in "XYZ")
-            item = data.Item(row["case"], folder / f"{row['case']}_slab.nii.gz", "", None, row["case"], np.float32([1]), None, None, (-x, -y, z))
-            slices = data.network_input(item, TASKS["luna16"]._replace(size=(2, 64, 64)), tmp_path)[0]         # (2, 64, 64)
-            assert slices[1, 28:36, 28:36].mean() > 0.55 > slices[1, -4:].mean()    # 0.625 is 0 HU, 0.1 is lung
-
-
-def test_drawn_folds_are_fifths_that_share_nobody(tmp_path):
-    stoic(tmp_path, 62)
-    tests = [parts(load_task("stoic", tmp_path, fold=fold))["test"] for fold in range(5)]
-    assert sum(map(len, tests)) == len(set().union(*tests)) == 62
-    with pytest.raises(ValueError, match="no folds of its own and --fold 5, expected 0 to 4"):
-        load_task("stoic", tmp_path, fold=5)
