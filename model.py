@@ -263,7 +263,7 @@ class SwinTransformer3D(nn.Module):
             setattr(self, f"layers{i + 1}", nn.ModuleList([stage]))     # MONAI's names
         self.mask_token = nn.Parameter(torch.zeros(feature_size))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-        self.register_load_state_dict_pre_hook(_optional_mask_token)
+        self._register_load_state_dict_pre_hook(_optional_mask_token, with_module=True)     # public in 2.5
 
     def forward(self, x, mask=None):
         """x (B, C_in, D, H, W), mask (B, 1, D, H, W) with 1 = masked -> maps (B, C·2^i, D/2^(i+1), ...)
@@ -299,7 +299,7 @@ class UNetEncoder(nn.Module):
                           nn.Conv3d(c, c, 3, padding=1), nn.GroupNorm(8, c), nn.ReLU())
             for c_in, c in zip([in_channels] + self.channels, self.channels))
         self.mask_token = nn.Parameter(torch.zeros(in_channels))
-        self.register_load_state_dict_pre_hook(_optional_mask_token)
+        self._register_load_state_dict_pre_hook(_optional_mask_token, with_module=True)     # public in 2.5
 
     def forward(self, x, mask=None):
         """x (B, C_in, D, H, W), mask (B, 1, D, H, W) with 1 = masked -> 5 maps (B, C·2^i, D/2^i, ...)"""
