@@ -1264,7 +1264,9 @@ def _problem(items, task, cache, size, hu):
     torch.set_num_threads(1)
     try:
         if task is None or task.view == "whole":
-            load_volume(items[0], cache, task.size if task else size, hu)
+            size = task.size if task else size
+            if not volume_file(items[0], cache, size, hu).exists():
+                load_volume(items[0], cache, size, hu)
             return None
         volume, _, affine = prepare(items[0], task, cache)
         for item in items:

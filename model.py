@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 log = logging.getLogger("mg3d")
 
 LOSSES = ("mim", "mlm", "sfr", "cml", "ssm", "dfa", "clip")
-PAD, BEGIN, END, UNKNOWN = range(4)             # special tokens of the report generator
+PAD, BEGIN, END = range(3)                      # special tokens of the report generator
 # Scores of one head in a call to attention: in float32 4 MB stay in a CPU's cache, a GPU wants more.
 SCORES_IN_A_CALL = {"cpu": 2 ** 20, "cuda": 2 ** 25}
 # How the 8 sub-lattices of a map are merged.

@@ -144,7 +144,8 @@ def start():
     if world == 1:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     else:                                       # the others wait while the first prepares data or evaluates
-        dist.init_process_group("gloo" if device.type == "cpu" else "nccl", timeout=timedelta(hours=6))
+        on_gpu = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
+        dist.init_process_group(timeout=timedelta(hours=6), **on_gpu)
     return rank, world, device
 
 
@@ -494,8 +495,9 @@ run        steps {step} to {args.steps} on {device} in {precision}, seed {args.s
         if rank == 0 and (step % args.log_every == 0 or step == args.steps - 1):
             write_log(log_path, [row])
             bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
-            for name in row if board else ():
-                board.add_scalar(name, row[name], step)
+            if board:
+                for name in row.keys() - {"step"}:
+                    board.add_scalar(name, row[name], step)
         schedule.step()
         step += 1
         bar.update()

@@ -7,9 +7,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {
-    "lines": {"losses": 190, "model": 965, "phantoms": 520, "data": 1420, "pretrain": 555, "finetune": 430,
+    "lines": {"losses": 190, "model": 965, "phantoms": 520, "data": 1420, "pretrain": 557, "finetune": 430,
               "eval": 910},
-    "lines in all": 4980,
+    "lines in all": 4985,
     "bytes in all": 267_000,
     "columns": 110,
     "wide": 100,                            # columns beyond which a line counts as wide
