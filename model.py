@@ -23,8 +23,8 @@ log = logging.getLogger("mg3d")
 
 LOSSES = ("mim", "mlm", "sfr", "cml", "ssm", "dfa", "clip")
 PAD, BEGIN, END = range(3)                      # special tokens of the report generator
-# Scores of one head in a call to attention: in float32 4 MB stay in a CPU's cache, a GPU wants more.
-SCORES_IN_A_CALL = {"cpu": 2 ** 20, "cuda": 2 ** 25}
+# Scores of all heads in a call to attention: in float32 16 MB for a CPU's cache; a GPU wants more.
+SCORES_IN_A_CALL = {"cpu": 2 ** 22, "cuda": 2 ** 31}
 # How the 8 sub-lattices of a map are merged.
 # NOTE(compat): MONAI before 1.5, its SSL file and the authors' checkpoints take two of them twice ("v0.9").
 MERGING_ORDERS = {"monai": ("000", "100", "010", "001", "110", "101", "011", "111"),
@@ -37,15 +37,17 @@ MERGING_ORDERS = {"monai": ("000", "100", "010", "001", "110", "101", "011", "11
 #   - a shifted window that wraps around the volume is cut at the seam into smaller windows;
 #   - windows over the edge hold padding tokens, which all share one key and one value (the bias of
 #     `qkv`): a single extra key stands for them, with the log-sum-exp of their biases;
-#   - windows of one shape are computed a few at a time, so that their scores stay in cache.
+#   - a CPU computes a few windows at a time, so that their scores stay in its cache.
 
 @functools.lru_cache(maxsize=64)
 def window_plan(batch, size, window, shift, device):
     """Which tokens share a window, for maps of `size` tokens; size, window and shift are (d, h, w).
 
-    Returns (order, inverse, groups). `order` (B·d·h·w,) sorts tokens by group and window, `inverse`
-    undoes it. A group holds windows of one shape: (number of windows, real, padding), the places of
-    its real and of its padding tokens in the raster of the uncut window.
+    Returns (order, inverse, groups, pairs). `order` (B·d·h·w,) sorts tokens by group and window,
+    `inverse` undoes it. A group holds windows of one shape: (number of windows, n real and p padding
+    tokens).
+    `pairs` (2, P): its n × (n + p) queries and keys, group by group, as places in the raster of the uncut
+    window.
     """
     padded = [-(-side // w) * w for side, w in zip(size, window)]
     token = np.full(padded, -1)                                         # -1 = padding
@@ -63,19 +65,20 @@ def window_plan(batch, size, window, shift, device):
 
     groups = defaultdict(list)
     for tokens, pieces in zip(cut_into_windows(token), cut_into_windows(piece)):
-        for p in np.unique(pieces):
-            places = np.flatnonzero(pieces == p)
+        for number in np.unique(pieces):
+            places = np.flatnonzero(pieces == number)
             real, padding = places[tokens[places] >= 0], places[tokens[places] < 0]
             if len(real):
                 groups[tuple(real), tuple(padding)].append(tokens[real])
     first = np.arange(batch)[:, None] * np.prod(size)                   # the first token of each map
-    order = [(first + np.concatenate(windows)).ravel() for windows in groups.values()]
+    order = np.concatenate([(first + np.concatenate(windows)).ravel() for windows in groups.values()])
+    pairs = np.hstack([np.reshape(np.meshgrid(real, real + padding, indexing="ij"), (2, -1))
+                       for real, padding in groups])
+    groups = [(batch * len(windows), len(real), len(padding))
+              for (real, padding), windows in groups.items()]
     with torch.inference_mode(False):           # callers may infer; the plan is kept for training, too
-        order = torch.from_numpy(np.concatenate(order)).to(device)
-        return order, order.argsort(), [
-            (batch * len(windows), torch.tensor(real, device=device),
-             torch.tensor(padding, device=device, dtype=torch.long))
-            for (real, padding), windows in groups.items()]
+        order, pairs = torch.from_numpy(order).to(device), torch.from_numpy(pairs).to(device)
+        return order, order.argsort(), groups, pairs
 
 
 class _Permute(torch.autograd.Function):
@@ -102,26 +105,23 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, bias):
         bias = bias.detach().to(q.dtype)        # a bias that needs a gradient takes SDPA's slow path
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
-        ctx.save_for_backward(q, k, v, bias)
+        ctx.save_for_backward(q, k, v, bias, out)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, bias = ctx.saved_tensors
+        q, k, v, bias, out = ctx.saved_tensors
         d = q.shape[-1]
-        scaled_q, scaled_k = q * d ** -0.5, k * d ** -0.5
-        columns = [scaled_q, scaled_k, grad]
-        if d < 16:                              # products with 4 or 8 columns take twice the time of 16
-            columns = [F.pad(x, (0, 16 - d)) for x in columns]
-        grads = []
-        for head, (q_h, k_h, grad_h) in enumerate(zip(*(x.unbind(1) for x in columns))):
-            weights = torch.baddbmm(bias[head], scaled_q[:, head], k[:, head].mT).softmax(-1)  # (W, n, m)
-            grad_weights = grad[:, head] @ v[:, head].mT
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            grads.append(((grad_scores @ k_h)[..., :d], (grad_scores.mT @ q_h)[..., :d],
-                          (weights.mT @ grad_h)[..., :d], grad_scores.sum(0)))
-        grad_q, grad_k, grad_v, grad_bias = zip(*grads)
-        return torch.stack(grad_q, 1), torch.stack(grad_k, 1), torch.stack(grad_v, 1), torch.stack(grad_bias)
+        q, k = (q * d ** -0.5).contiguous(), k.contiguous()
+        weights = (q @ k.mT).add_(bias).softmax(-1)                     # (W, heads, n, m)
+        # The gradient of a score is weight · (gradient of the weight - Σ grad · out). A column beside
+        # `grad`, against a column of ones beside v, subtracts that sum within the matrix product.
+        column = -(grad * out).sum(-1, keepdim=True)                    # (W, heads, n, 1)
+        grad, v = torch.cat([grad, column], -1), F.pad(v, (0, 1), value=1)
+        grad_scores = (grad @ v.mT).mul_(weights)
+        # (aᵀ b)ᵀ is bᵀ a, and quicker: the large matrix is read row by row.
+        grad_q, grad_k = grad_scores @ k * d ** -0.5, (q.mT @ grad_scores).mT
+        return grad_q, grad_k, (grad[..., :d].mT @ weights).mT, grad_scores.sum(0)
 
 
 class WindowAttention(nn.Module):
@@ -138,26 +138,35 @@ class WindowAttention(nn.Module):
         base = torch.tensor([width ** 2, width, 1])
         self.register_buffer("relative_position_index", (offset * base).sum(-1))  # (tokens, tokens)
 
-    def bias(self, real, padding):
-        """(heads, n, n); with padding (heads, n, n + 1), where the last key stands for all of it"""
+    def biases(self, groups, pairs):
+        """Of each group (heads, n, n); with padding (heads, n, n + 1): the last key stands for all of it"""
         # NOTE(compat): a window shrunk to a small map keeps the first n places of the full window's
         # raster, as if cut by `relative_position_index[:n, :n]`: published weights were trained so.
-        index = self.relative_position_index[real][:, torch.cat([real, padding])]
-        bias = self.relative_position_bias_table[index].permute(2, 0, 1)  # (heads, n, n + padding)
-        if len(padding):
-            n = len(real)
-            bias = torch.cat([bias[:, :, :n], bias[:, :, n:].logsumexp(-1, keepdim=True)], dim=-1)
-        return bias
+        index = self.relative_position_index[pairs[0], pairs[1]]        # (pairs,)
+        table = self.relative_position_bias_table.T                     # (heads, offsets)
+        columns = table.gather(1, index.expand(len(table), -1))         # (heads, pairs)
+        biases = []
+        for (_, n, p), bias in zip(groups, columns.split([n * (n + p) for _, n, p in groups], dim=1)):
+            bias = bias.unflatten(1, (n, n + p))
+            if p:
+                bias = torch.cat([bias[..., :n], bias[..., n:].logsumexp(-1, keepdim=True)], dim=-1)
+            biases.append(bias)
+        return biases
 
-    def forward(self, x, bias):
-        """x (W, n, C) -> (W, n, C)"""
-        W, n, C = x.shape
-        q, k, v = self.qkv(x).view(W, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (W, heads, n, d)
-        if bias.shape[-1] > n:                  # key and value of padding: LN(0) W + b = b
-            b = self.qkv.bias.to(k.dtype).view(3, 1, self.num_heads, 1, -1).expand(3, W, -1, -1, -1)
-            k, v = torch.cat([k, b[1]], dim=2), torch.cat([v, b[2]], dim=2)
-        x = _Attention.apply(q, k, v, bias)                             # (W, heads, n, d)
-        return self.proj(x.transpose(1, 2).reshape(W, n, C))
+    def forward(self, x, windows):
+        """x (tokens, C), window by window -> the same shape; windows: pairs (number of windows, bias)"""
+        tokens, C = x.shape
+        qkv = self.qkv(x).view(tokens, 3, self.num_heads, -1)
+        padding = self.qkv.bias.to(qkv.dtype).view(3, 1, self.num_heads, 1, -1)     # LN(0) W + b = b
+        done = []
+        for (number, bias), group in zip(windows, qkv.split([w * bias.shape[1] for w, bias in windows])):
+            q, k, v = (y.transpose(1, 2) for y in group.unflatten(0, (number, -1)).unbind(2))
+            if bias.shape[-1] > bias.shape[1]:
+                k = torch.cat([k, padding[1].expand(number, -1, -1, -1)], dim=2)
+                v = torch.cat([v, padding[2].expand(number, -1, -1, -1)], dim=2)
+            out = _Attention.apply(q, k, v, bias)                       # (number, heads, n, d)
+            done.append(out.transpose(1, 2).reshape(-1, C))
+        return self.proj(torch.cat(done))
 
 
 class MLP(nn.Module):
@@ -179,8 +188,8 @@ class SwinBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = MLP(dim, 4 * dim)
 
-    def run_windows(self, x, bias):
-        x = x + self.attn(self.norm1(x), bias)                          # (W, n, C)
+    def run_windows(self, x, windows):
+        x = x + self.attn(self.norm1(x), windows)                       # (tokens, C)
         return x + self.mlp(self.norm2(x))
 
     def forward(self, x):
@@ -190,19 +199,25 @@ class SwinBlock(nn.Module):
         window = tuple(min(side, self.window_size) for side in size)
         half = self.window_size // 2
         shift = tuple(half if self.shifted and side > self.window_size else 0 for side in size)
-        order, inverse, groups = window_plan(B, tuple(size), window, shift, x.device)
+        order, inverse, groups, pairs = window_plan(B, tuple(size), window, shift, x.device)
         x = _Permute.apply(x.reshape(-1, C), order, inverse)            # (B·d·h·w, C), sorted
+        calls, room = [], 0
+        for (number, _, _), bias in zip(groups, self.attn.biases(groups, pairs)):
+            while number:
+                if room < bias.numel():
+                    calls.append([])
+                    room = max(SCORES_IN_A_CALL[x.device.type], bias.numel())
+                taken = min(number, room // bias.numel())
+                calls[-1].append((taken, bias))
+                number, room = number - taken, room - taken * bias.numel()
         done = []
-        for group, (number, real, padding) in zip(x.split([n * len(real) for n, real, _ in groups]), groups):
-            bias = self.attn.bias(real, padding)
-            windows_in_a_call = max(1, SCORES_IN_A_CALL[x.device.type] // bias[0].numel())
-            for windows in group.view(number, len(real), C).split(windows_in_a_call):
-                if self.use_checkpoint and torch.is_grad_enabled():
-                    windows = checkpoint(self.run_windows, windows, bias, use_reentrant=False,
-                                         preserve_rng_state=False)
-                else:
-                    windows = self.run_windows(windows, bias)
-                done.append(windows.flatten(0, 1))
+        sizes = [sum(number * bias.shape[1] for number, bias in windows) for windows in calls]
+        for windows, tokens in zip(calls, x.split(sizes)):
+            if self.use_checkpoint and torch.is_grad_enabled():
+                done.append(checkpoint(self.run_windows, tokens, windows, use_reentrant=False,
+                                       preserve_rng_state=False))
+            else:
+                done.append(self.run_windows(tokens, windows))
         return _Permute.apply(torch.cat(done), inverse, order).view(B, *size, C)
 
 
@@ -218,8 +233,11 @@ class PatchMerging(nn.Module):
         """x (B, d, h, w, C) -> (B, d/2, h/2, w/2, 2C); odd sides are padded with zeros"""
         _, d, h, w, _ = x.shape
         x = F.pad(x, (0, 0, 0, w % 2, 0, h % 2, 0, d % 2))
-        lattices = [x[:, int(i)::2, int(j)::2, int(k)::2] for i, j, k in MERGING_ORDERS[merging]]
-        return self.reduction(self.norm(torch.cat(lattices, dim=-1)))
+        lattices = [x]                          # by unbind: the gradient of a slice x[:, ::2] is mostly zeros
+        for axis in (1, 2, 3):                  # even and odd planes of each: 000, 001, 010, … 111
+            lattices = [half for m in lattices for half in m.unflatten(axis, (-1, 2)).unbind(axis + 1)]
+        x = torch.cat([lattices[int(bits, 2)] for bits in MERGING_ORDERS[merging]], dim=-1)
+        return self.reduction(self.norm(x))
 
 
 class PatchEmbed(nn.Module):

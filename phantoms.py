@@ -356,7 +356,7 @@ def write_demo(out, n=64, seed=0, workers=None):
         if [row["patient"] for row in rows] == patients and all(file.exists() for file in files):
             return manifest
         manifest.unlink()
-    save_table(manifest, process_map(partial(write_phantom, out, seed), range(n), chunksize=4,
+    save_table(manifest, process_map(partial(write_phantom, out, seed), range(n), chunksize=1,
                                      max_workers=workers or os.cpu_count(), desc="phantoms"))
     return manifest
 
@@ -491,7 +491,7 @@ def write_task_demo(task, out, n=None, seed=0, workers=None):
     default_n, write = TASK_DEMOS[task]
     seed += 1000 * (1 + list(TASK_DEMOS).index(task))
     tables = {}
-    for patient in process_map(partial(write, out, seed), range(n or default_n), chunksize=4,
+    for patient in process_map(partial(write, out, seed), range(n or default_n), chunksize=1,
                                max_workers=workers or os.cpu_count(), desc=task):
         for file, rows in patient.items():
             tables.setdefault(file, []).extend(rows)

@@ -1,6 +1,7 @@
 """Benchmarks: time and memory of the encoder, of a pre-training step and of the loader. They print; nothing passes or fails.
 
     python tests/bench.py encoder                 Swin beside MONAI's, where MONAI is installed, and the machine's limit
+    python tests/bench.py small                   the demo's small Swin, the step around it, and the drawing of phantoms
     python tests/bench.py step                    what a pre-training step with all six losses spends its time on
     python tests/bench.py loader                  reading, preprocessing, waiting for data, the start of a script
     python tests/bench.py growth --plot g.png     time and memory as volumes, batches and reports grow
@@ -15,6 +16,7 @@ import argparse
 import functools
 import gzip
 import json
+import math
 import resource
 import shutil
 import statistics
@@ -30,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 def flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["encoder", "step", "loader", "growth", "memory", "all", "one"],
+    parser.add_argument("what", choices=["encoder", "small", "step", "loader", "growth", "memory", "all", "one"],
                         help="one: for this script itself")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda runs in bf16 autocast (default: cpu)")
     parser.add_argument("--encoder", default="swin_b", choices=["swin_b", "swin_l", "swin_t"])
@@ -79,7 +81,30 @@ def clock(work, device, times=1):
     return statistics.median(seconds[1:])
 
 
+SMALL = {"feature_size": 24, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}     # stride 8
+
+
+class MonaiSmall(torch.nn.Module):
+    """The blocks of SMALL from MONAI, whose SwinTransformer always has four stages"""
+
+    def __init__(self):
+        super().__init__()
+        from monai.networks.nets.swin_unetr import BasicLayer, PatchMerging
+        self.embed = torch.nn.Conv3d(1, 24, 2, 2)
+        self.stages = torch.nn.ModuleList(
+            BasicLayer(dim, 2, heads, (4, 4, 4), [0.0, 0.0], qkv_bias=True, downsample=PatchMerging)
+            for dim, heads in ((24, 2), (48, 4)))
+
+    def forward(self, x):
+        maps = [self.embed(x)]
+        for stage in self.stages:
+            maps.append(stage(maps[-1]))
+        return [F.layer_norm(m.movedim(1, -1), m.shape[1:2]) for m in maps]
+
+
 def build(library, encoder, use_checkpoint):
+    if encoder == "small":
+        return model.SwinTransformer3D(**SMALL) if library == "ours" else MonaiSmall()
     if library == "ours":
         return model.build_encoder(encoder, use_checkpoint=use_checkpoint)
     from monai.networks.nets.swin_unetr import SwinTransformer
@@ -90,6 +115,8 @@ def build(library, encoder, use_checkpoint):
 
 def measure_encoder(job):
     device, mode = job["device"], job["mode"]
+    if job["encoder"] == "small":
+        torch.set_num_threads(1)
     net = build(job["library"], job["encoder"], mode == "checkpoint").to(device)
     x = torch.rand(job["batch_size"], 1, *job["size"], device=device)
     net.train(mode != "forward")
@@ -101,7 +128,7 @@ def measure_encoder(job):
             if mode != "forward":
                 sum(one.float().square().mean() for one in out).backward()
                 net.zero_grad()
-    return {"seconds": clock(work, device), "gb": peak() - before}
+    return {"seconds": clock(work, device, 5 if device == "cuda" else 1), "gb": peak() - before}
 
 
 def matrix_rate(job):
@@ -122,27 +149,32 @@ def pretraining(job):
                for _ in range(job["batch_size"])]
     with tempfile.TemporaryDirectory() as folder:
         phantoms.make_demo_text_encoder(folder, reports)
-        BertModel(BertConfig()).save_pretrained(folder)
+        if job["encoder"] != "small":
+            BertModel(BertConfig()).save_pretrained(folder)
         text_encoder = model.TextEncoder(folder)
         scan = Path(folder, "scan.nii.gz")
         nibabel.save(nibabel.Nifti1Image(rng.integers(-1000, 1000, (64, 64, 64)).astype(np.int16), np.diag([4, 4, 4, 1])), scan)
         items = [data.Item(str(i), scan, report, "train", str(i), None, None) for i, report in enumerate(reports)]
         make = functools.partial(data.pretraining_example, tokenizer=text_encoder.tokenizer,
-                                 size=tuple(job["size"]), hu="header")
+                                 size=tuple(job["size"]), hu="header",
+                                 mask_size=8 if job["encoder"] == "small" else 16)
         dataset = data.Examples(items, make)
         batch = data.collate([dataset[i, 0] for i in range(len(items))], text_encoder.tokenizer.pad_token_id)
-    encoder = model.build_encoder(job["encoder"], use_checkpoint=job["use_checkpoint"])
-    network = model.MG3D(encoder, text_encoder).to(job["device"]).train()
+    encoder = build("ours", job["encoder"], job["use_checkpoint"])
+    network = model.MG3D(encoder, text_encoder, embed_dim=192 if job["encoder"] == "small" else 768)
+    network.to(job["device"]).train()
     return network, {key: value.to(job["device"]) for key, value in batch.items() if torch.is_tensor(value)}
 
 
 def measure_step(job):
     """A whole step, and its large parts by themselves; the rest is fusion, pooling, losses and bookkeeping."""
     device = job["device"]
+    if job["encoder"] == "small":
+        torch.set_num_threads(1)
     network, batch = pretraining(job)
     optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-5)
-    size = [side // network.encoder.stride for side in job["size"]]
-    tokens = torch.rand(job["batch_size"], np.prod(size), 768, device=device)
+    tokens = [side // network.encoder.stride for side in job["size"]]
+    tokens = torch.rand(job["batch_size"], np.prod(tokens), network.image_proj.out_features, device=device)
     autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
     before = peak()
 
@@ -166,7 +198,7 @@ def measure_step(job):
 
     def decoder():
         with autocast:
-            out = network.mim_decoder(tokens.requires_grad_(), size)
+            out = network.mim_decoder(tokens.requires_grad_(), job["size"])
         out.float().square().mean().backward()
 
     def words():
@@ -209,27 +241,46 @@ def table(header, rows):
 
 def encoder_flop(encoder, size):
     """Floating-point operations of a forward pass on one volume: matrix products alone, a multiply-add counted as two"""
-    net = model.build_encoder(encoder)
+    net = build("ours", encoder, False)
+    full = SMALL["window_size"] if encoder == "small" else 7
     size = [-(-side // 2) for side in size]
     flop = 2 * np.prod(size) * 8 * net.channels[0]                                  # patch embedding
-    for C in net.channels[:4]:
-        tokens, window = np.prod(size), tuple(min(7, side) for side in size)
+    for C in net.channels[:-1]:
+        tokens, window = np.prod(size), tuple(min(full, side) for side in size)
         for shifted in (False, True):
-            shift = tuple(3 if shifted and side > 7 else 0 for side in size)
-            _, _, groups = model.window_plan(1, tuple(size), window, shift, torch.device("cpu"))
+            shift = tuple(full // 2 if shifted and side > full else 0 for side in size)
+            _, _, groups, _ = model.window_plan(1, tuple(size), window, shift, torch.device("cpu"))
             flop += 24 * tokens * C ** 2                                            # qkv 3, proj 1, mlp 8 matrices of C × C
-            flop += sum(4 * number * len(real) * (len(real) + (len(padding) > 0)) * C for number, real, padding in groups)
+            flop += sum(4 * number * n * (n + (p > 0)) * C for number, n, p in groups)
         size = [-(-side // 2) for side in size]
         flop += 2 * np.prod(size) * 8 * C * 2 * C                                   # merging
     return float(flop)
 
 
-def encoder_bench(args):
+def libraries():
+    """ours, and MONAI twice where it is installed"""
     try:
         import monai
-        libraries, version = ["ours", "monai", "monai flash"], f"MONAI {monai.__version__}"
+        return ["ours", "monai", "monai flash"], f"MONAI {monai.__version__}"
     except ImportError:
-        libraries, version = ["ours"], "MONAI is not installed"
+        return ["ours"], "MONAI is not installed"
+
+
+def against(value, goal, at_least):
+    """The value beside its goal; marked where it falls short"""
+    if goal is None or math.isnan(value):
+        return f"{value:.3g}"
+    met = value >= goal if at_least else value <= goal
+    return f"{value:.3g} ({'≥' if at_least else '≤'} {goal:g}{'' if met else ', SHORT'})"
+
+
+# What is aimed at: time of MONAI and of its flash option ÷ ours, our memory ÷ MONAI's, time ÷ the limit of matrix products.
+GOALS = {"forward": (7.5, None, None, 2.5), "train": (4.5, None, 0.45, None), "checkpoint": (3.5, None, 0.35, None)}
+GOALS_CUDA = {"train": (2, None, None, None)}
+
+
+def encoder_bench(args):
+    compared, version = libraries()
     batch = args.batch_size or (4 if args.device == "cuda" else 1)
     gflop = encoder_flop(args.encoder, args.size) * batch / 1e9
     rate = 2 * 2048 ** 3 / 1e9 / in_turns([{"kind": "matrix_rate", "device": args.device}], args.rounds)[0]["seconds"]
@@ -237,14 +288,49 @@ def encoder_bench(args):
           f"{args.rounds} rounds; {gflop:.0f} GFLOP forward; the machine multiplies matrices at {rate:.0f} GFLOP/s")
     rows = []
     for mode, passes in (("forward", 1), ("train", 3), ("checkpoint", 4)):
-        compared = [one for one in libraries if mode == "forward" or one != "monai flash"]
-        found = in_turns([{"kind": "measure_encoder", "library": one, "mode": mode, "device": args.device, "encoder": args.encoder,
-                               "size": args.size, "batch_size": batch} for one in compared], args.rounds)
-        for name, this in zip(compared, found):
-            memory = found[0]["gb"] / this["gb"] if this["gb"] else float("nan")    # tiny volumes take no more
-            rows.append([mode, name, this["seconds"], this["seconds"] / found[0]["seconds"], this["gb"], memory,
-                         this["seconds"] * rate / gflop / passes])
-    table(["pass", "by", "seconds", "time ÷ ours", "peak GB", "our memory ÷ its", "time ÷ matrix limit"], rows)
+        jobs = [{"kind": "measure_encoder", "library": one, "mode": mode, "device": args.device, "encoder": args.encoder,
+                 "size": args.size, "batch_size": batch} for one in compared]
+        ours, *others = in_turns(jobs, args.rounds)
+        monai, flash = others or [{"seconds": float("nan"), "gb": float("nan")}] * 2
+        limit = gflop * passes / rate
+        goals = (GOALS_CUDA if args.device == "cuda" else GOALS).get(mode, (None,) * 4)
+        rows.append([mode, ours["seconds"], monai["seconds"], flash["seconds"], limit,
+                     against(monai["seconds"] / ours["seconds"], goals[0], True),
+                     against(flash["seconds"] / ours["seconds"], goals[1], True), ours["gb"], monai["gb"],
+                     against(ours["gb"] / monai["gb"] if monai["gb"] else float("nan"), goals[2], False),
+                     against(ours["seconds"] / limit, goals[3], False)])
+    table(["pass", "ours, s", "MONAI, s", "its flash, s", "limit, s", "MONAI ÷ ours", "flash ÷ ours", "ours, GB", "MONAI, GB",
+           "our memory ÷ MONAI's", "ours ÷ limit"], rows)
+
+
+def small_bench(args):
+    """The small Swin of the demo on one thread, the pre-training step around it, and how fast phantoms are drawn"""
+    compared, version = libraries()
+    size, batch = [32, 32, 32], 24
+    print(f"a Swin of 24 channels and 2 stages, {batch} × {' × '.join(map(str, size))}, one thread, {version}, {args.rounds} rounds")
+    rows = []
+    for mode, goal in (("forward", None), ("train", 5)):
+        jobs = [{"kind": "measure_encoder", "library": one, "mode": mode, "device": "cpu", "encoder": "small", "size": size,
+                 "batch_size": batch} for one in compared[:2]]
+        ours, *monai = [found["seconds"] for found in in_turns(jobs, args.rounds)]
+        ratio = monai[0] / ours if monai else float("nan")
+        rows.append([mode, against(ours, 0.33 if mode == "train" else None, False), against(ratio, goal, True)])
+    table(["pass", "ours, s", "MONAI ÷ ours"], rows)
+    this = one({"kind": "measure_step", "device": "cpu", "encoder": "small", "size": size, "batch_size": batch, "sentences": 12,
+                "use_checkpoint": False, "parts": True})
+    parts = this["parts"] | {"rest": this["seconds"] - sum(this["parts"].values())}
+    table(["part of a step with six losses, one thread", "seconds"],
+          [[PARTS[key], value] for key, value in parts.items()] + [["whole step", against(this["seconds"], 1.3, False)]])
+    with tempfile.TemporaryDirectory() as folder:
+        phantoms.write_demo(folder, n=20)
+        start = time.perf_counter()
+        phantoms.write_demo(folder, n=200)
+        print(f"phantoms drawn and written a second: {against(200 / (time.perf_counter() - start), 40, True)}\n")
+
+
+PARTS = {"encoder": "encoder, whole and masked volume", "decoder": "MIM decoder",
+         "words": "frozen text encoder: report, whole and masked", "sentences": "frozen text encoder: sentences one by one",
+         "rest": "fusion, pooling, losses, clipping, AdamW"}
 
 
 def step_bench(args):
@@ -255,10 +341,7 @@ def step_bench(args):
           f"{args.device}")
     this = one(job)
     parts = this["parts"] | {"rest": this["seconds"] - sum(this["parts"].values())}
-    names = {"encoder": "encoder, whole and masked volume", "decoder": "MIM decoder",
-                 "words": "frozen text encoder: report, whole and masked", "sentences": "frozen text encoder: sentences one by one",
-                 "rest": "fusion, pooling, losses, clipping, AdamW"}
-    rows = [[names[key], value, 100 * value / this["seconds"]] for key, value in parts.items()]
+    rows = [[PARTS[key], value, 100 * value / this["seconds"]] for key, value in parts.items()]
     table(["part", "seconds", "% of the step"], rows + [["whole step", this["seconds"], 100.0]])
     print(f"peak {this['gb']:.2f} GB above parameters; {batch / this['seconds']:.3g} volumes a second\n")
 
@@ -379,6 +462,6 @@ if __name__ == "__main__":
     else:
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads"
               + (f", {torch.cuda.get_device_name()}" if args.device == "cuda" else ""))
-        for name, bench in {"encoder": encoder_bench, "step": step_bench, "loader": loader_bench, "growth": growth_bench, "memory": memory_bench}.items():
+        for name, bench in {"encoder": encoder_bench, "small": small_bench, "step": step_bench, "loader": loader_bench, "growth": growth_bench, "memory": memory_bench}.items():
             if args.what in (name, "all"):
                 bench(args)

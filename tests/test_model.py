@@ -112,6 +112,37 @@ def test_merging_orders(merging, order):
         SwinTransformer3D(merging="v2")
 
 
+@pytest.mark.parametrize("scores", [1, 30_000, 2 ** 40])
+def test_how_windows_are_divided_among_calls_changes_nothing(scores, monkeypatch):
+    """One window a call; a few, also of several groups; all in one call"""
+    torch.manual_seed(0)
+    encoder = build_encoder("swin_t", window_size=3, depths=(2, 2), num_heads=(2, 4))
+    x = torch.randn(2, 1, 32, 28, 20)
+    calls = []
+    run = model.SwinBlock.run_windows
+
+    def count(block, tokens, windows):
+        calls.append((sum(number * bias.numel() for number, bias in windows),
+                      sum(number for number, _ in windows), len(windows)))
+        return run(block, tokens, windows)
+
+    def outputs_and_gradients():
+        encoder.zero_grad()
+        maps = encoder(x)
+        sum(m.square().sum() for m in maps).backward()
+        return [*maps, *(p.grad for p in encoder.parameters() if p.grad is not None)]
+    expected = outputs_and_gradients()
+    monkeypatch.setitem(model.SCORES_IN_A_CALL, "cpu", scores)
+    monkeypatch.setattr(model.SwinBlock, "run_windows", count)
+    for found, wanted in zip(outputs_and_gradients(), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert all(total <= scores or windows == 1 for total, windows, _ in calls)
+    if scores == 30_000:
+        assert max(windows for _, windows, _ in calls) > 1 < max(groups for _, _, groups in calls)
+    if scores == 2 ** 40:
+        assert len(calls) == 4                          # one of each block
+
+
 def test_checkpointing_changes_nothing():
     torch.manual_seed(0)
     plain = build_encoder("swin_t", window_size=3)
