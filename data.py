@@ -454,7 +454,8 @@ def _manifest_items(path):
     return items
 
 
-def _ctrg_items(path):
+def _ctrg_items(path, with_result=True):
+    """`result` is the impression. Pre-training reads it behind the report, generation has the report."""
     items = []
     with expecting(path, "CTRG-Chest's {train, val, test: [{id, report, image_path}]}"):
         content = json.loads(read_text(path))
@@ -467,7 +468,9 @@ def _ctrg_items(path):
                 if "report" not in row:
                     raise KeyError(f"no report in the entry {name} of {part}")
                 if part != "val" or volume not in tested:
-                    items.append(Item(name, path.parent / volume, row["report"] or "", split, name))
+                    texts = row["report"], row.get("result") if with_result else None
+                    report = "\n".join(text for text in texts if text)
+                    items.append(Item(name, path.parent / volume, report, split, name))
     return items
 
 
@@ -513,6 +516,19 @@ def read_items(data, cache="cache"):
     if not data.is_file():
         raise wrong(data, "nothing there", LAYOUTS)
     return _ctrg_items(data) if read_text(data).lstrip().startswith("{") else _manifest_items(data)
+
+
+def permute_reports(items, seed):
+    """The control of pre-training: all scans of a patient get the report of one other patient.
+
+    ValueError with fewer than two patients.
+    """
+    report_of = {item.patient: item.report for item in items}
+    patients = np.random.default_rng(seed).permutation(sorted(report_of))
+    if len(patients) < 2:
+        raise ValueError(f"--permute_reports: found {len(patients)} patient to train on, expected two")
+    other = dict(zip(patients, np.roll(patients, 1)))                   # none keeps its own
+    return [item._replace(report=report_of[other[item.patient]]) for item in items]
 
 
 def shorten(names):
@@ -861,7 +877,7 @@ def _ctrg_task_items(folder, fold):
     lists = sorted(folder.glob("*.json")) if folder.is_dir() else [folder]
     if len(lists) != 1:
         raise wrong(folder, [path.name for path in lists], "one .json")
-    return load_items(lists[0])
+    return keep_good(_ctrg_items(lists[0], with_result=False), lists[0])
 
 
 def _ct_rate_task_items(folder, fold):

@@ -241,7 +241,11 @@ def train(args, task, out, seed, rank, world, device):
     torch.manual_seed(seed)                             # the same weights on every process
     network = model.build_network(task.kind, len(task.classes), config, out)
     if args.init != "scratch" and not checkpoint:
-        model.load_weights(network, args.init)
+        saved = model.read_checkpoint(args.init).get("config", {})
+        aligned = saved.get("clip", True)               # no other loss makes volumes and reports alike
+        model.load_weights(network if aligned or not with_texts else network.encoder, args.init)
+        if with_texts and not aligned:
+            log.info("%s: of a run without --clip: its encoder is taken, its projections not", args.init)
     if args.freeze:
         network.encoder.requires_grad_(False)
     network.to(device).train()

@@ -68,7 +68,7 @@ def _in_float32(loss):
 
 # -------------------------------------------------------------- inside a patient: reconstruction
 # NOTE(paper): some equations sum over the batch, others average over patients. Here every loss is a
-# mean over its unit (voxels, words, sentences, patients, pairs): λ does not depend on the batch size.
+# mean over its unit (voxels, words, patients, pairs of patients): λ does not depend on the batch size.
 
 @_in_float32
 def mim_loss(recon, volume, mask):
@@ -92,14 +92,14 @@ def mlm_loss(logits, labels):
 
 @_in_float32
 def sfr_loss(rebuilt, sentences, sentence_mask):
-    """Sentence feature reconstruction: mean of 1 - cos over real sentences.
+    """Sentence feature reconstruction: 1 - cos, summed over a report's sentences, mean over patients.
 
     rebuilt, sentences (B, S, E), sentence_mask (B, S). The target `sentences` gets no gradient.
     """
     similarity = F.cosine_similarity(rebuilt, sentences.detach(), dim=-1)           # (B, S)  Eq. (5)
     distance = (1 - similarity).masked_fill(~sentence_mask.bool(), 0)
-    count = sentence_mask.to(distance.dtype)
-    return _global_sum(distance) / _global_sum(count).clamp(min=1)                  # Eq. (6)
+    patients = distance.new_ones(len(distance))
+    return _global_sum(distance) / _global_sum(patients)                            # Eq. (6)
 
 
 # -------------------------------------------------------------------------- contrast of patients

@@ -114,8 +114,8 @@ class _Attention(torch.autograd.Function):
         d = q.shape[-1]
         q, k = (q * d ** -0.5).contiguous(), k.contiguous()
         weights = (q @ k.mT).add_(bias).softmax(-1)                     # (W, heads, n, m)
-        # The gradient of a score is weight · (gradient of the weight - Σ grad · out). A column beside
-        # `grad`, against a column of ones beside v, subtracts that sum within the matrix product.
+        # The gradient of a score is weight · (gradient of the weight - Σ grad · out). A column
+        # beside `grad`, against a column of ones beside v, subtracts that sum within the product.
         column = -(grad * out).sum(-1, keepdim=True)                    # (W, heads, n, 1)
         grad, v = torch.cat([grad, column], -1), F.pad(v, (0, 1), value=1)
         grad_scores = (grad @ v.mT).mul_(weights)
@@ -154,12 +154,13 @@ class WindowAttention(nn.Module):
         return biases
 
     def forward(self, x, windows):
-        """x (tokens, C), window by window -> the same shape; windows: pairs (number of windows, bias)"""
+        """x (tokens, C), window by window -> the same shape; windows: pairs (how many, bias)"""
         tokens, C = x.shape
         qkv = self.qkv(x).view(tokens, 3, self.num_heads, -1)
-        padding = self.qkv.bias.to(qkv.dtype).view(3, 1, self.num_heads, 1, -1)     # LN(0) W + b = b
+        padding = self.qkv.bias.to(qkv.dtype).view(3, 1, self.num_heads, 1, -1)  # LN(0) W + b = b
         done = []
-        for (number, bias), group in zip(windows, qkv.split([w * bias.shape[1] for w, bias in windows])):
+        sizes = [number * bias.shape[1] for number, bias in windows]
+        for (number, bias), group in zip(windows, qkv.split(sizes)):
             q, k, v = (y.transpose(1, 2) for y in group.unflatten(0, (number, -1)).unbind(2))
             if bias.shape[-1] > bias.shape[1]:
                 k = torch.cat([k, padding[1].expand(number, -1, -1, -1)], dim=2)
@@ -233,8 +234,8 @@ class PatchMerging(nn.Module):
         """x (B, d, h, w, C) -> (B, d/2, h/2, w/2, 2C); odd sides are padded with zeros"""
         _, d, h, w, _ = x.shape
         x = F.pad(x, (0, 0, 0, w % 2, 0, h % 2, 0, d % 2))
-        lattices = [x]                          # by unbind: the gradient of a slice x[:, ::2] is mostly zeros
-        for axis in (1, 2, 3):                  # even and odd planes of each: 000, 001, 010, … 111
+        lattices = [x]                          # of even and odd planes: 000, 001, 010, … 111
+        for axis in (1, 2, 3):                  # unbind, as the gradient of a slice is mostly zeros
             lattices = [half for m in lattices for half in m.unflatten(axis, (-1, 2)).unbind(axis + 1)]
         x = torch.cat([lattices[int(bits, 2)] for bits in MERGING_ORDERS[merging]], dim=-1)
         return self.reduction(self.norm(x))
@@ -334,7 +335,8 @@ class UNetEncoder(nn.Module):
 
 ENCODERS = {"swin_b": functools.partial(SwinTransformer3D, feature_size=48),
             "swin_l": functools.partial(SwinTransformer3D, feature_size=96),
-            "swin_t": functools.partial(SwinTransformer3D, feature_size=12),  # for tests and the demo
+            "swin_t": functools.partial(SwinTransformer3D, feature_size=24, depths=(2, 2),  # the demo's
+                                        num_heads=(2, 4), window_size=4),
             "unet": UNetEncoder}
 
 
@@ -411,6 +413,7 @@ class FusionAttention(nn.Module):
     """The paper's cross-modal attention, Eq. (1, 3), Fig. 4b: guide tokens are queries, dominant tokens
     keys and values.
 
+    NOTE(paper): one map a guide token. Here each of several heads has one, as usual.
     Every guide token makes its own attention map over the dominant tokens, the map weighs the values
     one by one, and the weighted copies are averaged over the guide. As the values do not depend on the
     guide token, that is the averaged map times the values: no (guide × dominant × E) tensor is made.
@@ -471,6 +474,51 @@ class ClassicalAttention(nn.Module):
         return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
 
 
+class SentenceAttention(ClassicalAttention):
+    """Eq. (11): every sentence collects the visual tokens that it speaks of."""
+    # NOTE(paper): the only key of Eq. (11) is the pooled vector of the volume. A softmax over one key
+    # is 1: H_S would not depend on the sentence. Here keys and values are the N tokens of the volume.
+    # NOTE(paper): silent on norms. Without them, and with biases, all sentences of a volume see the
+    # same mixture of tokens: the cosine of their H_S is 0.9999.
+
+    def __init__(self, dim, num_heads, query_dim):
+        super().__init__(dim, num_heads, query_dim)
+        self.norm_query, self.norm_tokens = nn.LayerNorm(query_dim), nn.LayerNorm(dim)
+        nn.init.zeros_(self.value.bias)
+        nn.init.zeros_(self.out.bias)
+
+    def normed(self, sentences, tokens):
+        if tokens.shape[1] > 1:                 # a single token is its own mean
+            tokens = tokens - tokens.mean(1, keepdim=True)
+        return self.norm_query(sentences), self.norm_tokens(tokens)
+
+    def forward(self, sentences, tokens):
+        """sentences (B, S, E_t), tokens (B, N, E) -> H_S (B, S, E)"""
+        return super().forward(*self.normed(sentences, tokens))
+
+    def maps(self, sentences, tokens):
+        return super().maps(*self.normed(sentences, tokens))
+
+
+class SentenceGate(nn.Module):
+    """Eq. (11) as in the authors' released code: the volume asks, the sentence has key and value.
+
+    H_S[s] = σ(q(F_I_bar) · k(F_S*[s]) / √E) v(F_S*[s]): text, of which the volume sets only the
+    length. A cosine does not see a length: SSM sees nothing of the volume here, and DFA contrasts
+    volumes with texts.
+    """
+
+    def __init__(self, dim, query_dim):
+        super().__init__()
+        self.query = nn.Linear(dim, dim)
+        self.key, self.value = nn.Linear(query_dim, dim), nn.Linear(query_dim, dim)
+
+    def forward(self, sentences, tokens):
+        """sentences (B, S, E_t), tokens (B, N, E) -> H_S (B, S, E)"""
+        q, k = self.query(tokens.mean(1, keepdim=True)), self.key(sentences)        # (B, 1, E), (B, S, E)
+        return (k @ q.mT * q.shape[-1] ** -0.5).sigmoid() * self.value(sentences)
+
+
 class FusionLayer(nn.Module):
     """Self-attention on the dominant tokens, cross-modal attention, feed-forward; pre-norm, residual."""
 
@@ -491,7 +539,8 @@ class FusionLayer(nn.Module):
 
 class Fusion(nn.Module):
     """A stack of fusion layers with a final norm."""
-    # NOTE(paper): silent on dropout; there is none.
+    # NOTE(paper): silent on dropout, on embeddings of the modality, and on a guide that changes from
+    # layer to layer. There is none of them.
 
     def __init__(self, dim, num_layers, num_heads, attention):
         super().__init__()
@@ -561,12 +610,15 @@ class MG3D(nn.Module):
     """The pre-training model. Only what the enabled `losses` need is built and computed.
 
     losses: some of LOSSES; embed_dim: E, a multiple of num_heads or ValueError; guidance of the
-    image-dominant stack: "sentence" or "word"; mim_attention, mlm_attention: "proposed" or "classical".
+    image-dominant stack: "sentence" or "word"; mim_attention, mlm_attention: "proposed" or "classical";
+    sentence_values: where H_S comes from, "volume" or "text".
+    NOTE(paper): by the letter of Eq. (1) and (3) CML has H_I and H_T of masked inputs; here of whole.
     NOTE(paper): depth, heads and width of the fusion are not given; 2 layers, 12 heads, 768.
     """
 
     def __init__(self, encoder, text_encoder, losses=LOSSES[:6], embed_dim=768, num_layers=2,
-                 num_heads=12, guidance="sentence", mim_attention="proposed", mlm_attention="proposed"):
+                 num_heads=12, guidance="sentence", mim_attention="proposed", mlm_attention="proposed",
+                 sentence_values="volume"):
         super().__init__()
         if embed_dim % num_heads:
             raise ValueError(f"found embed_dim {embed_dim}, expected a multiple of num_heads {num_heads}")
@@ -587,7 +639,9 @@ class MG3D(nn.Module):
         self.mim_decoder = needed_by("mim", VolumeDecoder(E, encoder.stride))
         self.mlm_head = needed_by("mlm sfr", nn.Sequential(nn.Linear(E, E), nn.GELU(), nn.LayerNorm(E)))
         self.mlm_vocabulary = needed_by("mlm", nn.Linear(E, V))
-        self.sentence_attention = needed_by("ssm dfa", ClassicalAttention(E, num_heads, query_dim=E_t))
+        by_volume = sentence_values == "volume"
+        self.sentence_attention = needed_by(
+            "ssm dfa", SentenceAttention(E, num_heads, E_t) if by_volume else SentenceGate(E, E_t))
         self.visual_sentence_pool = needed_by("dfa", AttentionPool(E))
         encoder.mask_token.requires_grad_("mim" in self.losses)
 
@@ -609,8 +663,7 @@ class MG3D(nn.Module):
         features = self.text_encoder.encode_sentences(batch["single_ids"], batch["single_mask"])  # (ΣS, E_t)
         F_S_star = features.new_zeros(*batch["sentence_mask"].shape, features.shape[-1])
         F_S_star[batch["sentence_mask"]] = features
-        # NOTE(paper): the only key of Eq. (11) is the pooled vector of the volume. A softmax over one key
-        # is 1: H_S would not depend on the sentence. Here keys and values are the N tokens of the volume.
+        # NOTE(paper): Eq. (11) has F_S as query. Here it is F_S*, which Eq. (12) compares.
         return F_S_star, self.sentence_attention(F_S_star, F_I)         # Eq. (11)
 
     def forward(self, batch):
@@ -729,33 +782,38 @@ class UpBlock(nn.Module):
 
 
 class SwinUNETR(nn.Module):
-    """A Swin encoder and the decoder of Swin UNETR (Hatamizadeh et al. 2022), MONAI's names and numbers"""
+    """A Swin encoder of n stages and the decoder of Swin UNETR (Hatamizadeh et al. 2022)
+
+    For four stages it has MONAI's names and numbers.
+    """
 
     def __init__(self, encoder, out_channels):
         super().__init__()
-        if not isinstance(encoder, SwinTransformer3D) or encoder.stride != 32:
-            raise ValueError(f"found the encoder {type(encoder).__name__}, expected a SwinTransformer3D of "
-                             "4 stages: this decoder needs its maps")
+        if not isinstance(encoder, SwinTransformer3D):
+            raise ValueError(f"found the encoder {type(encoder).__name__}, expected a SwinTransformer3D: "
+                             "this decoder needs its maps")
         self.encoder = encoder
-        c = encoder.channels                                            # C, 2C, 4C, 8C, 16C
+        c = encoder.channels                                            # C, 2C, 4C, … of n + 1 maps
         self.encoder1 = _named("layer", ResBlock(encoder.patch_embed.proj.in_channels, c[0]))
-        self.encoder2, self.encoder3, self.encoder4 = (_named("layer", ResBlock(n, n)) for n in c[:3])
-        self.encoder10 = _named("layer", ResBlock(c[4], c[4]))
-        self.decoder5, self.decoder4 = UpBlock(c[4], c[3]), UpBlock(c[3], c[2])
-        self.decoder3, self.decoder2 = UpBlock(c[2], c[1]), UpBlock(c[1], c[0])
+        for i, width in enumerate(c[:-2]):
+            setattr(self, f"encoder{i + 2}", _named("layer", ResBlock(width, width)))
+        self.encoder10 = _named("layer", ResBlock(c[-1], c[-1]))
+        for i in reversed(range(1, len(c))):
+            setattr(self, f"decoder{i + 1}", UpBlock(c[i], c[i - 1]))
         self.decoder1 = UpBlock(c[0], c[0])
         self.out = _named("conv", _named("conv", nn.Conv3d(c[0], out_channels, 1)))
         encoder.mask_token.requires_grad_(False)
 
     def forward(self, volume):
         """(B, 1, D, H, W) -> logits (B, out_channels, D, H, W)"""
-        if any(side % 32 for side in volume.shape[2:]):
-            raise ValueError(f"found a volume of {tuple(volume.shape[2:])} voxels, expected multiples of 32")
-        maps = self.encoder(volume)                                     # strides 2, 4, 8, 16, 32
-        x = self.decoder5(self.encoder10(maps[4]), maps[3])
-        x = self.decoder4(x, self.encoder4(maps[2]))
-        x = self.decoder3(x, self.encoder3(maps[1]))
-        x = self.decoder2(x, self.encoder2(maps[0]))
+        if any(side % self.encoder.stride for side in volume.shape[2:]):
+            raise ValueError(f"found a volume of {tuple(volume.shape[2:])} voxels, expected multiples "
+                             f"of {self.encoder.stride}")
+        *maps, x = self.encoder(volume)                                 # strides 2, 4, 8, …
+        x = self.encoder10(x)
+        for i in reversed(range(len(maps))):                            # the last skip passes no block
+            skip = maps[i] if i == len(maps) - 1 else getattr(self, f"encoder{i + 2}")(maps[i])
+            x = getattr(self, f"decoder{i + 2}")(x, skip)
         return self.out(self.decoder1(x, self.encoder1(volume)))
 
 

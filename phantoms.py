@@ -14,7 +14,7 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm.contrib.concurrent import process_map
 
-VERSION = 3  # of what is drawn; a folder of another version is drawn again
+VERSION = 4  # of what is drawn; a folder of another version is drawn again
 LOBES = [("right", "upper"), ("right", "middle"), ("right", "lower"), ("left", "upper"), ("left", "lower")]
 STORED = "RAS", "LPS", "LAS", "RPS", "PIR"  # orientations of files
 AIR = -200  # HU, upper bound of lung with air
@@ -222,47 +222,60 @@ class Chest:
 CENTRAL, SIDE = [(None, None)], [("right", None), ("left", None)]  # places: (side, lobe)
 LUNGS, UPPER, LOWER = ([(side, lobe) for side in ("right", "left", "bilateral")]
                        for lobe in (None, "upper", "lower"))
-# In the order of CT-RATE's labels: (layer, small findings are drawn last; places; names in a report).
+# In the order of CT-RATE's labels: (layer, small findings are drawn last; places; names in a report;
+# size in mm from which it is called large).
 FINDINGS = {
-    "Medical material": (4, SIDE, "a pacemaker | a cardiac device"),
-    "Arterial wall calcification": (4, CENTRAL, "aortic calcification | aortic plaque"),
-    "Cardiomegaly": (0, CENTRAL, "cardiomegaly | an increased heart size"),
-    "Pericardial effusion": (0, CENTRAL, "pericardial effusion of {} mm | {} mm pericardial effusion"),
-    "Coronary artery wall calcification": (4, CENTRAL, "coronary calcification | coronary plaque"),
-    "Hiatal hernia": (3, CENTRAL, "a hiatal hernia of {} mm | a {} mm hiatal hernia"),
-    "Lymphadenopathy": (4, CENTRAL, "lymphadenopathy of {} mm | a lymph node of {} mm"),
-    "Emphysema": (1, UPPER, "emphysema | emphysematous change"),
-    "Atelectasis": (2, LOBES, "linear atelectasis | a band of atelectasis"),
-    "Lung nodule": (4, LOBES, "a nodule of {} mm | a {} mm solid nodule"),
-    "Lung opacity": (1, LOBES, "ground glass opacity | an area of ground glass"),
-    "Pulmonary fibrotic sequela": (2, UPPER, "fibrotic sequela | fibrotic change"),
-    "Pleural effusion": (1, LUNGS, "pleural effusion of {} mm | {} mm pleural effusion"),
-    "Mosaic attenuation pattern": (0, LUNGS, "mosaic attenuation | a mosaic pattern"),
-    "Peribronchial thickening": (3, LUNGS, "peribronchial thickening | a peribronchial cuff"),
-    "Consolidation": (2, LOBES, "consolidation | an area of consolidation"),
-    "Bronchiectasis": (3, LOBES, "bronchiectasis | bronchiectatic change"),
-    "Interlobular septal thickening": (2, LOWER, "interlobular thickening | thick interlobular septa"),
+    "Medical material": (4, SIDE, "pacemaker | cardiac device", None),
+    "Arterial wall calcification": (4, CENTRAL, "aortic calcification | aortic plaque", None),
+    "Cardiomegaly": (0, CENTRAL, "cardiomegaly | increased heart size", None),
+    "Pericardial effusion": (0, CENTRAL, "pericardial effusion | pericardial fluid", 15),
+    "Coronary artery wall calcification": (4, CENTRAL, "coronary calcification | coronary plaque", None),
+    "Hiatal hernia": (3, CENTRAL, "hiatal hernia | hernia of the stomach", 55),
+    "Lymphadenopathy": (4, CENTRAL, "lymphadenopathy | lymph node enlargement", 29.5),
+    "Emphysema": (1, UPPER, "emphysema | emphysematous change", None),
+    "Atelectasis": (2, LOBES, "atelectasis | atelectatic band", None),
+    "Lung nodule": (4, LOBES, "nodule | solid nodule", 30),
+    "Lung opacity": (1, LOBES, "ground glass opacity | ground glass", None),
+    "Pulmonary fibrotic sequela": (2, UPPER, "fibrotic sequela | fibrotic change", None),
+    "Pleural effusion": (1, LUNGS, "pleural effusion | pleural fluid", 38),
+    "Mosaic attenuation pattern": (0, LUNGS, "mosaic attenuation | mosaic pattern", None),
+    "Peribronchial thickening": (3, LUNGS, "peribronchial thickening | peribronchial cuff", None),
+    "Consolidation": (2, LOBES, "consolidation | area of consolidation", None),
+    "Bronchiectasis": (3, LOBES, "bronchiectasis | bronchiectatic change", None),
+    "Interlobular septal thickening": (2, LOWER, "interlobular thickening | interlobular septa", None),
 }
-PRESENT = "there is {}", "{} is seen"
-ABSENT = "there is no {}", "no {} is seen"
+# Presence and absence differ in one word. If others told them apart, no picture were needed.
+WORDINGS = (("there is {state} {name}{where}", ("some", "no")),
+            ("{name}{where} is {state}", ("present", "absent")),
+            ("{name} is {state}{where}", ("visible", "excluded")))
 NORMAL = (("the trachea is open", "the airways are open"), ("the bones are normal", "the ribs are intact"))
 
 
-def describe(lesion, rng):
-    side, lobe, (_, _, wordings) = lesion["side"], lesion["lobe"], FINDINGS[lesion["label"]]
-    name = rng.choice(wordings.split(" | ")).format(round(lesion["size_mm"] or 0))
+def describe(label, place, size, is_present, rng):
+    """A sentence on a finding at a place (side, lobe); size: large or small, None: it has none"""
+    side, lobe = place
+    _, _, names, large = FINDINGS[label]
+    name = rng.choice(names.split(" | "))
+    if large:
+        name = f"{'large' if size >= large else 'small'} {name}"
     where = {"bilateral": f" in both {lobe} lobes"}.get(side, f" in the {side} {lobe} lobe")
     if lobe is None:
         where = {"bilateral": " on both sides", None: ""}.get(side, f" on the {side}")
-    return rng.choice(PRESENT).format(name) + where
+    wording, (present, absent) = WORDINGS[rng.integers(len(WORDINGS))]
+    return wording.format(state=present if is_present else absent, name=name, where=where)
 
 
 def write_report(lesions, rng):
-    """States every lesion and denies a third of the absent findings."""
+    """States every lesion and denies a third of the absent findings, each at a place of such findings."""
     sentences = [rng.choice(wordings) for wordings in NORMAL]
-    sentences += [describe(lesion, rng) for lesion in lesions]
-    absent = set(FINDINGS) - {lesion["label"] for lesion in lesions}
-    sentences += [rng.choice(ABSENT).format(name.lower()) for name in sorted(absent) if rng.random() < 0.35]
+    for lesion in lesions:
+        place = lesion["side"], lesion["lobe"]
+        sentences.append(describe(lesion["label"], place, lesion["size_mm"], True, rng))
+    for label in sorted(set(FINDINGS) - {lesion["label"] for lesion in lesions}):
+        if rng.random() < 0.35:
+            _, places, _, large = FINDINGS[label]
+            size = rng.choice([0, large]) if large else None
+            sentences.append(describe(label, places[rng.integers(len(places))], size, False, rng))
     return " ".join(sentence.capitalize() + "." for sentence in rng.permutation(sentences))
 
 
@@ -283,7 +296,7 @@ def phantom(seed, index, findings=None):
     mask = np.zeros(chest.flat.shape, np.uint8)
     lesions = []
     for name in sorted(chosen, key=lambda name: FINDINGS[name][0]):
-        number, (_, places, _) = names.index(name), FINDINGS[name]
+        number, (_, places, *_) = names.index(name), FINDINGS[name]
         chest.rng = np.random.default_rng([seed, index, 4 + number])
         # two findings never share a lobe
         place = lobes.pop() if places is LOBES else places[chest.rng.integers(len(places))]

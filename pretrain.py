@@ -27,6 +27,8 @@ def flags():
     add("--data", default="demo", help="demo, a manifest .csv, a CT-RATE folder, or a CTRG-Chest .json")
     add("--fraction", type=float, default=1.0, help="of the training volumes; in Table V 2.8K is 0.06")
     add("--size", type=int, nargs=3, metavar=("D", "H", "W"), help="voxels (z, y, x), multiples of 32")
+    add("--permute_reports", action="store_true", help="control: train with the reports of "
+        "other patients. What such a run gains does not come from the reports")
     add("--hu", default="auto", choices=["auto", "header", "csv"], help="Hounsfield units: told from the "
         "values, as stored, or rescaled by the metadata CSV")
     add("--cache", default="cache", help="of preprocessed volumes; `data.py cache` fills it before")
@@ -39,6 +41,8 @@ def flags():
     add("--guidance", default="sentence", choices=["sentence", "word"], help="of volumes, Table III")
     add("--mim_attention", default="proposed", choices=kinds, help="guiding the volume, Table III")
     add("--mlm_attention", default="proposed", choices=kinds, help="guiding the report, Table III")
+    add("--sentence_values", default="volume", choices=["volume", "text"],
+        help="what H_S of Eq. (11) is made of; text: as in the authors' released code")
     add("--use_checkpoint", action=on_off, default=False, help="recompute blocks: less memory, more time")
 
     add = parser.add_argument_group("losses").add_argument
@@ -48,7 +52,8 @@ def flags():
     add("--cml", action=on_off, default=True, help="cross-modal learning")
     add("--ssm", action=on_off, default=True, help="semantics similarity matching")
     add("--dfa", action=on_off, default=True, help="disentangled feature aggregation")
-    add("--clip", action=on_off, default=False, help="CT-CLIP, no part of MG-3D; weight 1")
+    add("--clip", action=on_off, default=False, help="CT-CLIP's contrast of volumes and "
+        "reports, weight 1: no part of MG-3D, but the one that needs the right report")
     add("--lambda_a", type=float, default=1.0, help="weight of mim and mlm")
     add("--lambda_b", type=float, default=0.1, help="weight of sfr and cml")
     add("--lambda_g", type=float, default=0.1, help="weight of ssm and dfa")
@@ -356,6 +361,19 @@ def enabled_losses(args):
     return enabled
 
 
+def choose_items(args, items):
+    """Those to train on, or --fraction of them, and those held out. ValueError if there are none."""
+    train_items = [item for item in items if item.split == "train"]
+    held_out = [item for item in items if item.split != "train"]
+    if not train_items:
+        raise ValueError(f"{args.data}: found no volume of the split train among {len(items)}, "
+                         "expected one")
+    generator = torch.Generator().manual_seed(args.seed)
+    order = torch.randperm(len(train_items), generator=generator).tolist()
+    chosen = sorted(order[:max(1, round(args.fraction * len(train_items)))])
+    return [train_items[i] for i in chosen], held_out
+
+
 def main(args, given):
     rank, world, device = start()
     out, checkpoint = Path(args.out), None
@@ -375,13 +393,7 @@ def main(args, given):
     if rank > 0:
         dist.barrier()                                  # the first process writes the demo's files
     items = data.load_items(args.data, args.cache)
-    train_items = [item for item in items if item.split == "train"]
-    held_out = [item for item in items if item.split != "train"]
-    if not train_items:
-        raise ValueError(f"{args.data}: found no volume of the split train among {len(items)}, expected one")
-    order = torch.randperm(len(train_items), generator=torch.Generator().manual_seed(args.seed)).tolist()
-    chosen = sorted(order[:max(1, round(args.fraction * len(train_items)))])
-    train_items = [train_items[i] for i in chosen]
+    train_items, held_out = choose_items(args, items)
     ids = hashlib.sha1("\n".join(item.id for item in train_items).encode()).hexdigest()
     if checkpoint and checkpoint["ids"] != ids:
         raise ValueError(f"--resume: {args.data} holds other training volumes than those the run began with")
@@ -390,13 +402,16 @@ def main(args, given):
         phantoms.make_demo_text_encoder(text_folder, [item.report for item in train_items])
     if rank == 0:
         dist.barrier()
+    if args.permute_reports:
+        train_items = data.permute_reports(train_items, args.seed)
 
     # ---------------------------------------------------------------------------------------- model
     torch.manual_seed(args.seed)                        # the same weights on every process
     encoder = model.build_encoder(args.encoder, use_checkpoint=args.use_checkpoint)
     text_encoder = model.TextEncoder(str(text_folder))
     network = model.MG3D(encoder, text_encoder, enabled, args.embed_dim, guidance=args.guidance,
-                         mim_attention=args.mim_attention, mlm_attention=args.mlm_attention)
+                         mim_attention=args.mim_attention, mlm_attention=args.mlm_attention,
+                         sentence_values=args.sentence_values)
     if args.init and not checkpoint:
         model.load_weights(encoder, args.init)
     network.to(device).train()
@@ -435,6 +450,9 @@ batch      {args.batch_size} volumes × {world} processes × {args.accumulate} p
 run        steps {step} to {args.steps} on {device} in {precision}, seed {args.seed}, out in {out}""")
     if args.batch_size * world == 1 and {"cml", "ssm", "dfa", "clip"} & set(enabled):
         log.warning("warning: in a batch of one there is no other patient: cml, ssm, dfa and clip are 0")
+
+    if args.permute_reports:
+        log.warning("warning: --permute_reports: every patient trains with another's report (a control)")
 
     # ----------------------------------------------------------------------------------------- loop
     log_path, board = out / "log.jsonl", None

@@ -678,7 +678,9 @@ def test_ctrg_json(tmp_path):
     items = data.load_items(ctrg(tmp_path, train=[1, 2, 3], val=[4, 5], test=[4, 5]))
     assert [item.id for item in items] == [f"{i}.nii.gz" for i in (1, 2, 3, 4, 5)]
     assert [item.split for item in items] == ["train"] * 3 + ["test"] * 2       # not also as valid
-    assert items[3].volume == tmp_path / "ct" / "4.nii.gz" and items[3].report == "Report 4."
+    assert items[3].volume == tmp_path / "ct" / "4.nii.gz" and items[3].report == "Report 4.\nCyst."
+    generation = data.load_task("ctrg", tmp_path)
+    assert {item.report for item in generation} == {f"Report {i}." for i in range(1, 6)}
     with pytest.raises(ValueError, match=r"found 1.nii.gz \(.*ct/1.nii.gz\) twice"):
         data.load_items(ctrg(tmp_path, train=[1, 2], test=[1]))
 
@@ -906,3 +908,16 @@ def test_help_and_usage(command):
         assert code == 1 and "--data" in text
     code, text = command("data.py", "demo")
     assert code == 1 and "--out" in text
+
+
+def test_permuted_reports_are_those_of_others():
+    items = [data.Item(f"{p}_{k}", f"{p}.nii.gz", f"report of {p}", "train", p) for p in "abcdefg" for k in range(2)]
+    permuted = data.permute_reports(items, 3)
+    for item, other in zip(items, permuted, strict=True):
+        assert other._replace(report=item.report) == item and other.report != item.report
+    assert sorted(item.report for item in permuted) == sorted(item.report for item in items)
+    by_patient = {item.patient: item.report for item in permuted}
+    assert all(by_patient[item.patient] == item.report for item in permuted)
+    assert permuted == data.permute_reports(items, 3) != data.permute_reports(items, 4)
+    with pytest.raises(ValueError, match="found 1 patient .*expected two"):
+        data.permute_reports(items[:2], 0)

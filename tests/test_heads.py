@@ -57,7 +57,7 @@ def test_swin_unetr_is_monais(tmp_path):
     monai = pytest.importorskip("monai.networks.nets", reason="MONAI is not installed")
     torch.manual_seed(0)
     theirs = monai.SwinUNETR(in_channels=1, out_channels=3, feature_size=12)
-    ours = model.SwinUNETR(model.build_encoder("swin_t"), 3)
+    ours = model.SwinUNETR(model.SwinTransformer3D(feature_size=12), 3)
     torch.save(theirs.state_dict(), tmp_path / "monai.pt")
     loaded = model.load_weights(ours, tmp_path / "monai.pt")
     assert loaded["missing"] == ["encoder.mask_token"] and loaded["unexpected"] == []
@@ -79,10 +79,19 @@ def test_swin_unetr_is_monais(tmp_path):
 def test_swin_unetr_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="UNetEncoder.*SwinTransformer3D"):
         model.SwinUNETR(model.build_encoder("unet"), 2)
-    with pytest.raises(ValueError, match="4 stages"):
-        model.SwinUNETR(model.SwinTransformer3D(feature_size=12, depths=(1, 1), num_heads=(3, 6)), 2)
-    with pytest.raises(ValueError, match=r"\(32, 48, 32\).*multiples of 32"):
-        model.SwinUNETR(model.build_encoder("swin_t"), 2)(torch.zeros(1, 1, 32, 48, 32))
+    with pytest.raises(ValueError, match=r"\(32, 44, 32\).*multiples of 8"):
+        model.SwinUNETR(model.build_encoder("swin_t"), 2)(torch.zeros(1, 1, 32, 44, 32))
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 5])
+def test_swin_unetr_of_any_number_of_stages(stages):
+    torch.manual_seed(0)
+    encoder = model.SwinTransformer3D(feature_size=4, depths=(1,) * stages, num_heads=(2,) * stages, window_size=2)
+    net = model.SwinUNETR(encoder, 3)
+    logits = net(torch.rand(1, 1, *[2 * encoder.stride] * 3))
+    assert logits.shape == (1, 3, *[2 * encoder.stride] * 3)
+    logits.square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters() if p.requires_grad)
 
 
 # --------------------------------------------------------------------------------- report generator

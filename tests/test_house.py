@@ -7,10 +7,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {
-    "lines": {"losses": 190, "model": 981, "phantoms": 520, "data": 1420, "pretrain": 557, "finetune": 430,
+    "lines": {"losses": 190, "model": 1040, "phantoms": 535, "data": 1440, "pretrain": 580, "finetune": 435,
               "eval": 910},
-    "lines in all": 5000,
-    "bytes in all": 267_500,
+    "lines in all": 5400,
+    "bytes in all": 300_000,
     "columns": 110,
     "wide": 100,                            # columns beyond which a line counts as wide
     "share of wide lines": 0.085,            # of all lines of the seven files

@@ -62,7 +62,7 @@ def naive_mlm(logits, labels):
 def naive_sfr(rebuilt, sentences, mask):
     terms = [1 - cosine(rebuilt[b, s], sentences[b, s].detach())
              for b in range(len(mask)) for s in range(mask.shape[1]) if mask[b, s]]
-    return sum(terms) / len(terms)
+    return sum(terms) / len(mask)                       # the sum of each patient, the mean of patients
 
 
 def naive_ssm(text, visual, mask):

@@ -65,7 +65,7 @@ def test_encoder_has_monais_numbers_and_gradients(size):
     swin = pytest.importorskip("monai.networks.nets.swin_unetr", reason="MONAI is not installed")
     torch.manual_seed(0)
     theirs = swin.SwinTransformer(1, 12, (7, 7, 7), (2, 2, 2), (2, 2, 2, 2), (3, 6, 12, 24))
-    ours = build_encoder("swin_t")
+    ours = SwinTransformer3D(feature_size=12)
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(1, 1, *size)
     maps, expected = ours(x), theirs(x)
@@ -434,8 +434,68 @@ def test_encode_image_and_text(text_folder, batch):
 
 def test_h_s_depends_on_the_sentence(text_folder, batch):
     """Eq. (11) as printed, with one pooled key, would give every sentence the same feature."""
-    h_s = small_mg3d(text_folder)(batch)["visual_sentences"]
-    assert (h_s[1, 0] - h_s[1, 1]).abs().max() > 1e-6
+    for values in ("volume", "text"):
+        h_s = small_mg3d(text_folder, sentence_values=values)(batch)["visual_sentences"]
+        assert (h_s[1, 0] - h_s[1, 1]).abs().max() > 1e-6
+
+
+def test_sentences_of_a_patient_see_different_things_and_the_volume():
+    """At the paper's width and number of tokens, where tokens have a large part in common"""
+    torch.manual_seed(0)
+    attention = model.SentenceAttention(768, 12, 768)
+    sentences = torch.randn(1, 1, 768) + torch.randn(2, 4, 768)                     # cosine about 0.5
+    tokens = 3 * torch.randn(1, 1, 768) + torch.randn(2, 48, 768)
+    h_s = attention(sentences, tokens)
+    cosine = nn.functional.cosine_similarity(h_s[:, :, None], h_s[:, None], dim=-1)
+    assert cosine[:, *np.triu_indices(4, 1)].mean() < 0.6
+    assert not torch.allclose(h_s, attention(sentences, tokens.flip(0)), atol=1e-3)
+
+
+def test_sentence_attention_is_the_loop():
+    """Eq. (11) with norms, one head and one sentence at a time; a shift of all tokens changes nothing"""
+    torch.manual_seed(0)
+    attention = model.SentenceAttention(8, 2, 6).double()
+    for p in attention.parameters():
+        nn.init.normal_(p)
+    sentences, tokens = torch.randn(2, 3, 6).double(), torch.randn(2, 5, 8).double()
+    found = attention(sentences, tokens)
+    for b, s in itertools.product(range(2), range(3)):
+        q = attention.query(attention.norm_query(sentences[b, s]))
+        centred = attention.norm_tokens(tokens[b] - tokens[b].mean(0))
+        k, v = attention.key(centred), attention.value(centred)
+        heads = []
+        for h in (slice(0, 4), slice(4, 8)):
+            weight = torch.stack([q[h] @ k[n, h] / 2 for n in range(5)]).softmax(0)
+            heads.append(sum(weight[n] * v[n, h] for n in range(5)))
+        torch.testing.assert_close(found[b, s], attention.out(torch.cat(heads)))
+        maps = attention.maps(sentences, tokens)[b, :, s]                           # (heads, N)
+        torch.testing.assert_close(maps.sum(-1), torch.ones(2).double())
+        torch.testing.assert_close(maps[1], weight)
+    torch.testing.assert_close(attention(sentences, tokens + torch.randn(8).double()), found)
+
+
+def test_sentence_gate_is_the_equation_of_the_release():
+    torch.manual_seed(0)
+    gate = model.SentenceGate(8, 6).double()
+    sentences, tokens = torch.randn(2, 3, 6).double(), torch.randn(2, 5, 8).double()
+    for b, s in itertools.product(range(2), range(3)):
+        score = gate.query(tokens[b].mean(0)) @ gate.key(sentences[b, s]) / 8 ** 0.5
+        expected = gate.value(sentences[b, s]) / (1 + torch.exp(-score))
+        torch.testing.assert_close(gate(sentences, tokens)[b, s], expected)
+
+
+def test_text_values_hide_the_volume_from_ssm_and_show_it_to_dfa(text_folder, batch):
+    network = small_mg3d(text_folder, sentence_values="text")
+    grads = {}
+    for name in ("ssm", "dfa"):
+        network.zero_grad()
+        o = network(batch)
+        mask = batch["sentence_mask"]
+        loss = (losses.ssm_loss(o["text_sentences"], o["visual_sentences"], mask) if name == "ssm"
+                else losses.dfa_loss(o["h_s"], o["f_i"]))
+        loss.backward()
+        grads[name] = network.encoder.patch_embed.proj.weight.grad.abs().max()
+    assert grads["ssm"] < 1e-5 < grads["dfa"]
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
@@ -542,7 +602,7 @@ def test_encoder_pt_keeps_the_order_of_merging(tmp_path):
 
 def test_encoder_pt_loads_strictly_into_monai(tmp_path):
     nets = pytest.importorskip("monai.networks.nets", reason="MONAI is not installed")
-    torch.save(model.export_encoder(build_encoder("swin_t")), tmp_path / "encoder.pt")
+    torch.save(model.export_encoder(SwinTransformer3D(feature_size=12)), tmp_path / "encoder.pt")
     unetr = nets.SwinUNETR(in_channels=1, out_channels=2, feature_size=12)
     unetr.swinViT.load_state_dict(torch.load(tmp_path / "encoder.pt", weights_only=True))
 
@@ -555,7 +615,7 @@ def test_poor_matches_are_refused(tmp_path):
     torch.save({"step": 3}, tmp_path / "empty.pt")
     (tmp_path / "torn.pt").write_bytes(b"PK\x03\x04 torn")
     with pytest.raises(ValueError, match=r"window.pt.*does not fill[\s\S]*relative_position_bias_table: "
-                                         r"expected \(2197, 3\), found \(729, 3\)"):
+                                         r"expected \(343, 2\), found \(729, 2\)"):
         load_weights(target, tmp_path / "window.pt")
     for name in ("unet.pt", "empty.pt", "torn.pt", "absent.pt"):
         with pytest.raises(ValueError, match=name):

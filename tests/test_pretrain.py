@@ -77,9 +77,9 @@ def another_step_on_the_second_process():
     torch.nn.utils.clip_grad_norm_ = clip_grad_norm_
 
 
-def files_up_to_8_mb():
+def files_up_to_1_mb():
     no_pictures()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000_000, 8_000_000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 
 
 def execute(flags, folder, name, environment, prepare):
@@ -450,7 +450,7 @@ def test_resume_refuses_what_contradicts_the_checkpoint(run, copied, folder):
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(run, copied):
-    full = run(f"--out {copied} --resume --steps 8", prepare=files_up_to_8_mb)
+    full = run(f"--out {copied} --resume --steps 8", prepare=files_up_to_1_mb)
     full.refused(copied / "last.pt.part", "cannot be written")
     assert load(copied / "last.pt")["step"] == 6 and not list(copied.glob("*.part"))
 
