@@ -3,6 +3,7 @@
     python eval.py --task T --data DIR --checkpoint out/best.pt    a task's number with its interval
     python eval.py --task T --checkpoint out/best.pt --input SCAN  one scan: a mask, probabilities, a report
     python eval.py probe --data demo --checkpoint out/last.pt      a linear probe of the 18 findings
+    python eval.py pairing --data demo --checkpoint out/last.pt    which losses use the right report
     python eval.py embed --checkpoint out/encoder.pt --input DIR   features of scans, one row each
     python eval.py radar A/result.json B/result.json               methods and tasks in one chart
 
@@ -57,7 +58,15 @@ def flags():
     add = commands.add_parser("probe", parents=[shared], formatter_class=Help).add_argument
     add("--data", required=True, help="demo, a manifest with labels, or a CT-RATE folder")
     add("--batch_size", type=int, default=8, help="volumes at a time")
+    add("--few", type=int, default=100, help="labels of a second probe, the mean of 10 draws")
     add("--out", type=Path, default="out/probe", help="folder for probe.json")
+    add = commands.add_parser("pairing", formatter_class=Help).add_argument
+    add("--checkpoint", type=Path, required=True, help="last.pt of pretrain.py")
+    add("--data", required=True, help="demo, or what the checkpoint was trained on; its held-out part counts")
+    add("--cache", default="cache", help="folder of preprocessed volumes")
+    add("--batch_size", type=int, default=24, help="volumes that stand against each other")
+    add("--seed", type=int, default=0, help="of the batches and masks")
+    add("--out", type=Path, help="folder for pairing.json and pairing.png; else that of the checkpoint")
     add = commands.add_parser("embed", parents=[shared], formatter_class=Help).add_argument
     add("--input", type=Path, required=True, help="a scan, or a folder of scans at any depth")
     add("--out", type=Path, default="embeddings.npz", help="ids (n,) and features (n, C) float32")
@@ -82,6 +91,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
+import losses
 import model
 
 matplotlib.use("Agg")
@@ -257,6 +267,220 @@ def probe(encoder, items, cache, size, hu="auto", batch_size=8):
     x, x_new = (global_features(encoder, group, cache, size, hu, batch_size) for group in groups)
     labels, truth = (np.stack([item.labels for item in group]).astype(float) for group in groups)
     return ridge(x, labels, x_new), truth
+
+
+def untrained_encoder(config):
+    """The encoder as a run of pretrain.py began with it; config: its flags"""
+    torch.manual_seed(config["seed"])
+    encoder = model.build_encoder(config["encoder"])
+    if config["init"]:
+        model.load_weights(encoder, config["init"])
+    return encoder
+
+
+@torch.no_grad()
+def compare_probes(untrained, pretrained, items, cache, size, hu="auto", few=None, batch_size=24):
+    """Linear probes of two encoders on the same held-out items, and the paired difference.
+
+    Returns {untrained, pretrained, difference: [low, value, high], n}; with `few` also {few: the same
+    two AUCs as means of 10 draws of that many labelled training items}.
+    """
+    fit, held_out = split_labelled(items)
+    y, truth = (np.stack([item.labels for item in group]).astype(float) for group in (fit, held_out))
+    features = [[global_features(encoder, group, cache, size, hu, batch_size) for group in (fit, held_out)]
+                for encoder in (untrained, pretrained)]
+    before, after = (ridge(x, y, x_new) for x, x_new in features)
+
+    def gain(before, after, truth):
+        return macro_auroc(after, truth) - macro_auroc(before, truth)
+    low, high = bootstrap(gain, before, after, truth)
+    result = {"untrained": macro_auroc(before, truth), "pretrained": macro_auroc(after, truth),
+              "difference": [low, gain(before, after, truth), high], "n": len(truth)}
+    if few and few < len(y):
+        rng = np.random.default_rng(0)
+        draws = [rng.choice(len(y), few, replace=False) for _ in range(10)]
+        aucs = [np.mean([macro_auroc(ridge(x[rows], y[rows], x_new), truth) for rows in draws])
+                for x, x_new in features]
+        result["few"] = {"labels": few, "untrained": aucs[0], "pretrained": aucs[1]}
+    return result
+
+
+def say_probe(result):
+    low, value, high = result["difference"]
+    text = (f"linear probe of 18 findings, macro AUC on {result['n']} held-out volumes: untrained encoder "
+            f"{result['untrained']:.3f}, pre-trained {result['pretrained']:.3f}, "
+            f"difference {value:+.3f} [{low:+.3f}, {high:+.3f}]")
+    if "few" in result:
+        text += "; with {labels} labels {untrained:.3f} and {pretrained:.3f}".format(**result["few"])
+    return text
+
+
+# ---------------- what a loss learns
+
+@torch.no_grad()
+def know_nothing(network, batches, enabled, global_batch, only=model.LOSSES):
+    """{loss: its value for a model that knows nothing of the patient}: the mean volume, the frequencies
+    of words, the mean sentence, the best constant cosine, a choice among `global_batch` at random."""
+    device = next(network.parameters()).device
+    contrast = math.log(global_batch)
+    levels = {"cml": 2 * contrast, "dfa": contrast, "clip": contrast}
+    names = set(enabled).intersection(only)
+    if "mim" in names:
+        volumes, masks = (torch.cat([batch[key] for batch in batches]) for key in ("volume", "volume_mask"))
+        levels["mim"] = (volumes - volumes.mean(0)).square()[masks].mean().item()
+    if "mlm" in names:
+        words = torch.cat([batch["input_ids"][batch["sentence_ids"] >= 0] for batch in batches])
+        masked = torch.cat([batch["mlm_labels"][batch["mlm_labels"] != -100] for batch in batches])
+        share = torch.bincount(words, minlength=network.text_encoder.vocab_size) / len(words)
+        levels["mlm"] = -share[masked].log().mean().item()
+    if "sfr" in names:
+        rows = []
+        for batch in batches:
+            ids, words, sentences, mask = (batch[key].to(device) for key in (
+                "input_ids", "attention_mask", "sentence_ids", "sentence_mask"))
+            features = model.sentence_mean(network.encode_words(ids, words), sentences, mask.shape[1])
+            rows.append(F.normalize(features[mask].float(), dim=-1))        # (ΣS, E)
+        rows = torch.cat(rows)
+        patients = sum(len(batch["sentence_mask"]) for batch in batches)
+        levels["sfr"] = (1 - rows @ F.normalize(rows.mean(0), dim=0)).sum().item() / patients
+    if "ssm" in names:
+        gaps = []
+        for batch in batches:
+            patient = batch["sentence_mask"].nonzero()[:, 0]                # of each sentence
+            rows = network.text_encoder.encode_sentences(batch["single_ids"].to(device),
+                                                         batch["single_mask"].to(device))
+            rows = F.normalize(rows.float(), dim=-1).cpu()
+            cosines = (rows @ rows.T)[patient[:, None] < patient]
+            gaps.append((cosines - cosines.median()).abs().mean().item() if len(cosines) else 0.0)
+        levels["ssm"] = float(np.mean(gaps))
+    return {name: levels[name] for name in enabled if name in names}
+
+
+def levels(rows, nothing):
+    """{loss: {nothing, first, last, learned}}: means of the first and the last tenth of log.jsonl's rows
+
+    A loss has learned if its last values lie below `nothing` by more than two standard errors.
+    """
+    tenth = max(1, len(rows) // 10)
+    result = {}
+    for name, level in nothing.items():
+        first, last = ([math.nan if row[name] is None else row[name] for row in part]
+                       for part in (rows[:tenth], rows[-tenth:]))
+        error = np.std(last, ddof=1) / math.sqrt(tenth) if tenth > 1 else math.nan
+        result[name] = {"nothing": level, "first": float(np.mean(first)), "last": float(np.mean(last)),
+                        "learned": bool(np.mean(last) + 2 * error < level)}
+    return result
+
+
+@torch.no_grad()
+def retrieve_reports(network, items, cache, size, hu="auto", batch_size=24):
+    """Recall of the volume of each report, by the cosine of global features"""
+    network.eval()
+    device = next(network.parameters()).device
+    volumes, texts = [], []
+    for i in _bar(range(0, len(items), batch_size), "retrieval", True):
+        part = items[i:i + batch_size]
+        volume = torch.stack([data.load_volume(item, cache, size, hu) for item in part])
+        batch = data.text_batch(network.text_encoder.tokenizer, [item.report for item in part])
+        volumes.append(network.encode_image(volume.to(device)).mean(1))
+        texts.append(network.encode_text(**{name: tensor.to(device) for name, tensor in batch.items()}))
+    volumes, texts = (F.normalize(torch.cat(rows).float(), dim=-1).cpu() for rows in (volumes, texts))
+    ranks = retrieval_ranks((texts @ volumes.T).numpy())
+    k = max(1, min(50, len(items) // 10))
+    hits = (ranks <= k).astype(float)
+    return {"k": k, "value": float(hits.mean()), "interval": list(bootstrap(np.mean, hits)),
+            "chance": k / len(items), "n": len(items)}
+
+
+def say_retrieval(result):
+    low, high = result["interval"]
+    return (f"retrieval of {result['n']} held-out volumes by their reports: Recall@{result['k']} "
+            f"{result['value']:.3f} [{low:.3f}, {high:.3f}], chance {result['chance']:.3f}")
+
+
+def _losses_of_patients(name, outputs, batch):
+    """MIM, MLM or SFR of every patient of a batch, one by one: (B,) numpy"""
+    masked_rows = (batch["mlm_labels"] != -100).nonzero()[:, 0]
+    values = []
+    for i in range(len(batch["volume"])):
+        o = {key: outputs[key][masked_rows == i] if key in ("logits", "mlm_labels") else outputs[key][i:i + 1]
+             for key in outputs}
+        part = {key: batch[key][i:i + 1] for key in ("volume", "volume_mask", "sentence_mask")}
+        values.append(losses.compute(o, part, [name])[name].item())
+    return np.array(values)
+
+
+def pairing(network, batches, enabled, temperature=0.1, gradients=3):
+    """Does a loss use which report belongs to which volume? Each is computed twice: for true pairs, and
+    with the volumes of a batch handed on by one, so that everybody has another patient's report.
+
+    Returns {loss: {own, other, interval of other - own, gradient_cosine, uses_report}}. The units are
+    patients for mim, mlm and sfr, batches for the others. The cosine is that of the two gradients on the
+    encoder, the mean of the first `gradients` batches; 1 = the loss asks the same whoever's report it is.
+    """
+    network.eval()
+    device = next(network.parameters()).device
+    weights = [p for p in network.encoder.parameters() if p.requires_grad]
+    units = {name: ([], []) for name in enabled}
+    cosines = {name: [] for name in enabled}
+    for number, batch in enumerate(_bar(batches, "pairing", True)):
+        own = {key: value.to(device) for key, value in batch.items() if torch.is_tensor(value)}
+        other = own | {key: own[key].roll(1, 0) for key in ("volume", "volume_mask")}
+        gradient = {name: [] for name in enabled}
+        for arm, pairs in enumerate((own, other)):
+            with torch.set_grad_enabled(number < gradients):
+                outputs = network(pairs)
+                values = losses.compute(outputs, pairs, enabled, temperature)
+            for name, value in values.items():
+                if name in ("mim", "mlm", "sfr"):
+                    by_patient = _losses_of_patients(name, outputs, pairs)
+                    if name == "mim" and arm == 1:      # the volumes have moved, not the reports
+                        by_patient = np.roll(by_patient, -1)
+                    units[name][arm].extend(by_patient)
+                else:
+                    units[name][arm].append(value.item())
+                if number < gradients:
+                    grads = torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)
+                    gradient[name].append(torch.cat([
+                        (torch.zeros_like(p) if grad is None else grad).flatten()
+                        for p, grad in zip(weights, grads)]))
+        if number < gradients:
+            for name, (a, b) in gradient.items():
+                cosines[name].append(F.cosine_similarity(a, b, dim=0).item())
+    result = {}
+    for name, (own, other) in units.items():
+        low, high = bootstrap(np.mean, np.array(other) - np.array(own))
+        known = len(batches) >= 8
+        result[name] = {"own": float(np.mean(own)), "other": float(np.mean(other)), "interval": [low, high],
+                        "gradient_cosine": float(np.mean(cosines[name])),
+                        "uses_report": bool(low > 0) if known else None}
+    return result
+
+
+def say_pairing(result):
+    """The table of `pairing`, a sentence for each loss"""
+    lines = [f"{'loss':5s} {'own report':>10s} {'another':>10s}  {'difference':24s} gradients' cosine"]
+    for name, row in result.items():
+        low, high = row["interval"]
+        verdict = {True: "uses the report", False: "does not use the report", None: "too few batches to say"}
+        difference = f"{row['other'] - row['own']:+.4f} [{low:+.4f}, {high:+.4f}]"
+        lines.append(f"{name:5s} {row['own']:10.4f} {row['other']:10.4f}  {difference:24s} "
+                     f"{row['gradient_cosine']:+.3f}  {verdict[row['uses_report']]}")
+    return "\n".join(lines)
+
+
+def plot_pairing(result, out):
+    """How much worse each loss is with another patient's report, in percent of its value"""
+    with figure(out, 1, 1, 4.6, 3) as [[ax]]:
+        for place, row in enumerate(result.values()):
+            unit = 100 / max(abs(row["own"]), 1e-9)
+            low, high = (unit * end for end in row["interval"])
+            colour = "tab:blue" if row["uses_report"] else "0.6"
+            ax.bar(place, unit * (row["other"] - row["own"]), color=colour)
+            ax.plot([place, place], [low, high], color="black")
+        ax.axhline(0, color="black", lw=0.8)
+        ax.set_xticks(range(len(result)), list(result))
+        ax.set(title="with another patient's report (blue: the loss uses the report)", ylabel="worse by %")
 
 
 # -------------------- runs and predictions
@@ -650,6 +874,8 @@ def plot_curves(rows, out):
             width = max(1, len(values) // 10)
             means = np.convolve(values, np.ones(width) / width, "valid")
             ax.plot(steps, values, color="0.8", lw=0.8)
+            if name in rows[0].get("nothing", {}):
+                ax.axhline(rows[0]["nothing"][name], color="tab:red", ls="--", lw=0.8)
             ax.plot(steps[width - 1:], means, marker="o" if len(values) == 1 else "")
             ax.set(title=name, xlabel="step")
 
@@ -781,8 +1007,62 @@ def probe_command(args):
         print(f"{name:40s} {int(positives):9d}  {auc:.3f}")
     print(f"macro AUC of 18 findings {value:.3f} [{low:.3f}, {high:.3f}], n = {len(truth)}, chance 0.500")
     result = {"macro_auc": value, "interval": [low, high], "n": len(truth), "chance": 0.5, "auc": per_class}
+    config = model.read_checkpoint(args.checkpoint).get("config", {})
+    if "mlm_prob" in config:                    # a run of pretrain.py: what did it gain?
+        untrained = untrained_encoder(config).to(DEVICE)
+        result["gain"] = compare_probes(untrained, encoder, items, args.cache, size, hu, args.few,
+                                        args.batch_size)
+        print(say_probe(result["gain"]))
     args.out.mkdir(parents=True, exist_ok=True)
     write_result(result, args.out / "probe.json")
+
+
+def load_pretrained(path, device="cpu"):
+    """last.pt of pretrain.py -> (MG3D in eval mode, its flags). ValueError for any other file."""
+    checkpoint = model.read_checkpoint(path)
+    config = checkpoint.get("config", {})
+    if "task" in config or "mlm_prob" not in config:
+        raise ValueError(f"{path}: found no text side, expected last.pt of pretrain.py")
+    enabled = [name for name in model.LOSSES if config[name]]
+    settings = {name: config[name] for name in ("guidance", "mim_attention", "mlm_attention",
+                                                "sentence_values") if name in config}
+    text = Path(path).parent / "text_encoder" if config["text_encoder"] == "demo" else config["text_encoder"]
+    network = model.MG3D(model.build_encoder(config["encoder"]), model.TextEncoder(str(text)), enabled,
+                         config["embed_dim"], **settings)
+    network.load_state_dict(checkpoint["model"], strict=False)
+    if checkpoint["merging"]:
+        network.encoder.merging = checkpoint["merging"]
+    return network.to(device).eval(), config
+
+
+def pairing_command(args):
+    network, config = load_pretrained(args.checkpoint, DEVICE)
+    held_out = [item for item in data.load_items(args.data, args.cache) if item.split != "train"]
+    items = list({item.patient: item for item in held_out}.values())    # a second scan has the same report
+    if len(items) < 2 or args.batch_size < 2:
+        raise ValueError(f"{args.data}: found {len(items)} held-out patients and --batch_size "
+                         f"{args.batch_size}, expected at least two of each")
+    tokenizer = network.text_encoder.tokenizer
+    make = functools.partial(data.pretraining_example, tokenizer=tokenizer, cache=args.cache,
+                             **{name: config[name] for name in ("hu", "mask_size", "mask_ratio", "mlm_prob")},
+                             size=tuple(config["size"]))
+    examples, size = data.Examples(items, make, args.seed), min(args.batch_size, len(items))
+    batches = []
+    for shuffle in range(3):
+        order = np.random.default_rng((args.seed, shuffle)).permutation(len(items))
+        for i in range(0, len(order) - size + 1, size):                 # batches of equal size
+            chosen = [examples[int(index), shuffle] for index in order[i:i + size]]
+            batches.append(data.collate(chosen, tokenizer.pad_token_id))
+    if len(batches) < 8:
+        log.warning("%s: only %d batches of %d: too few for a verdict", args.data, len(batches), size)
+    enabled = [name for name in model.LOSSES if name in network.losses]
+    result = pairing(network, batches, enabled, config["temperature"])
+    print(say_pairing(result))
+    out = args.out or args.checkpoint.parent
+    out.mkdir(parents=True, exist_ok=True)
+    write_result(result, out / "pairing.json")
+    plot_pairing(result, out / "pairing.png")
+    print(f"wrote {out / 'pairing.json'} and pairing.png")
 
 
 def embed_command(args):
@@ -858,7 +1138,7 @@ def _scan_item(path, name, centre=None):
 def task_command(args):
     if args.task not in data.TASKS:
         raise ValueError(f"found --task {args.task}, expected one of {', '.join(data.TASKS)}, or a command: "
-                         "probe, embed, radar")
+                         "probe, pairing, embed, radar")
     if not args.checkpoint or not (args.data or args.input):
         raise ValueError("expected --checkpoint, and --data or --input")
     run = load_checkpoint(args.checkpoint, args.cache, DEVICE)
@@ -898,7 +1178,8 @@ def task_command(args):
     print(f"wrote {out / 'result.json'}")
 
 
-COMMANDS = {None: task_command, "probe": probe_command, "embed": embed_command, "radar": radar_command}
+COMMANDS = {None: task_command, "probe": probe_command, "pairing": pairing_command, "embed": embed_command,
+            "radar": radar_command}
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")

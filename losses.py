@@ -160,6 +160,19 @@ def ssm_loss(text_sentences, visual_sentences, sentence_mask):
     return (per_pair * pairs).sum() / pairs.sum().clamp(min=1)                      # Eq. (12)
 
 
+def compute(outputs, batch, enabled, temperature=0.1):
+    """The enabled losses of a pre-training step, {name: scalar}, from what `MG3D.forward` returns."""
+    o, mask = outputs, batch["sentence_mask"]
+    terms = {"mim": lambda: mim_loss(o["recon"], batch["volume"], batch["volume_mask"]),
+             "mlm": lambda: mlm_loss(o["logits"], o["mlm_labels"]),
+             "sfr": lambda: sfr_loss(o["rebuilt"], o["sentences"], mask),
+             "cml": lambda: cml_loss(o["f_i"], o["h_i"], o["f_t"], o["h_t"], temperature),
+             "ssm": lambda: ssm_loss(o["text_sentences"], o["visual_sentences"], mask),
+             "dfa": lambda: dfa_loss(o["h_s"], o["f_i"], temperature),
+             "clip": lambda: clip_loss(o["f_i"], o["f_t"], temperature)}
+    return {name: terms[name]() for name in enabled}
+
+
 # ------------------------------------------------------------------------ losses of fine-tuning
 # These see the volumes of one process. With equal batches the average over processes is the global
 # mean, except for Dice: a ratio for each process is averaged.

@@ -143,7 +143,8 @@ class WindowAttention(nn.Module):
         # NOTE(compat): a window shrunk to a small map keeps the first n places of the full window's
         # raster, as if cut by `relative_position_index[:n, :n]`: published weights were trained so.
         index = self.relative_position_index[pairs[0], pairs[1]]        # (pairs,)
-        table = self.relative_position_bias_table.T                     # (heads, offsets)
+        # unbind and stack: the gradient of a transposed view would not lie as DDP's buckets do
+        table = torch.stack(self.relative_position_bias_table.unbind(1))  # (heads, offsets)
         columns = table.gather(1, index.expand(len(table), -1))         # (heads, pairs)
         biases = []
         for (_, n, p), bias in zip(groups, columns.split([n * (n + p) for _, n, p in groups], dim=1)):
@@ -335,8 +336,8 @@ class UNetEncoder(nn.Module):
 
 ENCODERS = {"swin_b": functools.partial(SwinTransformer3D, feature_size=48),
             "swin_l": functools.partial(SwinTransformer3D, feature_size=96),
-            "swin_t": functools.partial(SwinTransformer3D, feature_size=24, depths=(2, 2),  # the demo's
-                                        num_heads=(2, 4), window_size=4),
+            "swin_t": functools.partial(SwinTransformer3D, feature_size=24, depths=(1, 2),  # the demo's
+                                        num_heads=(1, 2), window_size=4),
             "unet": UNetEncoder}
 
 
@@ -790,8 +791,8 @@ class SwinUNETR(nn.Module):
     def __init__(self, encoder, out_channels):
         super().__init__()
         if not isinstance(encoder, SwinTransformer3D):
-            raise ValueError(f"found the encoder {type(encoder).__name__}, expected a SwinTransformer3D: "
-                             "this decoder needs its maps")
+            raise ValueError(f"found the encoder {type(encoder).__name__}, expected a "  # noqa: TRY004
+                             "SwinTransformer3D: this decoder needs its maps")
         self.encoder = encoder
         c = encoder.channels                                            # C, 2C, 4C, … of n + 1 maps
         self.encoder1 = _named("layer", ResBlock(encoder.patch_embed.proj.in_channels, c[0]))

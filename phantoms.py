@@ -266,13 +266,13 @@ def describe(label, place, size, is_present, rng):
 
 
 def write_report(lesions, rng):
-    """States every lesion and denies a third of the absent findings, each at a place of such findings."""
+    """States every lesion and denies a fifth of the absent findings, each at a place of such findings."""
     sentences = [rng.choice(wordings) for wordings in NORMAL]
     for lesion in lesions:
         place = lesion["side"], lesion["lobe"]
         sentences.append(describe(lesion["label"], place, lesion["size_mm"], True, rng))
     for label in sorted(set(FINDINGS) - {lesion["label"] for lesion in lesions}):
-        if rng.random() < 0.35:
+        if rng.random() < 0.2:
             _, places, _, large = FINDINGS[label]
             size = rng.choice([0, large]) if large else None
             sentences.append(describe(label, places[rng.integers(len(places))], size, False, rng))

@@ -12,8 +12,9 @@ import argparse
 PAPER = {"encoder": "swin_b", "size": [128, 96, 128], "text_encoder": "StanfordAIMI/RadBERT",
          "embed_dim": 768, "steps": 100_000, "warmup": 1000, "lr_encoder": 2e-5, "lr": 1e-4,
          "save_every": 1000, "log_every": 20}
-DEMO = {"encoder": "swin_t", "size": [32, 32, 64], "text_encoder": "demo", "embed_dim": 192, "steps": 80,
-        "warmup": 5, "lr_encoder": 1e-4, "lr": 1e-3, "save_every": 20, "log_every": 1}
+DEMO = {"encoder": "swin_t", "size": [32, 32, 32], "mask_size": 8, "text_encoder": "demo", "embed_dim": 96,
+        "clip": True, "steps": 150, "warmup": 20, "lr_encoder": 1e-3, "lr": 1e-3, "save_every": 50,
+        "log_every": 1}
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -64,7 +65,7 @@ def flags():
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=int, help="optimizer steps; the paper has 300000 for CTRG-Chest")
-    add("--batch_size", type=int, default=4, help="volumes a process and pass; the demo shares 4 among all")
+    add("--batch_size", type=int, default=4, help="volumes a process and pass; the demo shares 24 among all")
     add("--accumulate", type=int, default=1, help="passes a step; they do not add negatives")
     add("--lr_encoder", type=float, help="learning rate of the vision encoder")
     add("--lr", type=float, help="learning rate of everything else")
@@ -383,7 +384,7 @@ def main(args, given):
         checkpoint = load_last(out)
         args = resume_flags(args, given, checkpoint["config"], MAY_CHANGE)
     if args.batch_size is None:
-        args.batch_size = max(1, 4 // world)
+        args.batch_size = max(1, 24 // world)
     check_flags(args)
     enabled, size = enabled_losses(args), tuple(args.size)
     precision, autocast, scaler = mixed_precision(args.precision, device)
@@ -433,8 +434,9 @@ def main(args, given):
         mask_size=args.mask_size, mask_ratio=args.mask_ratio, mlm_prob=args.mlm_prob)
     collate = functools.partial(data.collate, pad_id=tokenizer.pad_token_id)
     batches = data.Batches(len(train_items), args.batch_size, rank, world, args.seed, step * args.accumulate)
-    loader = DataLoader(data.Examples(train_items, make_example, args.seed), batch_sampler=batches,
-                        collate_fn=collate, num_workers=args.workers, pin_memory=device.type == "cuda")
+    examples = data.Examples(train_items, make_example, args.seed)
+    loader = DataLoader(examples, batch_sampler=batches, collate_fn=collate,
+                        num_workers=args.workers, pin_memory=device.type == "cuda")
     weight = {"mim": args.lambda_a, "mlm": args.lambda_a, "sfr": args.lambda_b, "cml": args.lambda_b,
               "ssm": args.lambda_g, "dfa": args.lambda_g, "clip": 1.0}
     config = {name: value for name, value in vars(args).items() if name not in ("resume", "out")}
@@ -448,6 +450,8 @@ losses     {', '.join(f'{weight[name]:g} {name}' for name in enabled)}
 batch      {args.batch_size} volumes × {world} processes × {args.accumulate} passes; \
 {args.batch_size * world - 1} negatives for each volume
 run        steps {step} to {args.steps} on {device} in {precision}, seed {args.seed}, out in {out}""")
+    if args.clip:
+        log.info("clip       is no part of MG-3D; of all losses it alone needs the right report (README)")
     if args.batch_size * world == 1 and {"cml", "ssm", "dfa", "clip"} & set(enabled):
         log.warning("warning: in a batch of one there is no other patient: cml, ssm, dfa and clip are 0")
 
@@ -456,6 +460,9 @@ run        steps {step} to {args.steps} on {device} in {precision}, seed {args.s
 
     # ----------------------------------------------------------------------------------------- loop
     log_path, board = out / "log.jsonl", None
+    negatives = args.batch_size * world
+    known = functools.partial(first_batches, examples, collate, args.batch_size, 64)
+    nothing = evaluation.know_nothing(network, known(), enabled, negatives) if step == rank == 0 else None
     if rank == 0:
         write_log(log_path, [row for row in read_log(log_path) if row["step"] < step], mode="w")
         with contextlib.suppress(ImportError):
@@ -480,22 +487,7 @@ run        steps {step} to {args.steps} on {device} in {precision}, seed {args.s
             parallel.require_backward_grad_sync = micro == args.accumulate - 1  # only the last pass talks
             with autocast:
                 o = parallel(batch)
-            terms = {}
-            if args.mim:
-                terms["mim"] = losses.mim_loss(o["recon"], batch["volume"], batch["volume_mask"])
-            if args.mlm:
-                terms["mlm"] = losses.mlm_loss(o["logits"], o["mlm_labels"])
-            if args.sfr:
-                terms["sfr"] = losses.sfr_loss(o["rebuilt"], o["sentences"], batch["sentence_mask"])
-            if args.cml:
-                terms["cml"] = losses.cml_loss(o["f_i"], o["h_i"], o["f_t"], o["h_t"], args.temperature)
-            if args.ssm:
-                mask = batch["sentence_mask"]
-                terms["ssm"] = losses.ssm_loss(o["text_sentences"], o["visual_sentences"], mask)
-            if args.dfa:
-                terms["dfa"] = losses.dfa_loss(o["h_s"], o["f_i"], args.temperature)
-            if args.clip:
-                terms["clip"] = losses.clip_loss(o["f_i"], o["f_t"], args.temperature)
+            terms = losses.compute(o, batch, enabled, args.temperature)
             loss = sum(weight[name] * term for name, term in terms.items())         # Eq. (10, 14, 15)
             loss = loss / args.accumulate
             scaler.scale(loss).backward()
@@ -510,11 +502,13 @@ run        steps {step} to {args.steps} on {device} in {precision}, seed {args.s
                "seconds": round(time.perf_counter() - started, 4), "data_wait": round(waited, 4)}
         if device.type == "cuda":
             row["gpu_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+        if step == 0:
+            row["nothing"] = nothing
         if rank == 0 and (step % args.log_every == 0 or step == args.steps - 1):
             write_log(log_path, [row])
             bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
             if board:
-                for name in row.keys() - {"step"}:
+                for name in row.keys() - {"step", "nothing"}:
                     board.add_scalar(name, row[name], step)
         schedule.step()
         step += 1
@@ -534,11 +528,60 @@ run        steps {step} to {args.steps} on {device} in {precision}, seed {args.s
         log.warning("%d of %d volumes could not be read, others stood in for them: %s", len(unreadable),
                     len(train_items), ", ".join(sorted(unreadable)))
     if rank == 0 and not stopping:
-        examples = data.Examples((held_out or train_items)[:4], make_example, args.seed)
-        show(network, collate([examples[i, 0] for i in range(len(examples))]), examples.items[0].report, out)
+        network.eval()
+        unseen = data.Examples(held_out or train_items, make_example, args.seed)
+        show(network, first_batches(unseen, collate, 4, 4)[0], unseen.items[0].report, out)
+        rows = read_log(log_path)
+        nothing = rows[0]["nothing"] | evaluation.know_nothing(network, known(), enabled, negatives, ["sfr"])
+        result = {"levels": evaluation.levels(rows, nothing), "moved": moved(args, encoder)}
+        print_levels(result)
         if args.data == "demo":
-            compare_probes(args, encoder, items)
+            result |= evaluate_demo(args, network, unseen, items, collate, out)
+            evaluation.write_result(result, out / "result.json")
     finish(stopping, step, out)
+
+
+def first_batches(examples, collate, batch_size, volumes):
+    """Batches of the first `volumes` examples; of fewer, where there are fewer, but of one at least"""
+    starts = range(0, max(1, min(volumes, len(examples)) - batch_size + 1), batch_size)
+    return [collate([examples[i % len(examples), 0] for i in range(k, k + batch_size)]) for k in starts]
+
+
+def moved(args, encoder):
+    """How far the encoder's weights have gone, as a share of their length; None if --init's file is gone"""
+    if args.init and not Path(args.init).exists():
+        return None
+    before = torch.cat([p.detach().flatten() for p in evaluation.untrained_encoder(vars(args)).parameters()])
+    after = torch.cat([p.detach().cpu().flatten() for p in encoder.parameters()])
+    return float((after - before).norm() / before.norm())
+
+
+def print_levels(result):
+    log.info("%-6s %16s %8s %8s", "loss", "knowing nothing", "first", "last")
+    for name, row in result["levels"].items():
+        log.info("%-6s %16.3f %8.3f %8.3f  %s", name, row["nothing"], row["first"], row["last"],
+                 "learned" if row["learned"] else "not learned")
+    if result["moved"] is not None:
+        log.info("the encoder's weights moved by %.1f %%", 100 * result["moved"])
+
+
+def evaluate_demo(args, network, unseen, items, collate, out):
+    """What pre-training was good for, on phantoms that it has not seen: probe, retrieval, pairing."""
+    device = next(network.parameters()).device
+    untrained = evaluation.untrained_encoder(vars(args)).to(device)
+    result = {"probe": evaluation.compare_probes(untrained, network.encoder, items, args.cache,
+                                                 tuple(args.size), args.hu, few=100)}
+    log.info(evaluation.say_probe(result["probe"]))
+    if network.text_pool is not None:
+        result["retrieval"] = evaluation.retrieve_reports(network, unseen.items, args.cache,
+                                                          tuple(args.size), args.hu)
+        log.info(evaluation.say_retrieval(result["retrieval"]))
+    enabled = [name for name in model.LOSSES if name in network.losses]
+    batches = first_batches(unseen, collate, 24, len(unseen))
+    result["pairing"] = evaluation.pairing(network, batches, enabled, args.temperature, gradients=1)
+    log.info(evaluation.say_pairing(result["pairing"]))
+    evaluation.plot_pairing(result["pairing"], out / "pairing.png")
+    return result
 
 
 def show(network, batch, report, out):
@@ -546,7 +589,6 @@ def show(network, batch, report, out):
     device = next(network.parameters()).device
     batch = {key: value.to(device) for key, value in batch.items() if torch.is_tensor(value)}
     names = ["last.pt", "encoder.pt", "log.jsonl", "curves.png"]
-    network.eval()
     if network.mim_decoder is not None:
         evaluation.plot_reconstruction(network, batch, out / "reconstruction.png")
         names.append("reconstruction.png")
@@ -554,18 +596,6 @@ def show(network, batch, report, out):
         evaluation.plot_attention(network, batch, out / "attention.png", data.split_sentences(report))
         names.append("attention.png")
     log.info("wrote %s", ", ".join(str(out / name) for name in names))
-
-
-def compare_probes(args, encoder, items):
-    """Print the linear probe of the encoder beside that of an untrained one of the same seed."""
-    torch.manual_seed(args.seed)
-    untrained = model.build_encoder(args.encoder).to(next(encoder.parameters()).device)
-    log.info("linear probe of the frozen encoder, 18 findings, on held-out phantoms (chance 0.500):")
-    for name, network in (("untrained", untrained), ("pre-trained", encoder)):
-        scores, truth = evaluation.probe(network, items, args.cache, tuple(args.size), args.hu)
-        auc = evaluation.macro_auroc(scores, truth)
-        low, high = evaluation.bootstrap(evaluation.macro_auroc, scores, truth)
-        log.info("  %-12s macro AUC %.3f  [%.3f, %.3f], n = %d", name, auc, low, high, len(truth))
 
 
 if __name__ == "__main__":

@@ -11,9 +11,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from conftest import REPORTS, SMALL, small_mg3d
 
 import data
 import eval as evaluation
+import losses
 import model
 import phantoms
 import pretrain
@@ -240,3 +242,98 @@ def test_attention_of_sentences(tmp_path, network_and_batch):
     evaluation.plot_attention(network, batch, tmp_path / "three.png", sentences)
     evaluation.plot_attention(network, batch, tmp_path / "one.png", sentences[:1])
     assert drawn(tmp_path / "three.png").shape[1] == pytest.approx(3 * drawn(tmp_path / "one.png").shape[1], abs=6)
+
+
+# ------------------------------------------------------------------------- what a loss learns
+
+def test_probes_are_compared_on_the_same_items(monkeypatch):
+    rng = np.random.default_rng(0)
+    labels = (rng.random((300, 18)) < 0.5).astype(np.float32)
+    items = [data.Item(str(i), "x", "", "train" if i < 200 else "test", str(i), labels[i]) for i in range(300)]
+
+    def features(noise):
+        return lambda group: np.stack([item.labels for item in group]) + noise * rng.standard_normal((len(group), 18))
+    monkeypatch.setattr(evaluation, "global_features", lambda encoder, group, *_: encoder(group))
+    blurred, clear = features(2.0), features(0.5)
+    better = evaluation.compare_probes(blurred, clear, items, None, SMALL, few=50)
+    assert better["pretrained"] - better["untrained"] == pytest.approx(better["difference"][1])
+    assert better["difference"][1] > 0.1 and better["difference"][0] > 0 and better["n"] == 100
+    assert better["few"]["pretrained"] > better["few"]["untrained"] and better["few"]["labels"] == 50
+    low, value, high = evaluation.compare_probes(clear, clear, items, None, SMALL)["difference"]
+    assert low < 0 < high and abs(value) < 0.02
+
+
+def pairs_of(network, text_folder, n=24, size=4):
+    """Batches of drawn volumes that are bright where their report says so"""
+    tokenizer = network.text_encoder.tokenizer
+    rng = np.random.default_rng(0)
+    batches = []
+    for _ in range(n // size):
+        texts = [REPORTS[i % 2] for i in range(size)]
+        batch = data.text_batch(tokenizer, texts)
+        batch["volume"] = torch.from_numpy(rng.random((size, 1, *SMALL), np.float32)) / 9
+        batch["volume"][1::2] += 0.5
+        batch["volume_mask"] = torch.from_numpy(rng.random((size, 1, *SMALL)) < 0.5)
+        batch["mlm_labels"] = torch.where(torch.rand(batch["input_ids"].shape) < 0.4, batch["input_ids"], -100)
+        batch["masked_ids"] = torch.where(batch["mlm_labels"] != -100, tokenizer.mask_token_id, batch["input_ids"])
+        singles = [sentence for text in texts for sentence in data.split_sentences(text)]
+        encoded = tokenizer(singles, padding=True, return_tensors="pt")
+        batch["single_ids"], batch["single_mask"] = encoded["input_ids"], encoded["attention_mask"]
+        batches.append(batch)
+    return batches
+
+
+def test_pairing_tells_a_loss_that_uses_the_report(text_folder):
+    """CLIP alone sees which text belongs to which volume; a MIM whose fusion is cut off cannot."""
+    network = small_mg3d(text_folder, ["mim", "clip"])
+    batches = pairs_of(network, text_folder, 40)
+    with torch.no_grad():
+        for layer in network.image_fusion.layers:
+            layer.cross_attention.out.weight.zero_()
+            layer.cross_attention.out.bias.zero_()
+    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+    for batch in batches[:4] * 4:
+        optimizer.zero_grad()
+        losses.compute(network(batch), batch, ["clip"])["clip"].backward()
+        optimizer.step()
+    result = evaluation.pairing(network, batches, ["mim", "clip"])
+    assert result["clip"]["uses_report"] and result["clip"]["interval"][0] > 0
+    assert result["clip"]["other"] > result["clip"]["own"] and result["clip"]["gradient_cosine"] < 0.9
+    assert not result["mim"]["uses_report"] and result["mim"]["gradient_cosine"] == pytest.approx(1, abs=1e-4)
+    assert result["mim"]["own"] == pytest.approx(result["mim"]["other"], rel=1e-5)
+    assert evaluation.pairing(network, batches[:3], ["clip"])["clip"]["uses_report"] is None
+    assert "too few batches" in evaluation.say_pairing(evaluation.pairing(network, batches[:3], ["clip"]))
+
+
+def test_knowing_nothing_is_the_best_constant(text_folder):
+    network = small_mg3d(text_folder)
+    batches = pairs_of(network, text_folder, 16)
+    found = evaluation.know_nothing(network, batches, model.LOSSES, 4)
+    volumes, masks = (torch.cat([batch[key] for batch in batches]) for key in ("volume", "volume_mask"))
+    mean = volumes.mean(0, keepdim=True).expand_as(volumes)
+    assert found["mim"] == pytest.approx(losses.mim_loss(mean, volumes, masks).item(), rel=1e-5)
+    assert found["cml"] == 2 * found["dfa"] == 2 * found["clip"] == pytest.approx(2 * np.log(4))
+    words = torch.cat([batch["input_ids"][batch["sentence_ids"] >= 0] for batch in batches]).tolist()
+    masked = torch.cat([batch["mlm_labels"][batch["mlm_labels"] != -100] for batch in batches]).tolist()
+    assert found["mlm"] == pytest.approx(-np.mean([np.log(words.count(w) / len(words)) for w in masked]), rel=1e-4)
+    rows = [network.text_encoder.encode_sentences(b["single_ids"], b["single_mask"]) for b in batches]
+    rows = torch.nn.functional.normalize(torch.cat(rows), dim=-1)
+    patient = torch.cat([b["sentence_mask"].nonzero()[:, 0] + 4 * i for i, b in enumerate(batches)])
+    same_batch = patient[:, None] // 4 == patient // 4
+    cosines = (rows @ rows.T)[same_batch & (patient[:, None] < patient)]
+    assert found["ssm"] == pytest.approx((cosines - cosines.median()).abs().mean().item(), rel=0.05)
+    with torch.no_grad():                       # no other constant gives SFR less
+        F_S = [network(batch)["sentences"] for batch in batches]
+    for seed in range(5):
+        torch.manual_seed(seed)
+        constant = torch.randn(1, 1, 24)
+        other = np.mean([losses.sfr_loss(constant.expand_as(f), f, b["sentence_mask"]).item()
+                         for f, b in zip(F_S, batches)])
+        assert found["sfr"] <= other + 1e-5
+
+
+def test_a_loss_has_learned_when_its_end_lies_below_nothing():
+    rows = [{"mim": 1 - 0.01 * i, "mlm": 5.0, "clip": None if i == 3 else 2.0} for i in range(40)]
+    found = evaluation.levels(rows, {"mim": 0.9, "mlm": 5.0, "clip": 2.1})
+    assert found["mim"] == {"nothing": 0.9, "first": pytest.approx(0.985), "last": pytest.approx(0.625), "learned": True}
+    assert not found["mlm"]["learned"] and found["clip"]["learned"] and np.isnan(found["clip"]["first"])

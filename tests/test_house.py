@@ -7,13 +7,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {
-    "lines": {"losses": 190, "model": 1040, "phantoms": 535, "data": 1440, "pretrain": 580, "finetune": 435,
-              "eval": 910},
-    "lines in all": 5400,
+    "lines": {"losses": 205, "model": 1040, "phantoms": 535, "data": 1440, "pretrain": 610, "finetune": 435,
+              "eval": 1195},
+    "lines in all": 5440,
     "bytes in all": 300_000,
     "columns": 110,
     "wide": 100,                            # columns beyond which a line counts as wide
-    "share of wide lines": 0.085,            # of all lines of the seven files
+    "share of wide lines": 0.086,            # of all lines of the seven files
     "width": 54,                            # bytes a line, the mean of all
     "function": 60,                         # lines
     "long functions": {"flags": None, "pretrain.main": 165, "finetune.train": 165},     # None: any length

@@ -167,9 +167,10 @@ class Run:
 
 
 def read_log(out):
-    """The rows of log.jsonl without their times."""
+    """The rows of log.jsonl without their times and the first one's `nothing`."""
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in ("seconds", "data_wait")} for row in rows]
+    left_out = ("seconds", "data_wait", "nothing")
+    return [{key: value for key, value in row.items() if key not in left_out} for row in rows]
 
 
 def equal_runs(a, b):
@@ -562,7 +563,7 @@ def test_bad_flags_and_files_are_refused_before_training(run, folder):
     for flags in ("--encoder resnet", "--size 32 32", "--no-such-flag"):
         started = run(f"{SMALL} --out refused {flags}")
         assert started.wait() == 2 and "usage:" in started.errors
-    assert not list(folder.glob("refused/*.pt")) and read_log(folder / "refused") == []
+    assert not list(folder.glob("refused/*.pt")) and not (folder / "refused" / "log.jsonl").exists()
 
 
 def test_a_text_encoder_without_weights_is_refused(run, uninterrupted, tmp_path):
@@ -598,3 +599,43 @@ def test_a_batch_of_one_warns_and_stays_finite(run, folder):
 def test_help_answers_without_torch():
     result = python("-X", "importtime", SCRIPT, "--help")
     assert result.returncode == 0 and "--mask_ratio" in result.stdout and "torch" not in result.stderr
+
+
+# ------------------------------------------------------------------------------------ instruments
+
+def test_permuted_reports_and_levels(run, folder):
+    """The control says so, trains on other pairs and cannot be resumed as anything else."""
+    flags = f"{SMALL} {ONLY_MIM} --clip --steps 3 --out"
+    true, control = run(f"{flags} true").succeeded(), run(f"{flags} control --permute_reports").succeeded()
+    assert "--permute_reports: every patient trains with another's report" in control.text
+    assert "permute_reports" not in true.text
+    a, b = (read_log(folder / name) for name in ("true", "control"))
+    assert a[0]["clip"] != b[0]["clip"]
+    assert load(folder / "control" / "last.pt")["config"]["permute_reports"] is True
+    run(f"{flags} true --resume --steps 4 --permute_reports").refused("--permute_reports False")
+    first = json.loads((folder / "true" / "log.jsonl").read_text().splitlines()[0])
+    assert first["nothing"].keys() == {"mim", "clip"}
+    assert first["nothing"]["clip"] == pytest.approx(math.log(2))
+    for words in ("knowing nothing", "the encoder's weights moved by"):
+        assert words in true.text
+    assert not (folder / "true" / "result.json").exists()       # of the demo alone
+
+
+def test_the_demo_writes_what_it_found(run, tmp_path, monkeypatch):
+    """The demo in small: fewer phantoms, steps and volumes a batch."""
+    done = run(f"--steps 2 --batch_size 4 --workers 0 --embed_dim 24 --out {tmp_path / 'out'} "
+               f"--cache {tmp_path / 'cache'}", prepare=few_phantoms).succeeded()
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result.keys() == {"probe", "retrieval", "pairing", "levels", "moved"}
+    assert set(result["levels"]) == set(result["pairing"]) == {"mim", "mlm", "sfr", "cml", "ssm", "dfa", "clip"}
+    low, value, high = result["probe"]["difference"]
+    assert low <= value <= high and value == pytest.approx(
+        result["probe"]["pretrained"] - result["probe"]["untrained"])
+    assert result["retrieval"]["k"] == 1 and result["retrieval"]["chance"] == pytest.approx(1 / 18)
+    assert 0 < result["moved"] < 0.1
+    assert (tmp_path / "out" / "pairing.png").stat().st_size > 5000
+    assert "no part of MG-3D" in done.text and "too few batches to say" in done.text
+
+
+def few_phantoms():
+    data.DEMO_SIZE = 60
