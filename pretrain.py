@@ -13,7 +13,7 @@ PAPER = {"encoder": "swin_b", "size": [128, 96, 128], "text_encoder": "StanfordA
          "embed_dim": 768, "steps": 100_000, "warmup": 1000, "lr_encoder": 2e-5, "lr": 1e-4,
          "save_every": 1000, "log_every": 20}
 DEMO = {"encoder": "swin_t", "size": [32, 32, 32], "mask_size": 8, "text_encoder": "demo", "embed_dim": 96,
-        "clip": True, "steps": 150, "warmup": 20, "lr_encoder": 1e-3, "lr": 1e-3, "save_every": 50,
+        "clip": True, "steps": 130, "warmup": 20, "lr_encoder": 1e-3, "lr": 1e-3, "save_every": 65,
         "log_every": 1}
 
 
