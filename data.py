@@ -941,7 +941,7 @@ TASKS = {
         "subset0 … subset9/*.mhd with their .raw; candidates_V2.csv or candidates.csv "
         "(seriesuid,coordX,coordY,coordZ,class). Subsets 0-4 are train, 5-6 valid, 7-9 test",
         ("nodule",), "AUC", (64, 64, 64), (-1000., 600.), None,
-        _recipe(50, 0, 32, 1.5e-4), _demo(12, 8), {"flip": .5, "rot90": .5, "affine": .5}),
+        _recipe(50, 0, 32, 1.5e-4), _demo(40, 8), {"flip": .5, "rot90": .5, "affine": .5}),
     "msd-lung": Task("segment", "patch", partial(_segment_items, patient=".+"),
         "dataset.json of the Decathlon, imagesTr/*.nii.gz, labelsTr/*.nii.gz; folds in a second JSON",
         ("lung cancer",), "Dice", (96, 96, 96), (-175., 250.), (1.5, 1.5, 1.5),

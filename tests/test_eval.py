@@ -274,7 +274,8 @@ def pairs_of(network, text_folder, n=24, size=4):
         batch["volume"] = torch.from_numpy(rng.random((size, 1, *SMALL), np.float32)) / 9
         batch["volume"][1::2] += 0.5
         batch["volume_mask"] = torch.from_numpy(rng.random((size, 1, *SMALL)) < 0.5)
-        batch["mlm_labels"] = torch.where(torch.rand(batch["input_ids"].shape) < 0.4, batch["input_ids"], -100)
+        chosen = (torch.rand(batch["input_ids"].shape) < 0.4) & (batch["sentence_ids"] >= 0)
+        batch["mlm_labels"] = torch.where(chosen, batch["input_ids"], -100)
         batch["masked_ids"] = torch.where(batch["mlm_labels"] != -100, tokenizer.mask_token_id, batch["input_ids"])
         singles = [sentence for text in texts for sentence in data.split_sentences(text)]
         encoded = tokenizer(singles, padding=True, return_tensors="pt")
@@ -315,6 +316,7 @@ def test_knowing_nothing_is_the_best_constant(text_folder):
     assert found["cml"] == 2 * found["dfa"] == 2 * found["clip"] == pytest.approx(2 * np.log(4))
     words = torch.cat([batch["input_ids"][batch["sentence_ids"] >= 0] for batch in batches]).tolist()
     masked = torch.cat([batch["mlm_labels"][batch["mlm_labels"] != -100] for batch in batches]).tolist()
+    assert np.isfinite(found["mlm"]) and masked
     assert found["mlm"] == pytest.approx(-np.mean([np.log(words.count(w) / len(words)) for w in masked]), rel=1e-4)
     rows = [network.text_encoder.encode_sentences(b["single_ids"], b["single_mask"]) for b in batches]
     rows = torch.nn.functional.normalize(torch.cat(rows), dim=-1)
