@@ -261,16 +261,21 @@ def split_labelled(items):
     return fit, held_out
 
 
-def probe(encoder, items, cache, size, hu="auto", batch_size=8):
-    """Scores (n, 18) of a linear probe and labels (n, 18) of the held-out items"""
-    groups = split_labelled(items)
-    x, x_new = (global_features(encoder, group, cache, size, hu, batch_size) for group in groups)
-    labels, truth = (np.stack([item.labels for item in group]).astype(float) for group in groups)
-    return ridge(x, labels, x_new), truth
+def probe_features(encoder, items, cache, size, hu="auto", batch_size=8):
+    """Features of the labelled items, of those to fit on and of those held out: (n, C), (m, C)"""
+    return [global_features(encoder, group, cache, size, hu, batch_size) for group in split_labelled(items)]
+
+
+def probe(features, items):
+    """Scores (m, 18) of a linear probe and labels (m, 18) of the held-out items"""
+    y, truth = (np.stack([item.labels for item in group]).astype(float) for group in split_labelled(items))
+    return ridge(features[0], y, features[1]), truth
 
 
 def untrained_encoder(config):
-    """The encoder as a run of pretrain.py began with it; config: its flags"""
+    """The encoder as a run of pretrain.py began with it, by its flags; None if --init's file is gone"""
+    if config["init"] and not Path(config["init"]).exists():
+        return None
     torch.manual_seed(config["seed"])
     encoder = model.build_encoder(config["encoder"])
     if config["init"]:
@@ -278,29 +283,25 @@ def untrained_encoder(config):
     return encoder
 
 
-@torch.no_grad()
-def compare_probes(untrained, pretrained, items, cache, size, hu="auto", few=None, batch_size=24):
-    """Linear probes of two encoders on the same held-out items, and the paired difference.
+def compare_probes(untrained, pretrained, items, few=None):
+    """Linear probes on `probe_features` of two encoders, and the paired difference on the held-out items.
 
     Returns {untrained, pretrained, difference: [low, value, high], n}; with `few` also {few: the same
     two AUCs as means of 10 draws of that many labelled training items}.
     """
-    fit, held_out = split_labelled(items)
-    y, truth = (np.stack([item.labels for item in group]).astype(float) for group in (fit, held_out))
-    features = [[global_features(encoder, group, cache, size, hu, batch_size) for group in (fit, held_out)]
-                for encoder in (untrained, pretrained)]
-    before, after = (ridge(x, y, x_new) for x, x_new in features)
+    (before, truth), (after, _) = probe(untrained, items), probe(pretrained, items)
 
     def gain(before, after, truth):
         return macro_auroc(after, truth) - macro_auroc(before, truth)
     low, high = bootstrap(gain, before, after, truth)
     result = {"untrained": macro_auroc(before, truth), "pretrained": macro_auroc(after, truth),
               "difference": [low, gain(before, after, truth), high], "n": len(truth)}
+    y = np.stack([item.labels for item in split_labelled(items)[0]]).astype(float)
     if few and few < len(y):
         rng = np.random.default_rng(0)
         draws = [rng.choice(len(y), few, replace=False) for _ in range(10)]
-        aucs = [np.mean([macro_auroc(ridge(x[rows], y[rows], x_new), truth) for rows in draws])
-                for x, x_new in features]
+        aucs = [float(np.mean([macro_auroc(ridge(x[rows], y[rows], x_new), truth) for rows in draws]))
+                for x, x_new in (untrained, pretrained)]
         result["few"] = {"labels": few, "untrained": aucs[0], "pretrained": aucs[1]}
     return result
 
@@ -318,22 +319,21 @@ def say_probe(result):
 # ---------------- what a loss learns
 
 @torch.no_grad()
-def know_nothing(network, batches, enabled, global_batch, only=model.LOSSES):
+def know_nothing(network, batches, enabled, global_batch):
     """{loss: its value for a model that knows nothing of the patient}: the mean volume, the frequencies
     of words, the mean sentence, the best constant cosine, a choice among `global_batch` at random."""
     device = next(network.parameters()).device
     contrast = math.log(global_batch)
     levels = {"cml": 2 * contrast, "dfa": contrast, "clip": contrast}
-    names = set(enabled).intersection(only)
-    if "mim" in names:
+    if "mim" in enabled:
         volumes, masks = (torch.cat([batch[key] for batch in batches]) for key in ("volume", "volume_mask"))
         levels["mim"] = (volumes - volumes.mean(0)).square()[masks].mean().item()
-    if "mlm" in names:
+    if "mlm" in enabled:
         words = torch.cat([batch["input_ids"][batch["sentence_ids"] >= 0] for batch in batches])
         masked = torch.cat([batch["mlm_labels"][batch["mlm_labels"] != -100] for batch in batches])
         share = torch.bincount(words, minlength=network.text_encoder.vocab_size) / len(words)
         levels["mlm"] = -share[masked].log().mean().item()
-    if "sfr" in names:
+    if "sfr" in enabled:
         rows = []
         for batch in batches:
             ids, words, sentences, mask = (batch[key].to(device) for key in (
@@ -343,7 +343,7 @@ def know_nothing(network, batches, enabled, global_batch, only=model.LOSSES):
         rows = torch.cat(rows)
         patients = sum(len(batch["sentence_mask"]) for batch in batches)
         levels["sfr"] = (1 - rows @ F.normalize(rows.mean(0), dim=0)).sum().item() / patients
-    if "ssm" in names:
+    if "ssm" in enabled:
         gaps = []
         for batch in batches:
             patient = batch["sentence_mask"].nonzero()[:, 0]                # of each sentence
@@ -353,7 +353,7 @@ def know_nothing(network, batches, enabled, global_batch, only=model.LOSSES):
             cosines = (rows @ rows.T)[patient[:, None] < patient]
             gaps.append((cosines - cosines.median()).abs().mean().item() if len(cosines) else 0.0)
         levels["ssm"] = float(np.mean(gaps))
-    return {name: levels[name] for name in enabled if name in names}
+    return {name: levels[name] for name in enabled}
 
 
 def levels(rows, nothing):
@@ -375,17 +375,13 @@ def levels(rows, nothing):
 @torch.no_grad()
 def retrieve_reports(network, items, cache, size, hu="auto", batch_size=24):
     """Recall of the volume of each report, by the cosine of global features"""
-    network.eval()
     device = next(network.parameters()).device
-    volumes, texts = [], []
+    rows = []
     for i in _bar(range(0, len(items), batch_size), "retrieval", True):
-        part = items[i:i + batch_size]
-        volume = torch.stack([data.load_volume(item, cache, size, hu) for item in part])
-        batch = data.text_batch(network.text_encoder.tokenizer, [item.report for item in part])
-        volumes.append(network.encode_image(volume.to(device)).mean(1))
-        texts.append(network.encode_text(**{name: tensor.to(device) for name, tensor in batch.items()}))
-    volumes, texts = (F.normalize(torch.cat(rows).float(), dim=-1).cpu() for rows in (volumes, texts))
-    ranks = retrieval_ranks((texts @ volumes.T).numpy())
+        volume = [data.load_volume(item, cache, size, hu) for item in items[i:i + batch_size]]
+        rows.append(network.encode_image(torch.stack(volume).to(device)).mean(1).float())
+    volumes = F.normalize(torch.cat(rows), dim=-1).cpu()
+    ranks = retrieval_ranks((text_features(network, [item.report for item in items]) @ volumes.T).numpy())
     k = max(1, min(50, len(items) // 10))
     hits = (ranks <= k).astype(float)
     return {"k": k, "value": float(hits.mean()), "interval": list(bootstrap(np.mean, hits)),
@@ -422,6 +418,7 @@ def pairing(network, batches, enabled, temperature=0.1, gradients=3):
     device = next(network.parameters()).device
     weights = [p for p in network.encoder.parameters() if p.requires_grad]
     units = {name: ([], []) for name in enabled}
+    patients = np.concatenate([batch["ids"] for batch in batches])
     cosines = {name: [] for name in enabled}
     for number, batch in enumerate(_bar(batches, "pairing", True)):
         own = {key: value.to(device) for key, value in batch.items() if torch.is_tensor(value)}
@@ -449,7 +446,11 @@ def pairing(network, batches, enabled, temperature=0.1, gradients=3):
                 cosines[name].append(F.cosine_similarity(a, b, dim=0).item())
     result = {}
     for name, (own, other) in units.items():
-        low, high = bootstrap(np.mean, np.array(other) - np.array(own))
+        difference = np.array(other) - np.array(own)
+        if name in ("mim", "mlm", "sfr"):  # a patient counts once, however often it was seen
+            _, place = np.unique(patients, return_inverse=True)
+            difference = np.bincount(place, difference) / np.bincount(place)
+        low, high = bootstrap(np.mean, difference)
         known = len(batches) >= 8
         result[name] = {"own": float(np.mean(own)), "other": float(np.mean(other)), "interval": [low, high],
                         "gradient_cosine": float(np.mean(cosines[name])),
@@ -545,19 +546,19 @@ def predict_features(run, items, progress=False):
 
 
 @torch.no_grad()
-def text_features(run, texts):
+def text_features(network, texts):
     """Global features of length 1 of reports or prompts: n str -> (n, E) on the CPU"""
-    rows = []
+    device, rows = next(network.parameters()).device, []
     for i in range(0, len(texts), 32):
-        batch = data.text_batch(run.network.text_encoder.tokenizer, texts[i:i + 32])
-        row = run.network.encode_text(**{name: tensor.to(run.device) for name, tensor in batch.items()})
+        batch = data.text_batch(network.text_encoder.tokenizer, texts[i:i + 32])
+        row = network.encode_text(**{name: tensor.to(device) for name, tensor in batch.items()})
         rows.append(F.normalize(row.float(), dim=-1).cpu())
     return torch.cat(rows)
 
 
 def predict_prompts(run, items, progress=False):
     """Probability of "{name}." against "not {name}." for every class: (n, K) float32 numpy"""
-    texts = text_features(run, data.prompts(run.task.classes))  # (2K, E)
+    texts = text_features(run.network, data.prompts(run.task.classes))  # (2K, E)
     similarity = predict_features(run, items, progress) @ texts.T  # (n, 2K)
     pairs = similarity.unflatten(1, (-1, 2)) / run.config["temperature"]  # (n, K, 2)
     return pairs.softmax(-1)[..., 0].numpy()
@@ -718,7 +719,7 @@ def score_reports(run, items, reports, out, train_items):
 def score_retrieval(run, items, volumes, out, train_items):
     """Recall@K of reports that look for their volume. volumes: features (n, E)"""
     ks = (5, 10, 50, 100)
-    similarity = (text_features(run, [item.report for item in items]) @ volumes.T).numpy()  # rows: reports
+    similarity = (text_features(run.network, [item.report for item in items]) @ volumes.T).numpy()  # rows: reports
     ranks = retrieval_ranks(similarity)
     if out:
         nearest = (-similarity).argsort(1, kind="stable")[:, :5]
@@ -786,7 +787,7 @@ def predict_scan(run, item, out, index=()):
     elif kind == "retrieve":
         path = out / "retrieved.csv"
         ids = {other.report: other.id for other in index}  # two reconstructions, one report
-        similarity = (text_features(run, list(ids)) @ prediction).tolist()
+        similarity = (text_features(run.network, list(ids)) @ prediction).tolist()
         ranked = sorted(zip(similarity, ids.items()), reverse=True)[:10]
         rows = [(rank, name, score, report) for rank, (score, (report, name)) in enumerate(ranked, 1)]
         _write_csv(path, ["rank", "id", "similarity", "report"], rows)
@@ -999,7 +1000,8 @@ def _encoder_of(args):
 def probe_command(args):
     encoder, size, hu = _encoder_of(args)
     items = data.load_items(args.data, args.cache)
-    scores, truth = probe(encoder, items, args.cache, size, hu, args.batch_size)
+    features = probe_features(encoder, items, args.cache, size, hu, args.batch_size)
+    scores, truth = probe(features, items)
     value, (low, high) = macro_auroc(scores, truth), bootstrap(macro_auroc, scores, truth)
     per_class = dict(zip(data.LABELS, aurocs(scores, truth)))
     print(f"{'finding':40s} positives   AUC")
@@ -1008,10 +1010,10 @@ def probe_command(args):
     print(f"macro AUC of 18 findings {value:.3f} [{low:.3f}, {high:.3f}], n = {len(truth)}, chance 0.500")
     result = {"macro_auc": value, "interval": [low, high], "n": len(truth), "chance": 0.5, "auc": per_class}
     config = model.read_checkpoint(args.checkpoint).get("config", {})
-    if "mlm_prob" in config:                    # a run of pretrain.py: what did it gain?
-        untrained = untrained_encoder(config).to(DEVICE)
-        result["gain"] = compare_probes(untrained, encoder, items, args.cache, size, hu, args.few,
-                                        args.batch_size)
+    untrained = untrained_encoder(config) if "mlm_prob" in config else None     # of a run of pretrain.py
+    if untrained is not None:
+        before = probe_features(untrained.to(DEVICE), items, args.cache, size, hu, args.batch_size)
+        result["gain"] = compare_probes(before, features, items, args.few)
         print(say_probe(result["gain"]))
     args.out.mkdir(parents=True, exist_ok=True)
     write_result(result, args.out / "probe.json")

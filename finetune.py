@@ -66,7 +66,7 @@ def flags():
 def read_flags(argv=None):
     """All flags, and as a dict those that were given: they overrule the task and the flags of --resume."""
     args = flags().parse_args(argv)
-    unset = argparse.Namespace(**dict.fromkeys(vars(args)))     # argparse sets no default over these
+    unset = argparse.Namespace(**dict.fromkeys(vars(args)))  # argparse sets no default over these
     given = vars(flags().parse_args(argv, unset))
     return args, {name: value for name, value in given.items() if value is not None}
 
@@ -166,7 +166,7 @@ def split_items(args, task, seed):
     if not train or not valid:
         raise ValueError(f"{args.data}: found {len(train)} items to train on and {len(valid)} to validate, "
                          "expected some of both")
-    if task.view == "cube":                     # 10 negatives for a positive suffice to pick the epoch
+    if task.view == "cube":  # 10 negatives for a positive suffice to pick the epoch
         positive, negative = ([item for item in valid if item.labels[0] == label] for label in (1, 0))
         order = torch.randperm(len(negative), generator=torch.Generator().manual_seed(seed)).tolist()
         valid = positive + [negative[i] for i in order[:10 * len(positive)]]
@@ -242,7 +242,7 @@ def train(args, task, out, seed, rank, world, device):
     network = model.build_network(task.kind, len(task.classes), config, out)
     if args.init != "scratch" and not checkpoint:
         saved = model.read_checkpoint(args.init).get("config", {})
-        aligned = saved.get("clip", True)               # no other loss makes volumes and reports alike
+        aligned = saved.get("clip", True)  # no other loss makes volumes and reports alike
         model.load_weights(network if aligned or not with_texts else network.encoder, args.init)
         if with_texts and not aligned:
             log.info("%s: of a run without --clip: its encoder is taken, its projections not", args.init)
@@ -313,7 +313,7 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}, \
     # ----------------------------------------------------------------------------------------- loop
     log_path = out / "log.jsonl"
     if rank == 0:
-        if not checkpoint and seed == args.seed:        # all is checked: delete the files of an older run
+        if not checkpoint and seed == args.seed:  # all is checked: delete the files of an older run
             for name in ("last.pt", "previous.pt", "best.pt", "result.json"):
                 for file in (out / name, *Path(args.out).glob(f"repeat_*/{name}")):
                     file.unlink(missing_ok=True)

@@ -74,7 +74,7 @@ def _in_float32(loss):
 def mim_loss(recon, volume, mask):
     """Masked image modelling: squared error over masked voxels. (B, 1, D, H, W) each, 1 = masked."""
     mask = mask.to(recon.dtype)
-    squared_error = (recon - volume.detach()).square() * mask                       # (B, 1, D, H, W)
+    squared_error = (recon - volume.detach()).square() * mask  # (B, 1, D, H, W)
     return _global_sum(squared_error) / _global_sum(mask).clamp(min=1)              # Eq. (2)
 
 
@@ -96,7 +96,7 @@ def sfr_loss(rebuilt, sentences, sentence_mask):
 
     rebuilt, sentences (B, S, E), sentence_mask (B, S). The target `sentences` gets no gradient.
     """
-    similarity = F.cosine_similarity(rebuilt, sentences.detach(), dim=-1)           # (B, S)  Eq. (5)
+    similarity = F.cosine_similarity(rebuilt, sentences.detach(), dim=-1)  # (B, S)  Eq. (5)
     distance = (1 - similarity).masked_fill(~sentence_mask.bool(), 0)
     patients = distance.new_ones(len(distance))
     return _global_sum(distance) / _global_sum(patients)                            # Eq. (6)
@@ -184,11 +184,11 @@ def dice_ce_loss(logits, mask):
     logits (B, K, D, H, W), mask (B, D, H, W) of 0 … K - 1. All patches count as one for Dice: half
     of them contain no foreground, where Dice is 0 for anything but an empty prediction.
     """
-    truth = F.one_hot(mask, logits.shape[1]).movedim(-1, 1).to(logits.dtype)        # (B, K, D, H, W)
+    truth = F.one_hot(mask, logits.shape[1]).movedim(-1, 1).to(logits.dtype)  # (B, K, D, H, W)
     probability = logits.softmax(1)
     overlap = (probability * truth).sum((0, 2, 3, 4))                               # (K,)
     total = (probability + truth).sum((0, 2, 3, 4))                                 # (K,)
-    dice = (2 * overlap + 1e-5) / (total + 1e-5)                                    # 1 where both are empty
+    dice = (2 * overlap + 1e-5) / (total + 1e-5)  # 1 where both are empty
     return 1 - dice[1:].mean() + F.cross_entropy(logits, mask)
 
 

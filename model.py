@@ -53,7 +53,7 @@ def window_plan(batch, size, window, shift, device):
     token = np.full(padded, -1)                                         # -1 = padding
     token[:size[0], :size[1], :size[2]] = np.arange(np.prod(size)).reshape(size)
     token = np.roll(token, [-s for s in shift], axis=(0, 1, 2))
-    piece = np.zeros(padded, int)                                       # numbers the sides of the seams
+    piece = np.zeros(padded, int)  # numbers the sides of the seams
     for axis, s in enumerate(shift):
         if s:
             behind = (np.arange(padded[axis]) >= padded[axis] - s).astype(int)
@@ -70,13 +70,13 @@ def window_plan(batch, size, window, shift, device):
             real, padding = places[tokens[places] >= 0], places[tokens[places] < 0]
             if len(real):
                 groups[tuple(real), tuple(padding)].append(tokens[real])
-    first = np.arange(batch)[:, None] * np.prod(size)                   # the first token of each map
+    first = np.arange(batch)[:, None] * np.prod(size)  # the first token of each map
     order = np.concatenate([(first + np.concatenate(windows)).ravel() for windows in groups.values()])
     pairs = np.hstack([np.reshape(np.meshgrid(real, real + padding, indexing="ij"), (2, -1))
                        for real, padding in groups])
     groups = [(batch * len(windows), len(real), len(padding))
               for (real, padding), windows in groups.items()]
-    with torch.inference_mode(False):           # callers may infer; the plan is kept for training, too
+    with torch.inference_mode(False):  # callers may infer; the plan is kept for training, too
         order, pairs = torch.from_numpy(order).to(device), torch.from_numpy(pairs).to(device)
         return order, order.argsort(), groups, pairs
 
@@ -103,14 +103,19 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, bias):
-        bias = bias.detach().to(q.dtype)        # a bias that needs a gradient takes SDPA's slow path
+        bias = bias.detach().to(q.dtype)  # a bias that needs a gradient takes SDPA's slow path
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
         ctx.save_for_backward(q, k, v, bias, out)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, bias, out = ctx.saved_tensors
+        # Under autocast, where a caller may have it, sums and softmax would fall back to float32.
+        with torch.autocast(grad.device.type, enabled=False):
+            return _Attention.gradients(grad, *ctx.saved_tensors)
+
+    @staticmethod
+    def gradients(grad, q, k, v, bias, out):
         d = q.shape[-1]
         q, k = (q * d ** -0.5).contiguous(), k.contiguous()
         weights = (q @ k.mT).add_(bias).softmax(-1)                     # (W, heads, n, m)
@@ -323,7 +328,7 @@ class UNetEncoder(nn.Module):
 
     def forward(self, x, mask=None):
         """x (B, C_in, D, H, W), mask (B, 1, D, H, W) with 1 = masked -> 5 maps (B, C·2^i, D/2^i, ...)"""
-        if mask is not None:                    # there are no patches: masked voxels become the token
+        if mask is not None:  # there are no patches: masked voxels become the token
             x = torch.where(mask > 0, self.mask_token.view(1, -1, 1, 1, 1).to(x.dtype), x)
         maps = []
         for i, level in enumerate(self.levels):
@@ -367,7 +372,7 @@ class TextEncoder(nn.Module):
         except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
             raise ValueError(f"text encoder {name}: expected a Hugging Face encoder with its tokenizer "
                              f"and weights, a hub name or a local folder; found: {error}") from None
-        self.bert.float()                       # files may be in half precision; autocast casts by itself
+        self.bert.float()  # files may be in half precision; autocast casts by itself
         if not self.tokenizer.is_fast:
             raise ValueError(f"text encoder {name}: found a slow tokenizer, expected a fast one "
                              "(tokenizer.json), which knows where words begin and end")
@@ -516,7 +521,7 @@ class SentenceGate(nn.Module):
 
     def forward(self, sentences, tokens):
         """sentences (B, S, E_t), tokens (B, N, E) -> H_S (B, S, E)"""
-        q, k = self.query(tokens.mean(1, keepdim=True)), self.key(sentences)        # (B, 1, E), (B, S, E)
+        q, k = self.query(tokens.mean(1, keepdim=True)), self.key(sentences)  # (B, 1, E), (B, S, E)
         return (k @ q.mT * q.shape[-1] ** -0.5).sigmoid() * self.value(sentences)
 
 
@@ -763,7 +768,7 @@ class ResBlock(nn.Module):
         self.conv3 = _named("conv", nn.Conv3d(c_in, c_out, 1, bias=False)) if c_in != c_out else None
 
     def forward(self, x):
-        def norm(x):                            # each channel over its voxels; a single voxel becomes 0
+        def norm(x):  # each channel over its voxels; a single voxel becomes 0
             return F.layer_norm(x, x.shape[2:])
         shortcut = x if self.conv3 is None else norm(self.conv3(x))
         x = norm(self.conv2(F.leaky_relu(norm(self.conv1(x)), 0.01)))
@@ -812,7 +817,7 @@ class SwinUNETR(nn.Module):
                              f"of {self.encoder.stride}")
         *maps, x = self.encoder(volume)                                 # strides 2, 4, 8, …
         x = self.encoder10(x)
-        for i in reversed(range(len(maps))):                            # the last skip passes no block
+        for i in reversed(range(len(maps))):  # the last skip passes no block
             skip = maps[i] if i == len(maps) - 1 else getattr(self, f"encoder{i + 2}")(maps[i])
             x = getattr(self, f"decoder{i + 2}")(x, skip)
         return self.out(self.decoder1(x, self.encoder1(volume)))
@@ -904,7 +909,7 @@ class ReportGenerator(nn.Module):
         tokens = torch.full((B * beams, 1), BEGIN, device=device)
         scores = torch.full((B, beams), -torch.inf, device=device)
         scores[:, 0] = 0                        # all beams start equal: only the first may grow
-        best = [(-math.inf, [])] * B            # mean log-probability and tokens of the best ended report
+        best = [(-math.inf, [])] * B  # mean log-probability and tokens of the best ended report
         past = None
         for length in range(1, self.max_length + 2):
             logits, past = self.decode(tokens[:, -1:], contexts, past)
@@ -985,7 +990,7 @@ def read_foreign(path):
         state = state.get(key, state)
     if not isinstance(state, dict) or not any(torch.is_tensor(value) for value in state.values()):
         raise ValueError(f"{path}: found {type(state).__name__} without tensors, expected a dict of tensors")
-    merging = merging or getattr(state, "_metadata", {}).get("", {}).get("merging")     # in encoder.pt
+    merging = merging or getattr(state, "_metadata", {}).get("", {}).get("merging")  # in encoder.pt
     tensors = {}
     for key, tensor in state.items():
         if not torch.is_tensor(tensor):

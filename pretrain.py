@@ -93,7 +93,7 @@ def read_flags(argv=None):
     if args.data == "demo":
         parser.set_defaults(**DEMO, batch_size=None)
         args = parser.parse_args(argv)
-    unset = argparse.Namespace(**dict.fromkeys(vars(args)))     # argparse sets no default over these
+    unset = argparse.Namespace(**dict.fromkeys(vars(args)))  # argparse sets no default over these
     given = vars(parser.parse_args(argv, unset))
     return args, {name: value for name, value in given.items() if value is not None}
 
@@ -149,7 +149,7 @@ def start():
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if world == 1:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    else:                                       # the others wait while the first prepares data or evaluates
+    else:  # the others wait while the first prepares data or evaluates
         on_gpu = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
         dist.init_process_group(timeout=timedelta(hours=6), **on_gpu)
     return rank, world, device
@@ -157,7 +157,7 @@ def start():
 
 def finish(stopping, step, out):
     """Leave the group; after a signal, say where the run stands and exit as it asks."""
-    dist.barrier()                              # without it a gloo process once hung in destroy_process_group
+    dist.barrier()  # without it a gloo process once hung in destroy_process_group
     dist.destroy_process_group()
     if stopping:
         name = signal.Signals(stopping).name
@@ -460,9 +460,9 @@ run        steps {step} to {args.steps} on {device} in {precision}, seed {args.s
 
     # ----------------------------------------------------------------------------------------- loop
     log_path, board = out / "log.jsonl", None
-    negatives = args.batch_size * world
+    global_batch = args.batch_size * world
     known = functools.partial(first_batches, examples, collate, args.batch_size, 64)
-    nothing = evaluation.know_nothing(network, known(), enabled, negatives) if step == rank == 0 else None
+    nothing = evaluation.know_nothing(network, known(), enabled, global_batch) if step == rank == 0 else None
     if rank == 0:
         write_log(log_path, [row for row in read_log(log_path) if row["step"] < step], mode="w")
         with contextlib.suppress(ImportError):
@@ -488,7 +488,7 @@ run        steps {step} to {args.steps} on {device} in {precision}, seed {args.s
             with autocast:
                 o = parallel(batch)
             terms = losses.compute(o, batch, enabled, args.temperature)
-            loss = sum(weight[name] * term for name, term in terms.items())         # Eq. (10, 14, 15)
+            loss = sum(weight[name] * term for name, term in terms.items())  # Eq. (10, 14, 15)
             loss = loss / args.accumulate
             scaler.scale(loss).backward()
             total += loss.item()
@@ -527,18 +527,19 @@ run        steps {step} to {args.steps} on {device} in {precision}, seed {args.s
     if unreadable:
         log.warning("%d of %d volumes could not be read, others stood in for them: %s", len(unreadable),
                     len(train_items), ", ".join(sorted(unreadable)))
-    if rank == 0 and not stopping:
+    finish(stopping, step, out)                         # from here on the first process is alone
+    if rank == 0:
         network.eval()
         unseen = data.Examples(held_out or train_items, make_example, args.seed)
         show(network, first_batches(unseen, collate, 4, 4)[0], unseen.items[0].report, out)
-        rows = read_log(log_path)
-        nothing = rows[0]["nothing"] | evaluation.know_nothing(network, known(), enabled, negatives, ["sfr"])
-        result = {"levels": evaluation.levels(rows, nothing), "moved": moved(args, encoder)}
+        nothing = evaluation.know_nothing(network, known(), enabled, global_batch)  # SFR's target has moved
+        untrained = evaluation.untrained_encoder(vars(args))
+        result = {"levels": evaluation.levels(read_log(log_path), nothing),
+                  "moved": untrained and moved(untrained, encoder)}
         print_levels(result)
         if args.data == "demo":
-            result |= evaluate_demo(args, network, unseen, items, collate, out)
+            result |= evaluate_demo(args, network, untrained, unseen, items, collate, out)
             evaluation.write_result(result, out / "result.json")
-    finish(stopping, step, out)
 
 
 def first_batches(examples, collate, batch_size, volumes):
@@ -547,12 +548,10 @@ def first_batches(examples, collate, batch_size, volumes):
     return [collate([examples[i % len(examples), 0] for i in range(k, k + batch_size)]) for k in starts]
 
 
-def moved(args, encoder):
-    """How far the encoder's weights have gone, as a share of their length; None if --init's file is gone"""
-    if args.init and not Path(args.init).exists():
-        return None
-    before = torch.cat([p.detach().flatten() for p in evaluation.untrained_encoder(vars(args)).parameters()])
-    after = torch.cat([p.detach().cpu().flatten() for p in encoder.parameters()])
+def moved(untrained, encoder):
+    """How far the encoder's weights have gone, as a share of their length"""
+    before, after = (torch.cat([p.detach().cpu().flatten() for p in network.parameters()])
+                     for network in (untrained, encoder))
     return float((after - before).norm() / before.norm())
 
 
@@ -565,16 +564,17 @@ def print_levels(result):
         log.info("the encoder's weights moved by %.1f %%", 100 * result["moved"])
 
 
-def evaluate_demo(args, network, unseen, items, collate, out):
+def evaluate_demo(args, network, untrained, unseen, items, collate, out):
     """What pre-training was good for, on phantoms that it has not seen: probe, retrieval, pairing."""
-    device = next(network.parameters()).device
-    untrained = evaluation.untrained_encoder(vars(args)).to(device)
-    result = {"probe": evaluation.compare_probes(untrained, network.encoder, items, args.cache,
-                                                 tuple(args.size), args.hu, few=100)}
-    log.info(evaluation.say_probe(result["probe"]))
+    result, size = {}, tuple(args.size)
+    if untrained is not None:
+        untrained.to(next(network.parameters()).device)
+        features = [evaluation.probe_features(encoder, items, args.cache, size, args.hu, batch_size=24)
+                    for encoder in (untrained, network.encoder)]
+        result["probe"] = evaluation.compare_probes(*features, items, few=100)
+        log.info(evaluation.say_probe(result["probe"]))
     if network.text_pool is not None:
-        result["retrieval"] = evaluation.retrieve_reports(network, unseen.items, args.cache,
-                                                          tuple(args.size), args.hu)
+        result["retrieval"] = evaluation.retrieve_reports(network, unseen.items, args.cache, size, args.hu)
         log.info(evaluation.say_retrieval(result["retrieval"]))
     enabled = [name for name in model.LOSSES if name in network.losses]
     batches = first_batches(unseen, collate, 24, len(unseen))
@@ -592,7 +592,7 @@ def show(network, batch, report, out):
     if network.mim_decoder is not None:
         evaluation.plot_reconstruction(network, batch, out / "reconstruction.png")
         names.append("reconstruction.png")
-    if network.sentence_attention is not None:
+    if isinstance(network.sentence_attention, model.SentenceAttention):  # a gate looks at no place
         evaluation.plot_attention(network, batch, out / "attention.png", data.split_sentences(report))
         names.append("attention.png")
     log.info("wrote %s", ", ".join(str(out / name) for name in names))

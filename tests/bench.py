@@ -125,9 +125,9 @@ def measure_encoder(job):
     def work():
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"), torch.set_grad_enabled(mode != "forward"):
             out = net(x)
-            if mode != "forward":
-                sum(one.float().square().mean() for one in out).backward()
-                net.zero_grad()
+        if mode != "forward":
+            sum(one.float().square().mean() for one in out).backward()
+            net.zero_grad()
     return {"seconds": clock(work, device, 5 if device == "cuda" else 1), "gb": peak() - before}
 
 

@@ -141,7 +141,8 @@ def test_features_are_the_mean_of_the_last_map(labelled, encoder):
 
 
 def test_probe_finds_what_the_features_hold(labelled, encoder):
-    scores, truth = evaluation.probe(encoder, data.load_items(labelled / "m.csv"), labelled / "cache", SIZE)
+    items = data.load_items(labelled / "m.csv")
+    scores, truth = evaluation.probe(evaluation.probe_features(encoder, items, labelled / "cache", SIZE), items)
     assert scores.shape == truth.shape == (14, 18)
     assert truth[:, 0].tolist() == [i % 2 for i in range(26, 40)]       # the held-out ones, in order
     assert evaluation.auroc(scores[:, 0], truth[:, 0]) > 0.95
@@ -246,20 +247,20 @@ def test_attention_of_sentences(tmp_path, network_and_batch):
 
 # ------------------------------------------------------------------------- what a loss learns
 
-def test_probes_are_compared_on_the_same_items(monkeypatch):
+def test_probes_are_compared_on_the_same_items():
     rng = np.random.default_rng(0)
     labels = (rng.random((300, 18)) < 0.5).astype(np.float32)
     items = [data.Item(str(i), "x", "", "train" if i < 200 else "test", str(i), labels[i]) for i in range(300)]
 
     def features(noise):
-        return lambda group: np.stack([item.labels for item in group]) + noise * rng.standard_normal((len(group), 18))
-    monkeypatch.setattr(evaluation, "global_features", lambda encoder, group, *_: encoder(group))
+        return [labels[part] + noise * rng.standard_normal((len(labels[part]), 18))
+                for part in (slice(200), slice(200, 300))]
     blurred, clear = features(2.0), features(0.5)
-    better = evaluation.compare_probes(blurred, clear, items, None, SMALL, few=50)
+    better = evaluation.compare_probes(blurred, clear, items, few=50)
     assert better["pretrained"] - better["untrained"] == pytest.approx(better["difference"][1])
     assert better["difference"][1] > 0.1 and better["difference"][0] > 0 and better["n"] == 100
     assert better["few"]["pretrained"] > better["few"]["untrained"] and better["few"]["labels"] == 50
-    low, value, high = evaluation.compare_probes(clear, clear, items, None, SMALL)["difference"]
+    low, value, high = evaluation.compare_probes(clear, features(0.5), items)["difference"]
     assert low < 0 < high and abs(value) < 0.02
 
 
@@ -268,9 +269,9 @@ def pairs_of(network, text_folder, n=24, size=4):
     tokenizer = network.text_encoder.tokenizer
     rng = np.random.default_rng(0)
     batches = []
-    for _ in range(n // size):
+    for number in range(n // size):
         texts = [REPORTS[i % 2] for i in range(size)]
-        batch = data.text_batch(tokenizer, texts)
+        batch = data.text_batch(tokenizer, texts) | {"ids": [f"{number} {i}" for i in range(size)]}
         batch["volume"] = torch.from_numpy(rng.random((size, 1, *SMALL), np.float32)) / 9
         batch["volume"][1::2] += 0.5
         batch["volume_mask"] = torch.from_numpy(rng.random((size, 1, *SMALL)) < 0.5)

@@ -493,8 +493,8 @@ def test_texts_do_not_depend_on_their_batch(text_encoder):
     torch.manual_seed(0)
     towers = run_of(model.MG3D(model.build_encoder("swin_t"), text_encoder, losses=("clip",), embed_dim=24).eval(), "ct-rate-retrieval")
     texts = ["The lung is clear. No effusion in the left lobe. Nodule.", "No nodule.", "Heart. Lung is clear"]
-    together = evaluation.text_features(towers, texts)
-    alone = torch.cat([evaluation.text_features(towers, [text]) for text in texts])
+    together = evaluation.text_features(towers.network, texts)
+    alone = torch.cat([evaluation.text_features(towers.network, [text]) for text in texts])
     assert together.shape == (3, 24) and torch.allclose(together, alone, atol=1e-5)
     assert torch.allclose(together.norm(dim=1), torch.ones(3))
 

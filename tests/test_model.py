@@ -143,6 +143,21 @@ def test_how_windows_are_divided_among_calls_changes_nothing(scores, monkeypatch
         assert len(calls) == 4                          # one of each block
 
 
+def test_backward_may_run_under_autocast():
+    """There it gives what it gives outside, as it does for PyTorch's own layers"""
+    torch.manual_seed(0)
+    encoder = build_encoder("swin_t", window_size=3)
+    x, grads = torch.randn(1, 1, 32, 32, 32), []
+    for inside in (False, True):
+        encoder.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = sum(m.float().square().mean() for m in encoder(x))
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            loss.backward()
+        grads.append([p.grad for p in encoder.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 def test_checkpointing_changes_nothing():
     torch.manual_seed(0)
     plain = build_encoder("swin_t", window_size=3)

@@ -621,10 +621,13 @@ def test_permuted_reports_and_levels(run, folder):
     assert not (folder / "true" / "result.json").exists()       # of the demo alone
 
 
-def test_the_demo_writes_what_it_found(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("world, values", [(1, "volume"), (2, "text")])
+def test_the_demo_writes_what_it_found(run, tmp_path, world, values):
     """The demo in small: fewer phantoms, steps and volumes a batch."""
     done = run(f"--steps 2 --batch_size 4 --workers 0 --embed_dim 24 --out {tmp_path / 'out'} "
-               f"--cache {tmp_path / 'cache'}", prepare=few_phantoms).succeeded()
+               f"--sentence_values {values} --cache {tmp_path / 'cache'}", world=world,
+               prepare=few_phantoms).succeeded()
+    assert (tmp_path / "out" / "attention.png").exists() == (values == "volume")
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result.keys() == {"probe", "retrieval", "pairing", "levels", "moved"}
     assert set(result["levels"]) == set(result["pairing"]) == {"mim", "mlm", "sfr", "cml", "ssm", "dfa", "clip"}
