@@ -169,7 +169,7 @@ def bleu(hypotheses, references):
 
 
 def _bleu_counts(hypothesis, reference):
-    """(10,): n-grams that match and n-grams of the hypothesis, n = 1 to 4 each; words of both texts"""
+    """(10,): n-grams that match and those of the hypothesis, n = 1 to 4 each; words of both texts"""
     score = SACREBLEU.sentence_score(hypothesis, [reference])
     return np.array([*score.counts, *score.totals, score.sys_len, score.ref_len], float)
 
@@ -286,8 +286,8 @@ def untrained_encoder(config):
 def compare_probes(untrained, pretrained, items, few=None):
     """Linear probes on `probe_features` of two encoders, and the paired difference on the held-out items.
 
-    Returns {untrained, pretrained, difference: [low, value, high], n}; with `few` also {few: the same
-    two AUCs as means of 10 draws of that many labelled training items}.
+    Returns {untrained, pretrained, difference: [low, value, high], n}; with `few` also {few: the
+    same two AUCs as means of 10 draws of that many labelled training items}.
     """
     (before, truth), (after, _) = probe(untrained, items), probe(pretrained, items)
 
@@ -320,8 +320,8 @@ def say_probe(result):
 
 @torch.no_grad()
 def know_nothing(network, batches, enabled, global_batch):
-    """{loss: its value for a model that knows nothing of the patient}: the mean volume, the frequencies
-    of words, the mean sentence, the best constant cosine, a choice among `global_batch` at random."""
+    """{loss: its value for a model that knows nothing of the patient}: the mean volume, frequencies
+    of words, the mean sentence, the best constant cosine, a random choice among `global_batch`."""
     device = next(network.parameters()).device
     contrast = math.log(global_batch)
     levels = {"cml": 2 * contrast, "dfa": contrast, "clip": contrast}
@@ -410,7 +410,7 @@ def pairing(network, batches, enabled, temperature=0.1, gradients=3):
     """Does a loss use which report belongs to which volume? Each is computed twice: for true pairs, and
     with the volumes of a batch handed on by one, so that everybody has another patient's report.
 
-    Returns {loss: {own, other, interval of other - own, gradient_cosine, uses_report}}. The units are
+    Returns {loss: {own, other, interval of other - own, gradient_cosine, uses_report}}. Units are
     patients for mim, mlm and sfr, batches for the others. The cosine is that of the two gradients on the
     encoder, the mean of the first `gradients` batches; 1 = the loss asks the same whoever's report it is.
     """
@@ -699,7 +699,7 @@ def score_reports(run, items, reports, out, train_items):
     # The released protocol cuts references to 150 words and replaces unknown words, which flatters.
     known = set(run.config["vocabulary"])
     released = [" ".join(word if word in known else "<unk>" for word in text.split()[:150]) for text in truth]
-    # The constant report: of 100 training reports, else true ones, the one that fits 200 of them best.
+    # The constant report: of 100 training reports, else true ones, the one that fits 200 best.
     pool = [" ".join(data.report_words(item.report)) for item in train_items] or truth
     rng = np.random.default_rng(0)
     candidates, sample = ([pool[i] for i in rng.permutation(len(pool))[:n]] for n in (100, 200))
@@ -897,7 +897,7 @@ def plot_reconstruction(network, batch, out):
 
 @torch.no_grad()
 def plot_attention(network, batch, out, sentences):
-    """Where the first sentences of the first report look: the attention of Eq. (11), mean of heads"""
+    """Where the first sentences of the first report look: attention of Eq. (11), mean of heads"""
     volume = batch["volume"][:1]
     count = min(4, len(sentences), int(batch["sentence_mask"][0].sum()))
     queries = network.text_encoder.encode_sentences(batch["single_ids"][:count], batch["single_mask"][:count])

@@ -13,7 +13,7 @@ LIMITS = {
     "bytes in all": 300_000,
     "columns": 110,
     "wide": 100,                            # columns beyond which a line counts as wide
-    "share of wide lines": 0.086,            # of all lines of the seven files
+    "share of wide lines": 0.08,             # of all lines of the seven files
     "width": 54,                            # bytes a line, the mean of all
     "function": 60,                         # lines
     "long functions": {"flags": None, "pretrain.main": 165, "finetune.train": 165},     # None: any length
