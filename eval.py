@@ -411,8 +411,8 @@ def pairing(network, batches, enabled, temperature=0.1, gradients=3):
     with the volumes of a batch handed on by one, so that everybody has another patient's report.
 
     Returns {loss: {own, other, interval of other - own, gradient_cosine, uses_report}}. Units are
-    patients for mim, mlm and sfr, batches for the others. The cosine is that of the two gradients on the
-    encoder, the mean of the first `gradients` batches; 1 = the loss asks the same whoever's report it is.
+    patients for mim, mlm and sfr, batches for the others. The cosine is that of the gradients on the
+    encoder, mean of the first `gradients` batches; 1 = the loss asks the same whoever's report it is.
     """
     network.eval()
     device = next(network.parameters()).device
