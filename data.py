@@ -229,13 +229,16 @@ def resize(array, size, mode="trilinear"):
     return F.interpolate(array, tuple(size), mode=mode, align_corners=corners)[0, 0].numpy()
 
 
+def centre_crop(array, crop=CROP):
+    kept = [max(1, round(n * part)) for n, part in zip(array.shape, crop)]
+    return cut(array, [(n - k) // 2 for n, k in zip(array.shape, kept)], kept)
+
+
 def preprocess(array, spacing, size=SIZE, crop=CROP, window=WINDOW):
     """HU array (z, y, x) -> float32 tensor (1, D, H, W) in [0, 1], as Sec. IV.B of the paper"""
     # NOTE(paper): crop and resize ignore the millimetres, so `spacing` is not used. The kind of resize is
     # not stated: trilinear. Cropping first saves work.
-    kept = [max(1, round(n * part)) for n, part in zip(array.shape, crop)]
-    array = cut(array, [(n - k) // 2 for n, k in zip(array.shape, kept)], kept)
-    return torch.from_numpy(resize(scale(array, window), size))[None]
+    return torch.from_numpy(resize(scale(centre_crop(array, crop), window), size))[None]
 
 
 # --------------------------------------------------------------------------------------- reports
@@ -387,7 +390,7 @@ class Item(NamedTuple):
     patient: str
     labels: np.ndarray | None = None  # (18,) float32, NaN where unknown; of other tasks (K,)
     rescale: tuple | None = None      # (slope, intercept) of the metadata
-    mask: Path | None = None          # of the segmentation tasks, in the grid of `volume`
+    mask: Path | None = None          # in the grid of `volume`; of a manifest: k + 1 where finding k lies
     centre: tuple | None = None       # (x, y, z) of a LUNA16 candidate, RAS mm
 
 
@@ -449,8 +452,9 @@ def _manifest_items(path):
         split = row.get("split") or "train"
         if split not in SPLITS or not volume:
             raise wrong(where, f"volume {volume!r} and split {split!r}", f"a path and one of {SPLITS}")
+        mask = path.parent / row["mask"] if row.get("mask") else None
         items.append(Item(volume, path.parent / volume, row["report"], split, row.get("patient") or volume,
-                          _labels(row)))
+                          _labels(row), mask=mask))
     return items
 
 
@@ -616,6 +620,14 @@ def load_volume(item, cache=None, size=SIZE, hu="auto"):
     if path:
         save_array(path, volume.numpy())
     return volume.float()
+
+
+def lesions(item, size):
+    """Where the findings of `item.mask` lie in the preprocessed volume: bool (18, D, H, W) of any `size`.
+    A place holds a finding if any voxel there does."""
+    mask = torch.from_numpy(centre_crop(to_ras(item.mask, *read_stored(item.mask), is_mask=True)[0]))
+    return torch.stack([F.adaptive_max_pool3d((mask == number).float()[None], size)[0].bool()
+                        for number in range(1, len(LABELS) + 1)])
 
 
 def _report_tensors(report):
@@ -1345,7 +1357,7 @@ def _check_volume(items, task, hu):
     for candidate in items:
         if candidate.centre:
             candidate_voxel(candidate, array.shape, affine)
-    if item.mask:
+    if item.mask and task:
         values, counts = np.unique(read_mask(item, task, array.shape, affine), return_counts=True)
         note += "; voxels " + ", ".join(f"{value}: {count}" for value, count in zip(values, counts))
     shape, mm = "x".join(map(str, array.shape)), " ".join(f"{side:.2f}" for side in spacing)

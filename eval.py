@@ -394,6 +394,54 @@ def say_retrieval(result):
             f"{result['value']:.3f} [{low:.3f}, {high:.3f}], chance {result['chance']:.3f}")
 
 
+@torch.no_grad()
+def sentence_maps(network, volume, report):
+    """Where the sentences of a report look in its volume (1, D, H, W): the S sentences, and the attention
+    of Eq. (11) on the N tokens, mean of the heads: (S, N) on the CPU, its rows sum to 1"""
+    device = next(network.parameters()).device
+    report = data.tokenize_report(network.text_encoder.tokenizer, data.split_sentences(report))
+    words = network.text_encoder.tokenizer.pad({"input_ids": report["single_ids"]}, return_tensors="pt")
+    queries = network.text_encoder.encode_sentences(*(words[name].to(device) for name in (
+        "input_ids", "attention_mask")))
+    tokens = network.encode_image(volume[None].to(device))
+    maps = network.sentence_attention.maps(queries[None], tokens)               # (1, heads, S, N)
+    return report["sentences"], maps[0].float().mean(0).cpu()
+
+
+def lesion_attention(network, items, finding_of, cache, size, hu="auto"):
+    """Do sentences look at the lesion that they state? Share of their attention in the tokens that it touches.
+
+    finding_of(sentence): the number of the finding that it states, or None; `item.mask` has its place.
+    Returns {inside, random, others, interval, interval_to_others, n}: means over n patients, and intervals
+    of inside less the control. `random`: all places alike; `others`: the report's other sentences.
+    """
+    grid, patients = [side // network.encoder.stride for side in size], []
+    for item in _bar(items, "attention", True):
+        sentences, maps = sentence_maps(network, data.load_volume(item, cache, size, hu), item.report)
+        places, rows = data.lesions(item, grid).flatten(1), []                  # (18, N)
+        for i, sentence in enumerate(sentences):
+            number = finding_of(sentence)
+            if number is not None and places[number].any():
+                inside = maps @ places[number].float()                          # (S,)
+                others = (inside.sum() - inside[i]) / max(1, len(inside) - 1)
+                rows.append([inside[i].item(), places[number].float().mean().item(), others.item()])
+        if rows:
+            patients.append(np.mean(rows, 0))
+    inside, random, others = np.transpose(patients)
+    return {"inside": float(inside.mean()), "random": float(random.mean()), "others": float(others.mean()),
+            "interval": list(bootstrap(np.mean, inside - random)),
+            "interval_to_others": list(bootstrap(np.mean, inside - others)), "n": len(patients)}
+
+
+def say_lesion_attention(result):
+    text = "attention of sentences inside their lesion {inside:.3f}, at a random place {random:.3f}"
+    low, high = result["interval"]
+    difference = f", difference {result['inside'] - result['random']:+.3f} [{low:+.3f}, {high:+.3f}]"
+    low, high = result["interval_to_others"]
+    return text.format(**result) + difference + (
+        f"; of the report's other sentences {result['others']:.3f} [{low:+.3f}, {high:+.3f}]")
+
+
 def _losses_of_patients(name, outputs, batch):
     """MIM, MLM or SFR of every patient of a batch, one by one: (B,) numpy"""
     masked_rows = (batch["mlm_labels"] != -100).nonzero()[:, 0]
@@ -860,9 +908,10 @@ def _show(ax, picture, title="", **options):
     ax.axis("off")
 
 
-def _coronal(volume):
-    """(1, D, H, W) -> the middle coronal slice (D, W): head up, the patient's right on the left"""
-    return volume[0, :, volume.shape[2] // 2].flip(0, 1).float().cpu().numpy()
+def _coronal(volume, y=None):
+    """(1, D, H, W) -> a coronal slice (D, W), else the middle one: head up, the patient's right on the left"""
+    y = volume.shape[2] // 2 if y is None else y
+    return volume[0, :, y].flip(0, 1).float().cpu().numpy()
 
 
 def plot_curves(rows, out):
@@ -895,20 +944,27 @@ def plot_reconstruction(network, batch, out):
                 _show(ax, _coronal(volumes[i]), title if i == 0 else "")
 
 
-@torch.no_grad()
-def plot_attention(network, batch, out, sentences):
-    """Where the first sentences of the first report look: attention of Eq. (11), mean of heads"""
-    volume = batch["volume"][:1]
-    count = min(4, len(sentences), int(batch["sentence_mask"][0].sum()))
-    queries = network.text_encoder.encode_sentences(batch["single_ids"][:count], batch["single_mask"][:count])
-    maps = network.sentence_attention.maps(queries[None], network.encode_image(volume))
-    grid = [side // network.encoder.stride for side in volume.shape[2:]]
-    maps = maps.float().mean(1).unflatten(-1, grid)  # (1, S, d, h, w)
-    maps = F.interpolate(maps, size=volume.shape[2:], mode="trilinear")[0]  # (S, D, H, W)
-    with figure(out, 1, count, 3.2, 3.2 * volume.shape[2] / volume.shape[4] + 0.3) as axes:
-        for ax, heat, sentence in zip(axes[0], maps, sentences):
-            _show(ax, _coronal(volume[0]), textwrap.shorten(sentence, 45, placeholder=" …"))
-            ax.imshow(_coronal(heat[None]), cmap="inferno", alpha=0.45)
+def plot_attention(network, item, volume, out, finding_of):
+    """Where four sentences of a report look, on slices through their lesions where item.mask has them
+
+    volume (1, D, H, W); finding_of(sentence): the number of the finding that it states, or None.
+    """
+    sentences, maps = sentence_maps(network, volume, item.report)
+    places = data.lesions(item, volume.shape[1:]) if item.mask else torch.zeros(0, *volume.shape[1:])
+    found = {i: finding_of(sentence) for i, sentence in enumerate(sentences) if item.mask}
+    lesions = {i: places[k] for i, k in found.items() if k is not None and places[k].any()}
+    chosen = sorted(range(len(sentences)), key=lambda i: i not in lesions)[:4]  # with a lesion first
+    grid = [side // network.encoder.stride for side in volume.shape[1:]]
+    maps = F.interpolate(maps.unflatten(1, grid)[:, None], volume.shape[1:], mode="trilinear")
+    flatness = volume.shape[1] / volume.shape[3]
+    with figure(out, 1, len(chosen), 3.2, 3.2 * flatness + 0.3) as axes:
+        for ax, i in zip(axes[0], chosen):
+            lesion = lesions.get(i)
+            y = None if lesion is None else int(lesion.sum((0, 2)).argmax())
+            _show(ax, _coronal(volume, y), textwrap.shorten(sentences[i], 45, placeholder=" …"))
+            ax.imshow(_coronal(maps[i], y), cmap="inferno", alpha=0.45)
+            if lesion is not None:
+                ax.contour(_coronal(lesion[None], y), [0.5], colors="cyan", linewidths=1)
 
 
 def plot_roc(scores, truth, classes, out):

@@ -531,7 +531,7 @@ run        steps {step} to {args.steps} on {device} in {precision}, seed {args.s
     if rank == 0:
         network.eval()
         unseen = data.Examples(held_out or train_items, make_example, args.seed)
-        show(network, first_batches(unseen, collate, 4, 4)[0], unseen.items[0].report, out)
+        show(network, first_batches(unseen, collate, 4, 4)[0], unseen.items[0], out)
         nothing = evaluation.know_nothing(network, known(), enabled, global_batch)  # SFR's target has moved
         untrained = evaluation.untrained_encoder(vars(args))
         result = {"levels": evaluation.levels(read_log(log_path), nothing),
@@ -576,6 +576,10 @@ def evaluate_demo(args, network, untrained, unseen, items, collate, out):
     if network.text_pool is not None:
         result["retrieval"] = evaluation.retrieve_reports(network, unseen.items, args.cache, size, args.hu)
         log.info(evaluation.say_retrieval(result["retrieval"]))
+    if isinstance(network.sentence_attention, model.SentenceAttention):
+        result["lesion_attention"] = evaluation.lesion_attention(
+            network, unseen.items, phantoms.stated_finding, args.cache, size, args.hu)
+        log.info(evaluation.say_lesion_attention(result["lesion_attention"]))
     enabled = [name for name in model.LOSSES if name in network.losses]
     batches = first_batches(unseen, collate, 24, len(unseen))
     result["pairing"] = evaluation.pairing(network, batches, enabled, args.temperature, gradients=1)
@@ -584,8 +588,8 @@ def evaluate_demo(args, network, untrained, unseen, items, collate, out):
     return result
 
 
-def show(network, batch, report, out):
-    """Draw what MIM rebuilds of a batch, and where the sentences of its first report look."""
+def show(network, batch, item, out):
+    """Draw what MIM rebuilds of a batch, and where the sentences of its first patient look."""
     device = next(network.parameters()).device
     batch = {key: value.to(device) for key, value in batch.items() if torch.is_tensor(value)}
     names = ["last.pt", "encoder.pt", "log.jsonl", "curves.png"]
@@ -593,7 +597,8 @@ def show(network, batch, report, out):
         evaluation.plot_reconstruction(network, batch, out / "reconstruction.png")
         names.append("reconstruction.png")
     if isinstance(network.sentence_attention, model.SentenceAttention):  # a gate looks at no place
-        evaluation.plot_attention(network, batch, out / "attention.png", data.split_sentences(report))
+        evaluation.plot_attention(network, item, batch["volume"][0].cpu(), out / "attention.png",
+                                  phantoms.stated_finding)
         names.append("attention.png")
     log.info("wrote %s", ", ".join(str(out / name) for name in names))
 

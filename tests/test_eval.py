@@ -239,10 +239,78 @@ def test_a_coronal_slice_has_the_head_up_and_the_right_on_the_left():
 
 
 def test_attention_of_sentences(tmp_path, network_and_batch):
+    """One panel a sentence; their maps are those of a batch, padding left out."""
     network, batch, sentences = network_and_batch
-    evaluation.plot_attention(network, batch, tmp_path / "three.png", sentences)
-    evaluation.plot_attention(network, batch, tmp_path / "one.png", sentences[:1])
+    volume = batch["volume"][0]
+    for name, some in (("three", sentences), ("one", sentences[:1])):
+        item = data.Item("a", "a", " ".join(some), "test", "a")
+        evaluation.plot_attention(network, item, volume, tmp_path / f"{name}.png", None)
     assert drawn(tmp_path / "three.png").shape[1] == pytest.approx(3 * drawn(tmp_path / "one.png").shape[1], abs=6)
+    found, maps = evaluation.sentence_maps(network, volume, " ".join(sentences))
+    with torch.no_grad():
+        F_S_star, _ = network.sentence_features(batch, network.encode_image(batch["volume"]))
+        expected = network.sentence_attention.maps(F_S_star, network.encode_image(batch["volume"]))[0].mean(0)
+    assert found == sentences and torch.allclose(maps.sum(1), torch.ones(3))
+    assert torch.allclose(maps, expected, atol=1e-5) and (maps[0] - maps[1]).abs().max() > 1e-6
+
+
+@pytest.fixture(scope="module")
+def with_masks(tmp_path_factory):
+    return data.load_items(phantoms.write_demo(tmp_path_factory.mktemp("phantoms"), 8, seed=3, workers=1))
+
+
+def test_lesions_lie_where_the_mask_has_them(with_masks):
+    """A token holds a finding if one of its voxels does, after the crop of the volumes."""
+    for item in with_masks[:3]:
+        mask = data.to_ras(item.mask, *data.read_stored(item.mask), is_mask=True)[0]
+        kept = [round(n * part) for n, part in zip(mask.shape, data.CROP)]
+        z, y, x = [(n - k) // 2 for n, k in zip(mask.shape, kept)]
+        mask = mask[z:z + kept[0], y:y + kept[1], x:x + kept[2]]
+        expected = np.zeros((18, 4, 3, 4), bool)
+        for place in np.ndindex(4, 3, 4):
+            ranges = [slice(n * i // k, -(-n * (i + 1) // k)) for n, i, k in zip(mask.shape, place, (4, 3, 4))]
+            for number in np.unique(mask[tuple(ranges)]).astype(int):
+                if number:
+                    expected[(number - 1, *place)] = True
+        assert expected.any() and np.array_equal(data.lesions(item, (4, 3, 4)).numpy(), expected)
+
+
+def test_attention_on_lesions_is_measured_against_two_controls(with_masks, tmp_path, monkeypatch, network_and_batch):
+    network, stated = network_and_batch[0], phantoms.stated_finding
+
+    def looking(on_lesion):
+        """A model that looks at what a sentence states (or at all places alike), and everywhere else evenly"""
+        def maps_of(network, volume, report):
+            item = next(item for item in with_masks if item.report == report)
+            sentences, places = data.split_sentences(report), data.lesions(item, (4, 4, 4)).flatten(1).float()
+            maps = torch.full((len(sentences), 64), 1 / 64)
+            for i, sentence in enumerate(sentences):
+                k = stated(sentence)
+                if on_lesion and k is not None and places[k].any():
+                    maps[i] = places[k] / places[k].sum()
+            return sentences, maps
+        monkeypatch.setattr(evaluation, "sentence_maps", maps_of)
+        return evaluation.lesion_attention(network, with_masks, stated, tmp_path, (32, 32, 32))
+    network.encoder.stride, stride = 8, network.encoder.stride
+    seeing, blind = looking(True), looking(False)
+    network.encoder.stride = stride
+    assert seeing["inside"] == pytest.approx(1) and seeing["interval"][0] > 0.3 and seeing["n"] == 8
+    assert seeing["random"] == blind["random"] == pytest.approx(blind["inside"]) == pytest.approx(blind["others"])
+    assert 0.02 < blind["random"] < 0.6 and blind["interval"] == pytest.approx([0, 0], abs=1e-6)
+    assert seeing["interval_to_others"][0] > 0.2 and blind["interval_to_others"] == pytest.approx([0, 0], abs=1e-6)
+    assert "inside their lesion 1.000" in evaluation.say_lesion_attention(seeing)
+
+
+def test_a_picture_of_attention_outlines_the_lesion(with_masks, tmp_path, network_and_batch):
+    network = network_and_batch[0]
+    item = max(with_masks, key=lambda item: item.labels.sum())
+    words = item._replace(report=" ".join(data.split_sentences(item.report)))
+    volume = data.load_volume(item, tmp_path, (32, 32, 32))
+    evaluation.plot_attention(network, words, volume, tmp_path / "with.png", phantoms.stated_finding)
+    evaluation.plot_attention(network, words._replace(mask=None), volume, tmp_path / "without.png", None)
+    cyan = [((picture[..., 0] < 0.4) & (picture[..., 1] > 0.7) & (picture[..., 2] > 0.7)).sum()
+            for picture in (drawn(tmp_path / "with.png"), drawn(tmp_path / "without.png"))]
+    assert cyan[0] > 100 and cyan[1] == 0
 
 
 # ------------------------------------------------------------------------- what a loss learns
