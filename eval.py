@@ -353,7 +353,7 @@ def know_nothing(network, batches, enabled, global_batch):
             cosines = (rows @ rows.T)[patient[:, None] < patient]
             gaps.append((cosines - cosines.median()).abs().mean().item() if len(cosines) else 0.0)
         levels["ssm"] = float(np.mean(gaps))
-    return {name: levels[name] for name in enabled}
+    return {name: levels[name] for name in enabled if name in levels}
 
 
 def levels(rows, nothing):

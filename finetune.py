@@ -201,6 +201,7 @@ def loss_of(task, network, batch, prompts, temperature):
         logits = network(batch["volume"], batch["tokens"][:, :-1])      # (B, L - 1, V)
         next_words = batch["tokens"][:, 1:]
         return losses.mlm_loss(logits, next_words.masked_fill(next_words == model.PAD, -100))
+    # NOTE(paper): vocabulary and retrieval train all weights; for retrieval it names no loss: InfoNCE.
     if task.kind == "prompt":
         o = network(batch | prompts)                                    # f_i (B, E), f_t (2K, E)
         return losses.prompt_loss(o["f_i"], o["f_t"], batch["label"], temperature)

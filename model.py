@@ -677,7 +677,7 @@ class MG3D(nn.Module):
 
         The paper's letters: I image, T text, S sentences; F features, M masked, H fused with the other
         modality. Tokens are capitals, `_bar` marks pooled vectors (B, E)."""
-        mim, mlm, sfr, cml, ssm, dfa, clip = (name in self.losses for name in LOSSES)
+        mim, mlm, sfr, cml, ssm, dfa, clip = (name in self.losses for name in LOSSES[:7])
         volume, word_mask = batch["volume"], batch["attention_mask"].bool()
         sentence_mask = batch["sentence_mask"]
         sentence_ids, S = batch["sentence_ids"], sentence_mask.shape[1]

@@ -362,6 +362,12 @@ def enabled_losses(args):
     return enabled
 
 
+def loss_weights(args, enabled):
+    """The λ of Eq. (10, 14, 15) for each loss; 1 for those that the paper does not have"""
+    a, b, g = args.lambda_a, args.lambda_b, args.lambda_g
+    return dict.fromkeys(enabled, 1.0) | {"mim": a, "mlm": a, "sfr": b, "cml": b, "ssm": g, "dfa": g}
+
+
 def choose_items(args, items):
     """Those to train on, or --fraction of them, and those held out. ValueError if there are none."""
     train_items = [item for item in items if item.split == "train"]
@@ -437,8 +443,7 @@ def main(args, given):
     examples = data.Examples(train_items, make_example, args.seed)
     loader = DataLoader(examples, batch_sampler=batches, collate_fn=collate,
                         num_workers=args.workers, pin_memory=device.type == "cuda")
-    weight = {"mim": args.lambda_a, "mlm": args.lambda_a, "sfr": args.lambda_b, "cml": args.lambda_b,
-              "ssm": args.lambda_g, "dfa": args.lambda_g, "clip": 1.0}
+    weight = loss_weights(args, enabled)
     config = {name: value for name, value in vars(args).items() if name not in ("resume", "out")}
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6
     frozen = sum(p.numel() for p in network.parameters() if not p.requires_grad) / 1e6

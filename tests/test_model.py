@@ -11,6 +11,7 @@ from torch import nn
 import data
 import losses
 import model
+import phantoms
 from model import ClassicalAttention, FusionAttention, SwinTransformer3D, build_encoder, load_weights
 
 # --------------------------------------------------------------------------------- Swin: the oracle
@@ -452,16 +453,31 @@ def test_h_s_depends_on_the_sentence(text_folder, batch):
         assert (h_s[1, 0] - h_s[1, 1]).abs().max() > 1e-6
 
 
-def test_sentences_of_a_patient_see_different_things_and_the_volume():
-    """At the paper's width and number of tokens, where tokens have a large part in common"""
+def test_sentences_of_a_patient_see_different_things_and_the_volume(tmp_path):
+    """At the paper's size and width, untrained, on two drawn chests; the sentences' own cosine is 0.5."""
+    chests = [phantoms.phantom(0, index) for index in range(2)]
+    phantoms.make_demo_text_encoder(tmp_path, [chest["report"] for chest in chests])
+    text_encoder = model.TextEncoder(str(tmp_path))
     torch.manual_seed(0)
-    attention = model.SentenceAttention(768, 12, 768)
-    sentences = torch.randn(1, 1, 768) + torch.randn(2, 4, 768)                     # cosine about 0.5
-    tokens = 3 * torch.randn(1, 1, 768) + torch.randn(2, 48, 768)
-    h_s = attention(sentences, tokens)
-    cosine = nn.functional.cosine_similarity(h_s[:, :, None], h_s[:, None], dim=-1)
-    assert cosine[(slice(None), *np.triu_indices(4, 1))].mean() < 0.6
-    assert not torch.allclose(h_s, attention(sentences, tokens.flip(0)), atol=1e-3)
+    network = model.MG3D(model.build_encoder("swin_b"), text_encoder, ["ssm"]).eval()
+    volumes = torch.stack([data.preprocess(chest["volume"], chest["spacing"]) for chest in chests])
+    sentences = text_encoder.tokenizer(data.split_sentences(chests[0]["report"]), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        features = text_encoder.encode_sentences(sentences["input_ids"], sentences["attention_mask"])
+        tokens = network.encode_image(volumes)                                      # (2, 48, 768)
+        own, of_the_other = network.sentence_attention(features.expand(2, -1, -1), tokens)
+    pairs = np.triu_indices(len(own), 1)
+    assert tokens.shape == (2, 48, 768) and len(own) == 10
+    assert nn.functional.cosine_similarity(own[:, None], own, dim=-1)[pairs].mean() <= 0.6
+    assert nn.functional.cosine_similarity(own, of_the_other, dim=-1).max() < 0.95
+
+
+def test_a_loss_of_ones_own_needs_a_name_a_function_and_a_line(text_folder, batch, monkeypatch):
+    """As the README says: the model itself is not touched."""
+    expected = small_mg3d(text_folder)(batch)
+    monkeypatch.setattr(model, "LOSSES", (*model.LOSSES, "own"))
+    found = small_mg3d(text_folder)(batch)
+    assert found.keys() == expected.keys() and torch.equal(found["f_i"], expected["f_i"])
 
 
 def test_sentence_attention_is_the_loop():
