@@ -621,6 +621,23 @@ def test_permuted_reports_and_levels(run, folder):
     assert not (folder / "true" / "result.json").exists()       # of the demo alone
 
 
+def test_pairing_command(command, uninterrupted, folder, tmp_path):
+    run_folder = uninterrupted[1][0]
+    flags = ["pairing", "--data", folder / "m.csv", "--cache", tmp_path, "--batch_size", 2, "--out", tmp_path]
+    code, text = command("eval.py", *flags, "--checkpoint", run_folder / "last.pt")
+    assert code == 0 and "gradients' cosine" in text
+    found = json.loads((tmp_path / "pairing.json").read_text())
+    assert set(found) == {"mim", "mlm", "sfr", "cml", "ssm", "dfa"}
+    assert ("too few for a verdict" in text) == (found["mlm"]["uses_report"] is None)
+    assert (tmp_path / "pairing.png").stat().st_size > 5000
+    code, text = command("eval.py", *flags, "--checkpoint", run_folder / "encoder.pt")
+    assert code == 1 and "encoder.pt: found no text side, expected last.pt of pretrain.py" in text
+    rows = [["0.nii.gz", "A nodule. The heart is normal.", "train"], ["1.nii.gz", "A nodule. No effusion.", "test"]]
+    write_manifest(folder / "one.csv", rows)
+    code, text = command("eval.py", *flags, "--checkpoint", run_folder / "last.pt", "--data", folder / "one.csv")
+    assert code == 1 and "one.csv: found 1 held-out patients" in text and "expected at least two" in text
+
+
 @pytest.mark.parametrize("world, values", [(1, "volume"), (2, "text")])
 def test_the_demo_writes_what_it_found(run, tmp_path, world, values):
     """The demo in small: fewer phantoms, steps and volumes a batch."""
