@@ -166,8 +166,9 @@ def _read_itk(path):
 
 
 UNIT = r'(?im)^(?:(?:space )?units: *"|DistanceUnits *= *)(m|cm|um|microns?)\b'  # other than mm
-# As bytes: (0020,0032), (0020,0037) and (0028,0030)
-FRAME_TAGS = {"position": b"\x20\0\x32\0", "orientation": b"\x20\0\x37\0", "spacing": b"\x28\0\x30\0"}
+# (0020,0032), (0020,0037) and (0028,0030) as bytes, and how many numbers they hold
+FRAME_TAGS = {"position": (b"\x20\0\x32\0", 3), "orientation": (b"\x20\0\x37\0", 6),
+              "spacing": (b"\x28\0\x30\0", 2)}
 
 
 class Slice(NamedTuple):
@@ -189,8 +190,9 @@ def _frame_geometry(file, n):
     """Position, orientation and spacing (x, y) of each of the n frames of a DICOM file"""
     content = file.read_bytes()  # GDCM tells neither where a frame lies nor whether they are regular
     columns = []
-    for name, tag in FRAME_TAGS.items():
-        texts = re.findall(re.escape(tag) + rb"(?s:.{4})([-+.\deE\\ ]+)", content)  # behind type and length
+    for name, (tag, k) in FRAME_TAGS.items():
+        value = rb"(?s:.{4})((?:[-+.\deE ]+\\){%d}[-+.\deE ]+)" % (k - 1)  # behind type and length
+        texts = re.findall(re.escape(tag) + value, content)
         values = [tuple(map(float, text.split(b"\\"))) for text in texts]
         if len(set(values)) == 1:
             values = values[:1] * n  # one for all
@@ -233,10 +235,9 @@ def _regular_stack(slices):
     off = np.linalg.norm(positions - regular, axis=1)
     if off.max() > 0.2 * np.linalg.norm(step):
         gaps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
-        usual = np.median(gaps)
-        k = np.argmax(abs(gaps - usual))
-        raise ValueError(f"slices are {usual:.2f} mm apart, but {gaps[k]:.2f} mm between "
-                         f"{slices[k].file.name} and {slices[k + 1].file.name}")
+        before, behind = slices[gaps.argmax()], slices[gaps.argmax() + 1]
+        raise ValueError(f"slices {gaps.min():.2f} to {gaps.max():.2f} mm apart, the widest gap between "
+                         f"{before.file.name} and {behind.file.name}")
     return positions[0], step
 
 
@@ -681,7 +682,8 @@ def _ctrg_items(path, with_result=True):
 
 
 def _ct_rate_items(folder):
-    reports, labels, rescales, geometries = {}, {}, {}, {}  # by volume; what a CSV holds is told by its columns
+    # By volume; what a CSV holds is told by its columns
+    reports, labels, rescales, geometries = {}, {}, {}, {}
     for file in sorted(folder.rglob("*.csv")):
         for where, row in read_table(file):
             name = Path(row.get("VolumeName", "")).name.split(".")[0]
@@ -803,8 +805,8 @@ def files_of(path):
     first, *names = text[key.end():].split("\n") if key else [""]
     pattern, *numbers = first.split() or [""]
     if "%" in pattern:  # of names, from number to number
-        low, high, *step = map(int, numbers[:3])
-        names = [pattern % number for number in range(low, high + 1, *step)]
+        low, high, step = map(int, numbers[:3])
+        names = [pattern % number for number in range(low, high + 1, step)]
     elif pattern != "LIST":
         names = [first]
     return [path, *filter(Path.is_file, (path.parent / name.strip() for name in names))]
