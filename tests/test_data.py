@@ -111,6 +111,10 @@ def write_series(folder, array=None, heights=None, **tags):
 def test_dicom_folder(tmp_path, caplog):
     check_read(write_series(tmp_path))
     assert not caplog.text
+    for file in tmp_path.glob("*.dcm"):
+        file.rename(tmp_path / f"IM{file.stem}")
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((4, 5), np.uint8)), str(tmp_path / "preview.jpg"))
+    check_read(tmp_path)
 
 
 def test_dicom_slices_have_their_own_rescale(tmp_path):
@@ -207,6 +211,8 @@ def test_dicom_of_nothing_but_localizers_or_one_slice(tmp_path):
     write_slice(tmp_path / "0.dcm", chest()[0])
     with pytest.raises(ValueError, match="one slice, 0.dcm"):
         data.read_volume(tmp_path)
+    write_slice(tmp_path / "1.dcm", chest()[1], (20, -7, 104))
+    assert data.read_volume(tmp_path)[1] == pytest.approx((4, 2, 1.5))
     write_series(tmp_path, t0008_0008="ORIGINAL\\PRIMARY\\LOCALIZER")
     with pytest.raises(ValueError, match="localisers aside"):
         data.read_volume(tmp_path)
@@ -362,8 +368,8 @@ MM_1 = {"srow_x": [1, 0, 0, 0], "srow_y": [0, 1, 0, 0], "srow_z": [0, 0, 1, 0]} 
 HEADERS = {     # fields -> spacing (z, y, x), axes of the array as stored, words of the warning
     "ACDC": (MM_1 | {"qform_code": 1}, (3, 2, 1.5), "1.0, 1.0, 1.0.* mm, its pixdim of .*and the qform"),
     "ACDC without qform": (MM_1, (3, 2, 1.5), "its pixdim of .1.5, 2.0, 3.0.: took pixdim$"),
-    "3 % off": ({"srow_z": [0, 0, 3.09, 100]}, (3, 2, 1.5), "took pixdim$"),
-    "rounded": ({"srow_z": [0, 0, 3.002, 100]}, (3.002, 2, 1.5), None),
+    "2 % off": ({"srow_z": [0, 0, 3.06, 100]}, (3, 2, 1.5), "took pixdim$"),
+    "rounded": ({"srow_z": [0, 0, 3.02, 100]}, (3.02, 2, 1.5), None),
     "no sform": ({"sform_code": 0, "qform_code": 1} | MM_1, (3, 2, 1.5), None),
     "negative": ({"pixdim": [1, -1.5, -2, -3, 1, 1, 1, 1]}, (3, 2, 1.5), None),
     "negative, qform": ({"pixdim": [1, -1.5, 2, 3, 1, 1, 1, 1], "sform_code": 0, "qform_code": 1},
@@ -521,7 +527,15 @@ def test_air_and_tissue_must_both_be_there(tmp_path):
             else:
                 with pytest.raises(ValueError, match="air near -1000 and soft tissue near 0"):
                     data.to_hounsfield(array, path, mode, rescale)
-    for values in (hu.clip(-160, 240), hu.clip(-1000, -700)):                   # a window of one of them
+    little = np.full(100_000, -1000.) + np.arange(100_000) % 50
+    little[:4000] = 40                                                  # a small body in a large field of view
+    assert data.to_hounsfield(little, path)[1] == "as stored"
+    enclosed = little.copy()
+    enclosed[-60_000:] = 2000
+    below = little.copy()
+    below[-60_000:] = np.arange(60_000) % 50 - 2000
+    little[:2000] = -1000
+    for values in (little, enclosed, below, hu.clip(-160, 240), hu.clip(-1000, -700)):           # a window of one of them
         with pytest.raises(ValueError, match="air near -1000 and soft tissue near 0"):
             data.to_hounsfield(values, path)
 
