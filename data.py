@@ -183,7 +183,7 @@ class Slice(NamedTuple):
 
     def stack(self):
         """What the slices of one stack share"""
-        return self.series, self.size, *np.round(self.orientation, 2) + 0., *np.round(self.spacing, 4)
+        return self.series, self.size, *np.round(self.orientation, 2), *np.round(self.spacing, 4)
 
 
 def _frame_geometry(file, n):
@@ -377,12 +377,14 @@ def read_item(item):
     return xyz, affine
 
 
-def _likeness(values):
-    """How much a sample of a scan looks like a chest in Hounsfield units; 0 or less is impossible"""
+def _likeness(values, lowest):
+    """How much a sample of a scan looks like a chest in Hounsfield units; 0 or less is impossible. Both air
+    and tissue must be there, air perhaps as the lowest value, which `values` lack."""
     def share(low, high):
         return ((values > low) & (values < high)).mean()
     air_and_lung, soft_tissue = share(-1150, -400), share(-200, 300)
-    if min(air_and_lung, soft_tissue) < 0.03:  # in real scans 0.35 and more; rescaled twice at most 0.011
+    has_air = air_and_lung > 0.03 or -1150 < lowest < -400  # in real scans 0.35 and more of each; of tissue
+    if not has_air or soft_tissue < 0.03:                   # at most 0.011 is left of one rescaled twice
         return 0
     return air_and_lung + soft_tissue - 2 * share(-np.inf, -1200) - 2 * share(700, np.inf)
 
@@ -404,7 +406,8 @@ def to_hounsfield(array, path, hu="auto", rescale=None):
     readings = {"header": stored, "csv": metadata, "auto": either}[hu]
     sample = array.reshape(-1)[::array.size // 200_000 | 1]  # an odd stride follows no column
     sample = sample[sample > low]  # the lowest value may be padding: -1024 … -3024
-    likeness = {note: _likeness(sample * slope + inter) for note, (slope, inter) in readings.items()}
+    likeness = {note: _likeness(sample * slope + inter, low * slope + inter)
+                for note, (slope, inter) in readings.items()}
     note = max(likeness, key=likeness.get)  # the first, "as stored", wins a tie
     if likeness[note] <= 0:
         raise wrong(path, f"values {low:g} to {high:g}, no CT {' or '.join(readings)}",

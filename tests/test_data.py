@@ -529,13 +529,17 @@ def test_air_and_tissue_must_both_be_there(tmp_path):
                     data.to_hounsfield(array, path, mode, rescale)
     little = np.full(100_000, -1000.) + np.arange(100_000) % 50
     little[:4000] = 40                                                  # a small body in a large field of view
-    assert data.to_hounsfield(little, path)[1] == "as stored"
+    padded = -980 - little                                              # a little air in tissue, padded
+    padded[-1] = -3024
+    for values in (little, little.clip(-900), padded):
+        assert data.to_hounsfield(values, path, "header")[1] == "as stored"
     enclosed = little.copy()
     enclosed[-60_000:] = 2000
     below = little.copy()
     below[-60_000:] = np.arange(60_000) % 50 - 2000
     little[:2000] = -1000
-    for values in (little, enclosed, below, hu.clip(-160, 240), hu.clip(-1000, -700)):           # a window of one of them
+    padded[:2000] = 0
+    for values in (little, padded, enclosed, below, hu.clip(-160, 240), hu.clip(-1000, -700)):
         with pytest.raises(ValueError, match="air near -1000 and soft tissue near 0"):
             data.to_hounsfield(values, path)
 
