@@ -34,7 +34,7 @@ def itk_image(array):
 ORIENTATIONS = ("RAS", "LPS", "LAS", "RPI", "PIR", "SAR", "ASL", "IRP")
 
 
-def test_eight_orientations_give_one_volume(tmp_path):
+def test_eight_orientations_give_one_volume(tmp_path, caplog):
     for codes in ORIENTATIONS:
         image = nib.Nifti1Image(chest().T, AFFINE)
         orientation = nib.orientations.axcodes2ornt(codes)
@@ -43,6 +43,7 @@ def test_eight_orientations_give_one_volume(tmp_path):
         nib.save(image.as_reoriented(turn), path)
         assert "".join(nib.aff2axcodes(nib.load(path).affine)) == codes
         check_read(path)
+    assert not caplog.text
 
 
 def test_oblique_affine_goes_to_the_nearest_axes(tmp_path):
@@ -222,8 +223,9 @@ def test_dicom_of_a_tilted_and_of_a_turned_gantry(tmp_path):
     a, b = np.cos(0.3), np.sin(0.3)
     for z, array in enumerate(chest()):
         write_slice(tmp_path / "tilted" / f"{z}.dcm", array, (20, round(-7 - 0.9 * z, 4), 100 + 3 * z))
+        rounded = 6 if z == 0 else 3
         write_slice(tmp_path / "turned" / f"{z}.dcm", array, (20, -7, 100 + 3 * z),
-                    tuple(np.round((-a, -b, 0, b, -a, 0), 6)))
+                    tuple(np.round((-a, -b, 0, b, -a, 0), rounded)))
     array, _, affine = data.read_volume(tmp_path / "tilted")
     np.testing.assert_array_equal(array, chest())
     want = AFFINE.copy()
