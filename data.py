@@ -14,6 +14,7 @@ B patients, D H W voxels (z, y, x), L report tokens, S sentences.
 import argparse
 import contextlib
 import csv
+import functools
 import hashlib
 import io
 import itertools
@@ -55,6 +56,9 @@ SIZE = (128, 96, 128)           # voxels (z, y, x) that the network sees
 CROP = (0.88, 0.66, 0.88)       # part of the scan (z, y, x) that the centre crop keeps
 WINDOW = (-1000., 1000.)        # HU that become 0 and 1. NOTE(paper): not given
 SPLITS = ("train", "valid", "test")
+# Columns of CT-RATE's metadata, and what they hold
+GEOMETRY = {"XYSpacing": "two lengths in mm", "ZSpacing": "a length in mm",
+            "ImageOrientationPatient": "two unit vectors at a right angle"}
 DEMO_SIZE = 1430                # phantoms of --data demo: 1001 to train on, 429 held out
 
 
@@ -63,12 +67,35 @@ def wrong(where, found, expected):
     return ValueError(f"{where}: found {found}, expected {expected}")
 
 
+@functools.cache
+def _warn_once(text):
+    log.warning(text)
+
+
 # --------------------------------------------------------------------------------------- volumes
-def _pictures(path):
-    """The PNG and JPEG files of a folder in natural order: slice 10 follows slice 9"""
-    files = [file for file in path.glob("*") if file.suffix.lower() in (".png", ".jpg", ".jpeg")]
-    return sorted(files, key=lambda file: [int(text) if text.isdigit() else text
-                                           for text in re.split(r"(\d+)", file.name)])
+def _visible_files(folder):
+    return sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+
+
+def _is_dicom(file):
+    with open(file, "rb") as stream:
+        return stream.read(132)[128:] == b"DICM" or file.suffix.lower() == ".dcm"
+
+
+def _pictures(folder):
+    """The PNG and JPEG files of a folder in natural order: slice 10 follows slice 9. [] beside DICOM, whose
+    previews they are."""
+    files = _visible_files(folder)
+    pictures = [file for file in files if file.suffix.lower() in (".png", ".jpg", ".jpeg")]
+    if pictures and any(_is_dicom(file) for file in files if file not in pictures):
+        return []
+    return sorted(pictures, key=lambda file: [int(text) if text.isdigit() else text
+                                              for text in re.split(r"(\d+)", file.name)])
+
+
+def _is_grey(path):
+    """Does it hold grey values of pictures, not measured ones?"""
+    return path.suffix == ".npy" or path.is_dir() and bool(_pictures(path))
 
 
 def _read_grey(path):
@@ -85,33 +112,164 @@ def _read_grey(path):
     return hu, np.diag([-1., -1., 1., 1.])
 
 
+def _nifti_affine(path, header, pixdim):
+    """The affine 4×4 of a header to RAS mm. pixdim: the spacings as stored, which count where the sform has
+    others: its lengths say 1 mm in files that are not 1 mm. Those that are 0, negative or unset do not."""
+    affine = header.get_best_affine()
+    if header["sform_code"] == 0:
+        affine[:3, :3] *= pixdim != 0  # nibabel reads a spacing of 0 as 1
+    else:
+        has_qform = header["qform_code"] > 0
+        lengths = np.linalg.norm(affine[:3, :3], axis=0)
+        is_set = np.isfinite(pixdim) & (pixdim != 0) & (has_qform or (pixdim != 1).any())
+        spacing = np.where(is_set, abs(pixdim), lengths)
+        if not np.allclose(lengths, spacing, rtol=0.01, atol=0):
+            _warn_once(f"{path}: its sform has voxels of {lengths.round(3).tolist()} mm, its pixdim of "
+                       f"{spacing.round(3).tolist()}: took pixdim{' and the qform' if has_qform else ''}")
+            affine = header.get_qform() if has_qform else affine
+            affine[:3, :3] *= spacing / np.maximum(np.linalg.norm(affine[:3, :3], axis=0), 1e-6)
+        elif has_qform and nib.aff2axcodes(affine) != nib.aff2axcodes(header.get_qform()):
+            _warn_once(f"{path}: its sform and its qform turn the scan differently: took the sform")
+    affine[:3] *= {1: 1000, 3: 0.001}.get(int(header["xyzt_units"]) % 8, 1)  # metres, microns
+    return affine
+
+
 def _read_nifti(path):
     image = nib.load(path)
     with image.file_map["image"].get_prepare_fileobj("rb") as file:
         pixdim = type(image.header).from_fileobj(file, check=False)["pixdim"][1:4]
-    affine = image.affine * [*(pixdim > 0), 1]  # nibabel reads a spacing of 0 as 1
     stored = image.dataobj
     xyz = stored.get_unscaled()
     if (stored.slope, stored.inter) != (1, 0):  # nibabel itself would use float64
         xyz = xyz.astype(np.float32) * np.float32(stored.slope) + np.float32(stored.inter)
-    return xyz, affine
+    return xyz, _nifti_affine(path, image.header, pixdim)
+
+
+def _header_text(path):
+    with open(path, "rb") as file:
+        return file.read(1 << 20).decode("latin-1")
 
 
 def _read_itk(path):
-    source = str(path)
-    if path.is_dir():
-        reader = sitk.ImageSeriesReader
-        series = [reader.GetGDCMSeriesFileNames(source, uid) for uid in reader.GetGDCMSeriesIDs(source)]
-        if not series:
-            raise ValueError("neither a DICOM series nor PNG or JPEG slices in this folder")
-        source = max(series, key=len)
-    image = sitk.ReadImage(source)
+    image = sitk.ReadImage(str(path))
+    if image.GetNumberOfComponentsPerPixel() > 1:
+        raise ValueError(f"{image.GetNumberOfComponentsPerPixel()} numbers a voxel")
     size = image.GetDimension()
     n = min(size, 3)
     affine = np.eye(4)
     affine[:n, :n] = np.reshape(image.GetDirection(), (size, size))[:n, :n] * image.GetSpacing()[:n]
     affine[:n, 3] = image.GetOrigin()[:n]
+    unit = re.search(UNIT, _header_text(path))
+    if unit:  # ITK does not look
+        affine[:3] *= {"m": 1000, "cm": 10}.get(unit[1].lower(), 0.001)
     return sitk.GetArrayFromImage(image).T, np.diag([-1, -1, 1, 1]) @ affine  # ITK's LPS -> RAS
+
+
+UNIT = r'(?im)^(?:(?:space )?units: *"|DistanceUnits *= *)(m|cm|um|microns?)\b'  # other than mm
+# (0020,0032), (0020,0037) and (0028,0030) as bytes, and how many numbers they hold
+FRAME_TAGS = {"position": (b"\x20\0\x32\0", 3), "orientation": (b"\x20\0\x37\0", 6),
+              "spacing": (b"\x28\0\x30\0", 2)}
+
+
+class Slice(NamedTuple):
+    """A slice of a DICOM file; the lengths are millimetres, the axes LPS"""
+    series: str
+    size: tuple         # voxels (x, y)
+    position: tuple     # of its first voxel
+    orientation: tuple  # two unit vectors: to the next column and to the next row
+    spacing: tuple      # (x, y)
+    file: Path
+    frame: int          # its place in the file
+
+    def stack(self):
+        """What the slices of one stack share"""
+        return self.series, self.size, *np.round(self.orientation, 2), *np.round(self.spacing, 4)
+
+
+def _frame_geometry(file, n):
+    """Position, orientation and spacing (x, y) of each of the n frames of a DICOM file"""
+    content = file.read_bytes()  # GDCM tells neither where a frame lies nor whether they are regular
+    columns = []
+    for name, (tag, k) in FRAME_TAGS.items():
+        value = rb"(?s:.{4})((?:[-+.\deE ]+\\){%d}[-+.\deE ]+)" % (k - 1)  # behind type and length
+        texts = re.findall(re.escape(tag) + value, content)
+        values = [tuple(map(float, text.split(b"\\"))) for text in texts]
+        if len(set(values)) == 1:
+            values = values[:1] * n  # one for all
+        if len(values) != n:
+            raise ValueError(f"{n} frames, but {len(values)} times their {name}")
+        columns.append(values)
+    return [(position, orientation, spacing[::-1]) for position, orientation, spacing in zip(*columns)]
+
+
+def _dicom_slices(file):
+    """The slices of a DICOM file but localisers; none in another file, ValueError in a broken one"""
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(file))
+    reader.SetImageIO("GDCMImageIO")
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError:
+        with open(file, "rb") as stream:  # structures, reports and a DICOMDIR lie beside slices, too
+            other = re.search(rb"10008\.(1\.3|5\.1\.4\.1\.1\.(?!2\b|4\b|128\b))", stream.read(1024))
+        if _is_dicom(file) and not other:
+            raise ValueError(f"{file.name} is broken") from None
+        return []
+    tags = {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys()}
+    if reader.GetNumberOfComponents() > 1 or "LOCALIZER" in tags.get("0008|0008", ""):
+        return []
+    direction, size = reader.GetDirection(), reader.GetSize()
+    geometry = [(reader.GetOrigin(), direction[::3] + direction[1::3], reader.GetSpacing()[:2])]
+    if size[2] > 1:
+        geometry = _frame_geometry(file, size[2])
+    return [Slice(tags.get("0020|000e", ""), size[:2], *numbers, file, frame)
+            for frame, numbers in enumerate(geometry)]
+
+
+def _regular_stack(slices):
+    """Slices of a stack, sorted -> first position, step to the next one (x, y, z). A position may be off by
+    a fifth of a step, as rounded ones are; ValueError beyond that."""
+    positions = np.array([one.position for one in slices])
+    regular = np.linspace(positions[0], positions[-1], len(slices))
+    step = regular[1] - regular[0]
+    off = np.linalg.norm(positions - regular, axis=1)
+    if off.max() > 0.2 * np.linalg.norm(step):
+        gaps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
+        before, behind = slices[gaps.argmax()], slices[gaps.argmax() + 1]
+        raise ValueError(f"slices {gaps.min():.2f} to {gaps.max():.2f} mm apart, the widest gap between "
+                         f"{before.file.name} and {behind.file.name}")
+    return positions[0], step
+
+
+def _read_dicom(path):
+    stacks = defaultdict(list)
+    for file in _visible_files(path) if path.is_dir() else [path]:
+        for one in _dicom_slices(file):
+            stacks[one.stack()].append(one)
+    if not stacks:
+        raise ValueError("neither DICOM slices, localisers aside, nor PNG or JPEG here")
+    stack = max(stacks.values(), key=len)  # the first of equal ones
+    right, down = np.reshape(stack[0].orientation, (2, 3))
+    pixels = {one.file: sitk.GetArrayFromImage(sitk.ReadImage(str(one.file), sitk.sitkFloat32))
+              for one in stack}
+    slices = []
+    for one in sorted(stack, key=lambda one: np.dot(one.position, np.cross(right, down))):
+        last = slices[-1] if slices else None
+        if not last or not np.allclose(one.position, last.position, atol=1e-3):
+            slices.append(one)
+        elif not np.array_equal(pixels[one.file][one.frame], pixels[last.file][last.frame]):
+            raise ValueError(f"{last.file.name} and {one.file.name} differ and lie at one position")
+    if len(slices) < 2:
+        raise ValueError(f"one slice, {slices[0].file.name}")
+    first, step = _regular_stack(slices)
+    others = [f"{len(other)} of {other[0].series}" for other in stacks.values() if other is not stack]
+    if others:
+        _warn_once(f"{path}: took {len(stack)} slices of the series {stack[0].series}, not "
+                   f"{shorten(others)}")
+    affine = np.eye(4)
+    affine[:3] = np.c_[right * stack[0].spacing[0], down * stack[0].spacing[1], step, first]
+    xyz = np.stack([pixels[one.file][one.frame] for one in slices]).T
+    return xyz, np.diag([-1, -1, 1, 1]) @ affine  # LPS -> RAS
 
 
 def _read_npz(path):
@@ -132,10 +290,11 @@ def read_stored(path):
     if not path.exists():
         raise wrong(path, "nothing there", "a volume")
     readers = {".nii": _read_nifti, ".nii.gz": _read_nifti, ".mha": _read_itk, ".mhd": _read_itk,
-               ".nrrd": _read_itk, ".nhdr": _read_itk, ".npz": _read_npz, ".npy": _read_grey}
+               ".nrrd": _read_itk, ".nhdr": _read_itk, ".npz": _read_npz, ".npy": _read_grey,
+               ".dcm": _read_dicom}
     read = next((readers[end] for end in readers if path.name.lower().endswith(end)), None)
     if path.is_dir():
-        read = _read_grey if _pictures(path) else _read_itk
+        read = _read_grey if _is_grey(path) else _read_dicom
     if read is None:
         raise wrong(path, "an unknown kind", f"{', '.join(readers)}, or a folder of DICOM, PNG or JPEG")
     try:
@@ -173,11 +332,60 @@ def read_volume(path):
     return to_ras(path, *read_stored(path))
 
 
-def _likeness(values):
-    """How much a sample of a scan looks like a chest in Hounsfield units; 0 or less is impossible"""
+def _metadata_affine(path, geometry):
+    """The affine of a scan whose header is blank; geometry as in `Item`"""
+    where, *texts = geometry
+    numbers = []
+    for column, text in zip(GEOMETRY, texts):
+        words = re.sub(r"[^-+.\w]", " ", text).split()  # "[0.75, 0.75]" -> 0.75 0.75
+        try:
+            numbers.append(np.array(words, float))
+        except ValueError:
+            numbers.append(np.zeros(0))
+    *spacings, orientation = numbers
+    is_good = [len(values) == n and np.isfinite(values).all() and values.min() > 0
+               for values, n in zip(spacings, (2, 1))]
+    axes = np.reshape(orientation, (2, 3)) if len(orientation) == 6 else np.zeros((2, 3))
+    is_good.append(np.allclose(axes @ axes.T, np.eye(2), atol=0.01))
+    for column, text, good in zip(GEOMETRY, texts, is_good):
+        if not good:
+            raise wrong(where, f"{column} {text!r}", f"{GEOMETRY[column]}: the header of {path} is blank")
+    affine = np.eye(4)
+    affine[:3, :3] = np.c_[axes.T, np.cross(*axes)] * np.concatenate(spacings)
+    return np.diag([-1, -1, 1, 1]) @ affine  # DICOM's LPS -> RAS
+
+
+def _has_geometry(path, affine):
+    """Does a file tell where its voxels lie? Not with a unit matrix, nor a NIfTI that says so."""
+    if ".nii" in path.name.lower():
+        header = nib.load(path).header
+        if header["sform_code"] == 0 and header["qform_code"] == 0:
+            return False
+    return _is_grey(path) or not np.array_equal(abs(affine), np.eye(4))
+
+
+def read_item(item):
+    """`read_stored` of the volume of an item. Where its header is blank, CT-RATE's metadata tell the
+    geometry; without them the array is taken as the libraries take it, with a warning."""
+    xyz, affine = read_stored(item.volume)
+    if not _has_geometry(item.volume, affine):
+        if item.geometry:
+            return xyz, _metadata_affine(item.volume, item.geometry)
+        _warn_once(f"{item.volume}: its header does not tell how it lies: took its axes as "
+                   f"{''.join(nib.aff2axcodes(affine))}, voxels of "
+                   f"{np.linalg.norm(affine[:3, :3], axis=0).round(3).tolist()} mm")
+    return xyz, affine
+
+
+def _likeness(values, lowest):
+    """How much a sample of a scan looks like a chest in Hounsfield units; 0 or less is impossible. Both air
+    and tissue must be there, air perhaps as the lowest value, which `values` lack."""
     def share(low, high):
         return ((values > low) & (values < high)).mean()
     air_and_lung, soft_tissue = share(-1150, -400), share(-200, 300)
+    has_air = air_and_lung > 0.03 or -1150 < lowest < -400  # in real scans 0.35 and more of each; of tissue
+    if not has_air or soft_tissue < 0.03:                   # at most 0.011 is left of one rescaled twice
+        return 0
     return air_and_lung + soft_tissue - 2 * share(-np.inf, -1200) - 2 * share(700, np.inf)
 
 
@@ -187,7 +395,7 @@ def to_hounsfield(array, path, hu="auto", rescale=None):
     None; CT-RATE v1 files need it, v2 files have it applied."""
     if hu == "csv" and rescale is None:
         raise wrong(path, "no RescaleSlope and RescaleIntercept for it", "them for --hu csv")
-    if Path(path).suffix == ".npy" or _pictures(Path(path)):
+    if _is_grey(Path(path)):
         return array, "pictures: grey laid over the window"
     low, high = float(array.min()), float(array.max())
     if high - low <= 255:
@@ -198,7 +406,8 @@ def to_hounsfield(array, path, hu="auto", rescale=None):
     readings = {"header": stored, "csv": metadata, "auto": either}[hu]
     sample = array.reshape(-1)[::array.size // 200_000 | 1]  # an odd stride follows no column
     sample = sample[sample > low]  # the lowest value may be padding: -1024 … -3024
-    likeness = {note: _likeness(sample * slope + inter) for note, (slope, inter) in readings.items()}
+    likeness = {note: _likeness(sample * slope + inter, low * slope + inter)
+                for note, (slope, inter) in readings.items()}
     note = max(likeness, key=likeness.get)  # the first, "as stored", wins a tie
     if likeness[note] <= 0:
         raise wrong(path, f"values {low:g} to {high:g}, no CT {' or '.join(readings)}",
@@ -392,6 +601,7 @@ class Item(NamedTuple):
     rescale: tuple | None = None      # (slope, intercept) of the metadata
     mask: Path | None = None          # in the grid of `volume`; of a manifest: k + 1 where finding k lies
     centre: tuple | None = None       # (x, y, z) of a LUNA16 candidate, RAS mm
+    geometry: tuple | None = None     # CT-RATE: the line of the metadata, and the texts of GEOMETRY there
 
 
 def read_text(path):
@@ -479,7 +689,8 @@ def _ctrg_items(path, with_result=True):
 
 
 def _ct_rate_items(folder):
-    reports, labels, rescales = {}, {}, {}  # by volume; what a CSV holds is told by its columns
+    # By volume; what a CSV holds is told by its columns
+    reports, labels, rescales, geometries = {}, {}, {}, {}
     for file in sorted(folder.rglob("*.csv")):
         for where, row in read_table(file):
             name = Path(row.get("VolumeName", "")).name.split(".")[0]
@@ -493,6 +704,8 @@ def _ct_rate_items(folder):
             rescale = (row.get("RescaleSlope", np.nan), row.get("RescaleIntercept", np.nan))
             if not np.isnan(rescale).any():
                 rescales[name] = rescale
+            if any(column in row for column in GEOMETRY):
+                geometries[name] = (where, *(row.get(column, "") for column in GEOMETRY))
     if not reports:
         raise wrong(folder, "no CSV with VolumeName, Findings_EN, Impressions_EN", LAYOUTS)
     no_chest = {Path(line).name.split(".")[0] for file in folder.rglob("no_chest*.txt")
@@ -504,8 +717,9 @@ def _ct_rate_items(folder):
             if not name.startswith(("train", "val")):
                 raise wrong(folder, f"the volume {name}", "names train_… and valid_…")
             split = "train" if name.startswith("train") else "valid"
+            geometry = geometries.get(name, (f"{folder}, metadata of {name}", "", "", ""))
             items.append(Item(name, file, reports[name], split, "_".join(name.split("_")[:2]),
-                              labels.get(name), rescales.get(name)))
+                              labels.get(name), rescales.get(name), geometry=geometry))
     if len(items) < len(reports):  # most people have the CSVs of the whole and a part of the volumes
         log.warning("%s: %d of %d reports have a volume here that no_chest_*.txt does not leave out",
                     folder, len(items), len(reports))
@@ -587,9 +801,30 @@ def load_items(data, cache="cache"):
 
 
 # -------------------------------------------------------------------------------- cache, examples
-def cache_file(cache, files, *settings):
-    """Where what is made of these files lies: it changes with the files and with every setting."""
-    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+def files_of(path):
+    """All files that a volume is read from: slices of a folder, a header and its data"""
+    if path.is_dir():
+        return _visible_files(path)
+    if path.suffix.lower() not in (".mhd", ".nhdr"):
+        return [path]
+    text = _header_text(path)
+    key = re.search(r"(?im)^(ElementDataFile *=|data ?file *:)", text)
+    first, *names = text[key.end():].split("\n") if key else [""]
+    pattern, *numbers = first.split() or [""]
+    if "%" in pattern:  # of names, from number to number
+        low, high, step = map(int, numbers[:3])
+        names = [pattern % number for number in range(low, high + 1, step)]
+    elif pattern != "LIST":
+        names = [first]
+    return [path, *filter(Path.is_file, (path.parent / name.strip() for name in names))]
+
+
+def cache_file(cache, volumes, *settings):
+    """Where what is made of these volumes lies: it changes with their files and with every setting."""
+    stats = []
+    for volume in volumes:
+        stats.append(str(volume.resolve()))
+        stats += [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files_of(volume)]
     return Path(cache) / f"{hashlib.sha1(repr((stats, settings)).encode()).hexdigest()}.npy"
 
 
@@ -605,7 +840,8 @@ def save_array(path, array):
 
 def volume_file(item, cache, size=SIZE, hu="auto"):
     """Where the preprocessed volume of an item lies in the cache"""
-    return cache_file(cache, [item.volume], tuple(size), CROP, WINDOW, hu, item.rescale)
+    return cache_file(cache, [item.volume], tuple(size), CROP, WINDOW, hu, item.rescale,
+                      item.geometry and item.geometry[1:])
 
 
 def load_volume(item, cache=None, size=SIZE, hu="auto"):
@@ -614,7 +850,7 @@ def load_volume(item, cache=None, size=SIZE, hu="auto"):
     path = volume_file(item, cache, size, hu) if cache and item.volume.exists() else None
     if path and path.exists():
         return torch.from_numpy(np.load(path, mmap_mode="r", allow_pickle=False).astype(np.float32))
-    array, spacing, _ = read_volume(item.volume)
+    array, spacing, _ = to_ras(item.volume, *read_item(item))
     array, _ = to_hounsfield(array, item.volume, hu, item.rescale)
     volume = preprocess(array, spacing, size).half()
     if path:
@@ -1103,12 +1339,12 @@ def prepare(item, task, cache="cache"):
     zeros. Resampled to the spacing of the task (view "patch"), to 4/3 of its size in plane ("slices"), or
     to a box of BOX mm padded with air ("box")."""
     size = task.size if task.view in ("slices", "box") else None
-    files = [item.volume, item.mask] if item.mask else [item.volume]
-    path = cache_file(cache, files, task.view, size, task.window, task.spacing, len(task.classes),
+    volumes = [item.volume, item.mask] if item.mask else [item.volume]
+    path = cache_file(cache, volumes, task.view, size, task.window, task.spacing, len(task.classes),
                       item.rescale)
     mask_path, affine_path = path.with_suffix(".mask.npy"), path.with_suffix(".affine.npy")
     if not path.exists():
-        array, spacing, affine = read_volume(item.volume)
+        array, spacing, affine = to_ras(item.volume, *read_item(item))
         mask = read_mask(item, task, array.shape, affine) if item.mask else None
         if task.window:
             array, _ = to_hounsfield(array, item.volume, "auto", item.rescale)
@@ -1349,7 +1585,7 @@ def fill_cache(args):
 def _check_volume(items, task, hu):
     """A line of the table of `check`, for the items of one volume"""
     item = items[0]
-    xyz, stored_affine = read_stored(item.volume)
+    xyz, stored_affine = read_item(item)
     array, spacing, affine = to_ras(item.volume, xyz, stored_affine)
     note = "no CT: z-score"
     if task is None or task.window:

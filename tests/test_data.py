@@ -34,7 +34,7 @@ def itk_image(array):
 ORIENTATIONS = ("RAS", "LPS", "LAS", "RPI", "PIR", "SAR", "ASL", "IRP")
 
 
-def test_eight_orientations_give_one_volume(tmp_path):
+def test_eight_orientations_give_one_volume(tmp_path, caplog):
     for codes in ORIENTATIONS:
         image = nib.Nifti1Image(chest().T, AFFINE)
         orientation = nib.orientations.axcodes2ornt(codes)
@@ -43,6 +43,7 @@ def test_eight_orientations_give_one_volume(tmp_path):
         nib.save(image.as_reoriented(turn), path)
         assert "".join(nib.aff2axcodes(nib.load(path).affine)) == codes
         check_read(path)
+    assert not caplog.text
 
 
 def test_oblique_affine_goes_to_the_nearest_axes(tmp_path):
@@ -83,21 +84,180 @@ def test_nifti_with_slope_and_trailing_axis(tmp_path):
     assert abs(array - chest()).max() < 8
 
 
-def test_dicom_folder(tmp_path):
-    array = chest()
+def write_slice(path, array, position=(20, -7, 100), orientation=(-1, 0, 0, 0, -1, 0), **tags):
+    """One DICOM slice of 1.5 x 2 mm in HU, by default as AFFINE has it; tags: t0008_0060="CT" and so on."""
+    piece = sitk.GetImageFromArray(array)
+    piece.SetSpacing((1.5, 2))
+    tags = {"t0008_0060": "CT", "t0020_000d": "1.2.3", "t0020_000e": "1.2.3.4",
+            "t0008_0018": f"1.2.{path.stem}", "t0020_0037": "\\".join(map(str, orientation)),
+            "t0020_0032": "\\".join(map(str, position))} | tags
+    for tag, value in tags.items():
+        piece.SetMetaData(tag[1:].replace("_", "|"), value)
+    path.parent.mkdir(exist_ok=True)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
-    for z in range(len(array)):
-        piece = sitk.GetImageFromArray(array[z])
-        piece.SetSpacing((1.5, 2))
-        tags = {"0008|0060": "CT", "0020|000e": "1.2.3.4", "0020|000d": "1.2.3", "0028|1053": "1",
-                "0028|1052": "0", "0020|0037": "-1\\0\\0\\0\\-1\\0", "0020|0032": f"20\\-7\\{100 + 3 * z}",
-                "0018|0050": "3", "0020|0013": str(z), "0008|0018": f"1.2.3.5.{z}"}
-        for tag, value in tags.items():
-            piece.SetMetaData(tag, value)
-        writer.SetFileName(str(tmp_path / f"{(z * 7) % 20}.dcm"))       # names are not in the order of slices
-        writer.Execute(piece)
+    writer.SetFileName(str(path))
+    writer.Execute(piece)
+
+
+def write_series(folder, array=None, heights=None, **tags):
+    """A DICOM folder, the files not named in the order of slices; by default the chest with AFFINE"""
+    array = chest() if array is None else array
+    heights = [100 + 3 * z for z in range(len(array))] if heights is None else heights
+    for z, height in enumerate(heights):
+        write_slice(folder / f"{z * 7 % len(array)}.dcm", array[z], (20, -7, height), **tags)
+    return folder
+
+
+def test_dicom_folder(tmp_path, caplog):
+    check_read(write_series(tmp_path))
+    assert not caplog.text
+    for file in tmp_path.glob("*.dcm"):
+        file.rename(tmp_path / f"IM{file.stem}")
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((4, 5), np.uint8)), str(tmp_path / "preview.jpg"))
     check_read(tmp_path)
+
+
+def test_dicom_slices_have_their_own_rescale(tmp_path):
+    """The first slice holds whole numbers, the others do not."""
+    tags = {"t0028_1053": "1", "t0028_1052": "0"}
+    for z, array in enumerate(chest()):
+        path = tmp_path / f"{z:02}.dcm"
+        write_slice(path, 2 * array + np.int16(2048), (20, -7, 100 + 3 * z), **tags)
+        content = path.read_bytes()
+        for old, new in ((b"\x28\0\x53\x10\x02\0\0\x001 ", b"\x28\0\x53\x10\x04\0\0\x000.5 "),
+                         (b"\x28\0\x52\x10\x02\0\0\x000 ", b"\x28\0\x52\x10\x08\0\0\x00-1023.75")):
+            assert content.count(old) == 1
+            content = content.replace(old, new)
+        if z:
+            path.write_bytes(content)
+    array, _, _ = data.read_volume(tmp_path)
+    np.testing.assert_array_equal(array[1:], chest()[1:] + 0.25)
+    np.testing.assert_array_equal(array[0], 2 * chest()[0] + 2048)
+
+
+def test_dicom_slice_that_stands_twice(tmp_path):
+    write_series(tmp_path)
+    (tmp_path / "copy.dcm").write_bytes((tmp_path / "14.dcm").read_bytes())
+    check_read(tmp_path)
+    write_slice(tmp_path / "copy.dcm", chest()[2] + np.int16(50), (20, -7, 106))        # contrast medium
+    with pytest.raises(ValueError, match=r"14.dcm and copy.dcm differ and lie at one position"):
+        data.read_volume(tmp_path)
+
+
+def test_dicom_without_positions(tmp_path):
+    write_series(tmp_path, heights=[100] * 20)
+    with pytest.raises(ValueError, match="lie at one position"):
+        data.read_volume(tmp_path)
+
+
+GAPS = {
+    "inside": ([100 + 3 * z for z in range(20) if z not in (7, 8)], "3.00 to 9.00 mm apart, the widest gap"),
+    "one of five": ([100, 103, 106, 112], "3.00 to 6.00 mm apart, the widest gap between 14.dcm and 1.dcm"),
+    "one of four": ([100, 103, 109], "3.00 to 6.00"),
+    "in the middle of five": ([100, 103, 109, 112], "3.00 to 6.00"),
+    "before the last": ([*range(100, 118), 119], "1.00 to 2.00"),
+    "thick, then thin": ([*range(100, 150, 5), *(145 + 1.25 * z for z in range(1, 10))], "1.25 to 5.00"),
+    "a drift": ([100 + 3 * z + 0.05 * z * z for z in range(20)], "3.05 to 4.85"),
+}
+
+
+@pytest.mark.parametrize("heights, words", GAPS.values(), ids=GAPS)
+def test_dicom_gaps(tmp_path, heights, words):
+    write_series(tmp_path, heights=heights)
+    with pytest.raises(ValueError, match=f"{tmp_path}: .*{words}"):
+        data.read_volume(tmp_path)
+
+
+@pytest.mark.parametrize("place", [0, 9, 19])
+def test_broken_dicom_slice(tmp_path, place):
+    write_series(tmp_path)
+    broken = tmp_path / f"{place * 7 % 20}.dcm"
+    for size in (0, 300, len(broken.read_bytes()) - 10):
+        broken.write_bytes(broken.read_bytes()[:size] or b"")
+        with pytest.raises(ValueError, match=f"{tmp_path}: .*{broken.name} is broken"):
+            data.read_volume(tmp_path)
+
+
+def test_dicom_positions_may_be_rounded(tmp_path):
+    array = chest((40, 8, 10))
+    write_series(tmp_path, array, [round(100 + 1.25 * z, 1) for z in range(40)])
+    got, spacing, affine = data.read_volume(tmp_path)
+    np.testing.assert_array_equal(got, array)
+    assert spacing == pytest.approx((1.25, 2, 1.5), abs=0.002) and affine[2, 3] == pytest.approx(100)
+
+
+def test_dicom_beside_other_files(tmp_path, caplog):
+    """A scout, a second series, previews and the files of a viewer are not of the stack, which is named."""
+    write_series(tmp_path)
+    write_slice(tmp_path / "scout.dcm", chest()[0], (0, 0, 0), (1, 0, 0, 0, 0, -1))
+    write_slice(tmp_path / "large.dcm", chest((20, 30, 30))[0], (20, -7, 97))
+    write_slice(tmp_path / "localizer.dcm", chest()[0], (20, -7, 300), t0008_0008="ORIGINAL\\LOCALIZER")
+    for z in range(3):
+        write_slice(tmp_path / f"other{z}.dcm", chest()[0], (20, -7, 100 + 3 * z), t0020_000e="1.2.3.9")
+    for z in range(30):
+        sitk.WriteImage(sitk.GetImageFromArray(np.full((4, 5), 8 * z, np.uint8)), str(tmp_path / f"{z}.png"))
+    (tmp_path / "DICOMDIR").write_bytes(bytes(128) + b"DICM" + b"UI\x14\x001.2.840.10008.1.3.10\x00")
+    (tmp_path / "structures.dcm").write_bytes(bytes(128) + b"DICM" + b"1.2.840.10008.5.1.4.1.1.481.3\x00")
+    (tmp_path / "._0.dcm").write_bytes(b"Mac")
+    (tmp_path / "notes.txt").write_text("fine")
+    check_read(tmp_path)
+    array, _, _ = data.read_volume(tmp_path)
+    assert data.to_hounsfield(array, tmp_path)[1] == "as stored"            # not: pictures
+    assert caplog.text.count(f"{tmp_path}: took 20 slices of the series 1.2.3.4, not 1 of 1.2.3.4, ") == 1
+    assert "3 of 1.2.3.9" in caplog.text
+
+
+def test_dicom_of_nothing_but_localizers_or_one_slice(tmp_path):
+    write_slice(tmp_path / "0.dcm", chest()[0])
+    with pytest.raises(ValueError, match="one slice, 0.dcm"):
+        data.read_volume(tmp_path)
+    write_slice(tmp_path / "1.dcm", chest()[1], (20, -7, 104))
+    assert data.read_volume(tmp_path)[1] == pytest.approx((4, 2, 1.5))
+    write_series(tmp_path, t0008_0008="ORIGINAL\\PRIMARY\\LOCALIZER")
+    with pytest.raises(ValueError, match="localisers aside"):
+        data.read_volume(tmp_path)
+
+
+def test_dicom_of_a_tilted_and_of_a_turned_gantry(tmp_path):
+    a, b = np.cos(0.3), np.sin(0.3)
+    for z, array in enumerate(chest()):
+        write_slice(tmp_path / "tilted" / f"{z}.dcm", array, (20, round(-7 - 0.9 * z, 4), 100 + 3 * z))
+        rounded = 6 if z == 0 else 3
+        write_slice(tmp_path / "turned" / f"{z}.dcm", array, (20, -7, 100 + 3 * z),
+                    tuple(np.round((-a, -b, 0, b, -a, 0), rounded)))
+    array, _, affine = data.read_volume(tmp_path / "tilted")
+    np.testing.assert_array_equal(array, chest())
+    want = AFFINE.copy()
+    want[1, 2] = 0.9
+    np.testing.assert_allclose(affine, want, atol=1e-5)
+    array, _, affine = data.read_volume(tmp_path / "turned")
+    want = AFFINE.copy()
+    want[:2, :2] = np.array([[a, -b], [b, a]]) * [1.5, 2]
+    np.testing.assert_array_equal(array, chest())
+    np.testing.assert_allclose(affine, want, atol=1e-5)
+
+
+def test_dicom_file_of_many_frames(tmp_path, caplog):
+    path = tmp_path / "frames" / "a.dcm"
+    path.parent.mkdir()
+    array = chest()
+    array[[4, 9]] = array[[9, 4]]                           # frames may stand in any order
+    image = itk_image(array)
+    image.SetMetaData("0008|0060", "CT")
+    sitk.WriteImage(image, str(path))
+    whole = path.read_bytes()
+    fourth, ninth = (rb"20\-7\%d" % (100 + 3 * z) for z in (4, 9))
+    path.write_bytes(whole.replace(fourth, b"later").replace(ninth, fourth).replace(b"later", ninth))
+    check_read(path)
+    check_read(path.parent)
+    for old, new, words in ((rb"20\-7\157", rb"20\-7\188", "3.00 to 34.00 mm apart"),
+                            (rb"20\-7\157", rb"20\-7\100", "differ and lie at one position"),
+                            (rb"20\-7\157", rb"20\-7\x57", "20 frames, but 19 times their position")):
+        assert whole.count(old) == 1
+        path.write_bytes(whole.replace(old, new))
+        with pytest.raises(ValueError, match=words):
+            data.read_volume(path)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
@@ -193,6 +353,128 @@ def test_broken_volumes_name_the_file(tmp_path):
         assert str(tmp_path / name) in str(error.value) and "expected" in str(error.value), error.value
 
 
+# ------------------------------------------------------------------------------------------ headers
+
+def with_fields(path, affine=AFFINE, **fields):
+    """The chest as NIfTI, the fields of its header overwritten byte by byte"""
+    save_nifti(path, chest(), affine)
+    content = path.read_bytes()
+    header = nib.Nifti1Header(content[:348], check=False)
+    for name, value in fields.items():
+        header[name] = value
+    path.write_bytes(header.binaryblock + content[348:])
+    return path
+
+
+MM_1 = {"srow_x": [1, 0, 0, 0], "srow_y": [0, 1, 0, 0], "srow_z": [0, 0, 1, 0]}     # an sform of 1 mm
+HEADERS = {     # fields -> spacing (z, y, x), axes of the array as stored, words of the warning
+    "ACDC": (MM_1 | {"qform_code": 1}, (3, 2, 1.5), "1.0, 1.0, 1.0.* mm, its pixdim of .*and the qform"),
+    "ACDC without qform": (MM_1, (3, 2, 1.5), "its pixdim of .1.5, 2.0, 3.0.: took pixdim$"),
+    "2 % off": ({"srow_z": [0, 0, 3.06, 100]}, (3, 2, 1.5), "took pixdim$"),
+    "rounded": ({"srow_z": [0, 0, 3.02, 100]}, (3.02, 2, 1.5), None),
+    "no sform": ({"sform_code": 0, "qform_code": 1} | MM_1, (3, 2, 1.5), None),
+    "negative": ({"pixdim": [1, -1.5, -2, -3, 1, 1, 1, 1]}, (3, 2, 1.5), None),
+    "negative, qform": ({"pixdim": [1, -1.5, 2, 3, 1, 1, 1, 1], "sform_code": 0, "qform_code": 1},
+                        (3, 2, 1.5), None),
+    "zero": ({"pixdim": [1, 0, 0, 0, 1, 1, 1, 1], "qform_code": 1}, (3, 2, 1.5), None),
+    "one zero": (MM_1 | {"pixdim": [1, 1.5, 0, 3, 1, 1, 1, 1], "qform_code": 1}, (3, 1, 1.5), "took pixdim"),
+    "nan": ({"pixdim": [1, np.nan, 2, 3, 1, 1, 1, 1]}, (3, 2, 1.5), None),
+    "unset": ({"pixdim": [1, 1, 1, 1, 1, 1, 1, 1]}, (3, 2, 1.5), None),
+    "metres": ({"xyzt_units": 1}, (3000, 2000, 1500), None),
+    "microns": ({"xyzt_units": 3 + 8}, (0.003, 0.002, 0.0015), None),
+    "no unit": ({"xyzt_units": 0}, (3, 2, 1.5), None),
+    "turned": ({"srow_x": [-1.5, 0, 0, 40], "qform_code": 1}, (3, 2, 1.5), "turn the scan differently"),
+}
+
+
+@pytest.mark.parametrize("fields, spacing, words", HEADERS.values(), ids=HEADERS)
+def test_nifti_header_that_contradicts_itself(tmp_path, caplog, fields, spacing, words):
+    path = with_fields(tmp_path / "a.nii", **fields)
+    array, got, affine = data.read_volume(path)
+    data.read_volume(path)
+    assert got == pytest.approx(spacing, rel=1e-5)
+    assert np.linalg.norm(affine[:3, :3], axis=0) == pytest.approx(spacing[::-1], rel=1e-5)
+    flipped = fields.get("srow_x", [1])[0] < 0
+    np.testing.assert_array_equal(array, chest()[:, :, ::-1] if flipped else chest())
+    if words is None:
+        assert not [record for record in caplog.records if record.name == "mg3d"]
+    else:
+        assert caplog.text.count(f"{path}: ") == 1 and re.search(words, caplog.text.strip())
+
+
+def test_qform_places_a_scan_whose_sform_has_other_lengths(tmp_path):
+    path = with_fields(tmp_path / "a.nii", **MM_1, qform_code=1, qoffset_x=-20, qoffset_y=7, qoffset_z=100)
+    np.testing.assert_allclose(data.read_volume(path)[2], AFFINE, atol=1e-5)
+
+
+def test_nifti_of_another_byte_order(tmp_path):
+    image = nib.Nifti1Image(chest().T, AFFINE)
+    header = image.header.as_byteswapped()
+    nib.save(nib.Nifti1Image(chest().T.astype(">i2"), AFFINE, header), tmp_path / "a.nii")
+    assert (tmp_path / "a.nii").read_bytes()[:4] == (348).to_bytes(4, "big")
+    check_read(tmp_path / "a.nii")
+
+
+@pytest.mark.parametrize("end, old, new", [
+    ("mhd", "ElementSpacing", "ElementSize"),
+    ("mhd", "ElementSpacing = 1.5 2 3", "DistanceUnits = cm\nElementSpacing = 0.15 0.2 0.3"),
+    ("nhdr", "left-posterior-superior", "LPS"),
+    ("nhdr", "space: left-posterior-superior", 'space: left-posterior-superior\nspace units: "mm" "mm" "mm"'),
+    ("nhdr", "left-posterior-superior\nsizes: 28 24 20\nspace directions: (-1.5,0,0) (0,-2,0)",
+     "right-anterior-superior\nsizes: 28 24 20\nspace directions: (1.5,0,0) (0,2,0)"),
+    ("nhdr", "(-1.5,0,0) (0,-2,0) (0,0,3)",
+     '(-1500,0,0) (0,-2000,0) (0,0,3000)\nspace units: "um" "um" "um"'),
+    ("nhdr", "(-1.5,0,0) (0,-2,0) (0,0,3)",
+     '(-.0015,0,0) (0,-.002,0) (0,0,.003)\nspace units: "m" "m" "m"'),
+])
+def test_words_of_headers_that_itk_reads(tmp_path, end, old, new):
+    path = tmp_path / f"a.{end}"
+    sitk.WriteImage(itk_image(chest()), str(path))
+    text = path.read_text()
+    text = re.sub("space origin: .*\n", "", re.sub("Offset = .*", "Offset = 0 0 0", text))
+    assert old in text
+    path.write_text(text.replace(old, new))
+    array, spacing, affine = data.read_volume(path)
+    np.testing.assert_array_equal(array, chest())
+    assert spacing == pytest.approx((3, 2, 1.5))
+    np.testing.assert_allclose(affine[:3, :3], AFFINE[:3, :3], atol=1e-5)
+
+
+def test_colour_is_no_volume(tmp_path):
+    for name, shape in (("a.mha", (6, 7, 3)), ("b.mha", (1, 6, 7, 3))):
+        picture = sitk.GetImageFromArray(np.zeros(shape, np.uint8), isVector=True)
+        sitk.WriteImage(picture, str(tmp_path / name))
+        with pytest.raises(ValueError, match="3 numbers a voxel"):
+            data.read_volume(tmp_path / name)
+
+
+BLANK = {"identity": (np.eye(4), {}), "no codes": (np.diag([0.8, 0.8, 2, 1]), {"sform_code": 0}),
+         "ITK's identity": (np.diag([-1, -1, 1, 1]), {})}
+
+
+@pytest.mark.parametrize("affine, fields", BLANK.values(), ids=BLANK)
+def test_blank_header_is_told(tmp_path, caplog, affine, fields):
+    path = with_fields(tmp_path / "a.nii", affine, **fields)
+    item = data.load_items(write_csv(tmp_path / "data.csv", "volume,report", [["a.nii", "Fine."]]))[0]
+    xyz, got = data.read_item(item)
+    np.testing.assert_array_equal(xyz, chest().T)
+    data.load_volume(item, None, SMALL)
+    axes = "".join(nib.aff2axcodes(got))
+    assert caplog.text.count(f"{path}: its header does not tell how it lies: took its axes as {axes}") == 1
+
+
+def test_full_header_is_not_called_blank(tmp_path, caplog):
+    for end in ("nii.gz", "mha", "nrrd"):
+        sitk.WriteImage(itk_image(chest()), str(tmp_path / f"a.{end}"))
+        data.read_item(data.Item("a", tmp_path / f"a.{end}", "", "train", "a"))
+    save_nifti(tmp_path / "q.nii", chest())
+    qform = with_fields(tmp_path / "q.nii", sform_code=0, qform_code=1)
+    data.read_item(data.Item("a", qform, "", "train", "a"))
+    np.save(tmp_path / "a.npy", np.arange(1000, dtype=np.uint8).reshape(10, 10, 10) // 4)
+    data.read_item(data.Item("a", tmp_path / "a.npy", "", "train", "a"))
+    assert not caplog.text
+
+
 # --------------------------------------------------------------------------------- Hounsfield units
 
 CTS = ("ct/lung1_full.nii.gz", "ct/lung2_half.nii.gz", "ct/thorax_4dct_half.nii.gz",
@@ -233,6 +515,43 @@ def test_hounsfield_check(padding):
     if padding:
         hu[:, :10] = padding
     hounsfield_cases(hu, "scan.nii.gz")
+
+
+def test_air_and_tissue_must_both_be_there(tmp_path):
+    hu = chest((40, 48, 56)).astype(np.float32)
+    path = tmp_path / "train_1_a_1.npz"
+    for values, is_good in ((hu, True), (hu - 1024, False)):            # rescaled twice: no tissue left
+        np.savez(path, (values.clip(-1000, 1000) / 1000)[:, ::-1, ::-1])
+        array, _, _ = data.read_volume(path)
+        for mode, rescale in (("auto", (1, -1024)), ("auto", None), ("header", None)):
+            if is_good:
+                np.testing.assert_allclose(data.to_hounsfield(array, path, mode, rescale)[0], hu, atol=200)
+            else:
+                with pytest.raises(ValueError, match="air near -1000 and soft tissue near 0"):
+                    data.to_hounsfield(array, path, mode, rescale)
+    little = np.full(100_000, -1000.) + np.arange(100_000) % 50
+    little[:4000] = 40                                                  # a small body in a large field of view
+    padded = -980 - little                                              # a little air in tissue, padded
+    padded[-1] = -3024
+    for values in (little, little.clip(-900), padded):
+        assert data.to_hounsfield(values, path, "header")[1] == "as stored"
+    enclosed = little.copy()
+    enclosed[-60_000:] = 2000
+    below = little.copy()
+    below[-60_000:] = np.arange(60_000) % 50 - 2000
+    little[:2000] = -1000
+    padded[:2000] = 0
+    for values in (little, padded, enclosed, below, hu.clip(-160, 240), hu.clip(-1000, -700)):
+        with pytest.raises(ValueError, match="air near -1000 and soft tissue near 0"):
+            data.to_hounsfield(values, path)
+
+
+@real_data
+@pytest.mark.parametrize("name", CTS)
+def test_hounsfield_of_real_scans_rescaled_twice(name):
+    array, _, _ = data.read_volume(REAL / name)
+    with pytest.raises(ValueError, match="soft tissue near 0"):
+        data.to_hounsfield((array - 1024).clip(-1000, 1000), REAL / name, "auto", (1, -1024))
 
 
 @real_data
@@ -651,6 +970,79 @@ def test_ct_rate_folder(tmp_path, kind, caplog):
     assert torch.isfinite(data.load_volume(items["train_1_a_2"], None, SMALL)).all()
 
 
+AXIAL, CORONAL = "[1.0, 0.0, 0.0, 0.0, 1.0, 0.0]", "[1, 0, 0, 0, 0, -1]"
+OBLIQUE = "[0.99, 0.141067, 0, -0.141067, 0.99, 0]"
+
+
+def ct_rate_v1(folder, stored, affine=None, **geometry):
+    """A CT-RATE folder of one scan (columns, rows, slices), its header blank or with an affine"""
+    path = folder / "train" / "train_1" / "train_1_a" / "train_1_a_1.nii.gz"
+    path.parent.mkdir(parents=True)
+    nib.save(nib.Nifti1Image(stored, np.eye(4) if affine is None else affine), path)
+    write_csv(folder / "reports.csv", "VolumeName,Findings_EN", [[path.name, "Fine."]])
+    row = {"RescaleSlope": 1, "RescaleIntercept": -1024} | geometry
+    write_csv(folder / "metadata.csv", ["VolumeName", *row], [[path.name, *row.values()]])
+    return data.load_items(folder)[0]
+
+
+@pytest.mark.parametrize("orientation, axes", [
+    (AXIAL, [[-1, 0, 0], [0, -1, 0], [0, 0, 1]]), (CORONAL, [[-1, 0, 0], [0, 0, -1], [0, -1, 0]]),
+    (OBLIQUE, [[-0.99, 0.141067, 0], [-0.141067, -0.99, 0], [0, 0, 1]])], ids=["axial", "coronal", "oblique"])
+def test_ct_rate_with_blank_headers(tmp_path, orientation, axes):
+    """axes: where columns, rows and slices run in RAS, as columns of a matrix"""
+    affine = np.eye(4)
+    affine[:3, :3] = np.array(axes) * [0.75, 0.75, 1.5]
+    truth = chest()                                                 # (z, y, x) in RAS
+    turn = nib.orientations.ornt_transform(nib.io_orientation(np.eye(4)), nib.io_orientation(affine))
+    stored = np.ascontiguousarray(nib.apply_orientation(truth.T, turn))
+    geometry = {"XYSpacing": "[0.75, 0.75]", "ZSpacing": "1.5", "ImageOrientationPatient": orientation}
+    first = ct_rate_v1(tmp_path / "v1", stored + np.int16(1024), **geometry)
+    second = ct_rate_v1(tmp_path / "v2", stored, affine, **geometry)
+    assert first.geometry == (f"{tmp_path / 'v1' / 'metadata.csv'}, line 2", *geometry.values())
+    want = data.preprocess(truth.astype(np.float32), None, SMALL).half().float()
+    assert torch.equal(data.load_volume(first, None, SMALL), want)
+    assert torch.equal(data.load_volume(second, None, SMALL), want)
+    np.testing.assert_allclose(data.read_item(first)[1], affine, atol=1e-5)
+
+
+def test_ct_rate_header_counts_unless_it_is_blank(tmp_path, command):
+    """Metadata without orientation will do for v2, and spacings may be written in several ways."""
+    item = ct_rate_v1(tmp_path / "v2", chest().T, AFFINE, XYSpacing="?")
+    np.testing.assert_array_equal(data.read_item(item)[1], AFFINE)
+    for i, (xy, z) in enumerate((("(0.7, 0.8)", "1.5"), ("['0.7', '0.8']", "[1.5]"), ("0.7\\0.8", " 1.5e0"))):
+        item = ct_rate_v1(tmp_path / f"v1_{i}", chest().T, XYSpacing=xy, ZSpacing=z,
+                          ImageOrientationPatient=AXIAL)
+        np.testing.assert_allclose(data.read_item(item)[1], np.diag([-0.7, -0.8, 1.5, 1]))
+    code, text = command("data.py", "check", "--data", tmp_path / "v1_0")
+    assert code == 0 and re.search("1.50 0.80 0.70 +LPS", text)
+
+
+@pytest.mark.parametrize("column, value", [
+    ("XYSpacing", ""), ("XYSpacing", "0.75"), ("XYSpacing", "[0.75, 0]"), ("XYSpacing", "[0.75, x]"),
+    ("XYSpacing", "[nan, nan]"), ("XYSpacing", "[0.75, -0.75]"), ("ZSpacing", "0"), ("ZSpacing", "inf"),
+    ("ZSpacing", "thick"), ("ImageOrientationPatient", "[1, 0, 0, 0, 1]"), ("ImageOrientationPatient", ""),
+    ("ImageOrientationPatient", "[1, 0, 0, 1, 0, 0]"), ("ImageOrientationPatient", "[0, 0, 0, 0, 0, 0]"),
+    ("ImageOrientationPatient", "[nan, 0, 0, 0, 1, 0]"), ("ImageOrientationPatient", None)])
+def test_bad_geometry_in_the_metadata_of_ct_rate(tmp_path, column, value):
+    geometry = {"XYSpacing": "[0.75, 0.75]", "ZSpacing": "1.5", "ImageOrientationPatient": AXIAL}
+    geometry[column] = value
+    if value is None:
+        del geometry[column]
+    item = ct_rate_v1(tmp_path, chest().T, **geometry)
+    words = (f"{tmp_path / 'metadata.csv'}, line 2: found {column} {value or ''!r}, expected "
+             f"{data.GEOMETRY[column]}: the header of {item.volume} is blank")
+    with pytest.raises(ValueError, match=re.escape(words)):
+        data.load_volume(item, None, SMALL)
+
+
+def test_blank_header_without_metadata_of_ct_rate(tmp_path):
+    item = ct_rate_v1(tmp_path, chest().T)
+    (tmp_path / "metadata.csv").unlink()
+    for one in (item, data.load_items(tmp_path)[0]):
+        with pytest.raises(ValueError, match=f"{tmp_path}, metadata of train_1_a_1: found XYSpacing ''"):
+            data.load_volume(one, None, SMALL)
+
+
 def test_ct_rate_folder_with_a_volume_or_report_twice(tmp_path):
     ct_rate(tmp_path, ["train_1_a_1", "valid_1_a_1"])
     twice = tmp_path / "train_fixed" / "train_1_a_1.nii.gz"
@@ -725,6 +1117,72 @@ def test_cache(tmp_path, monkeypatch):
     assert data.volume_file(item, cache, SMALL) not in paths
     save_nifti(item.volume, chest(seed=99))
     assert not torch.equal(data.load_volume(item, cache, SMALL), fresh) and len(reads) == 1
+
+
+def many_files(folder, end):
+    """A volume of several files -> its path, and one of its files"""
+    path = folder / f"a.{end}"
+    if end == "dicom":
+        return write_series(path), path / "7.dcm"
+    if end == "png":
+        path.mkdir()
+        for z in range(4):
+            sitk.WriteImage(sitk.GetImageFromArray(np.full((4, 5), 60 * z, np.uint8)), str(path / f"{z}.png"))
+        return path, path / "3.png"
+    sitk.WriteImage(itk_image(chest()), str(path), useCompression=False)
+    return path, folder / "a.raw"
+
+
+@pytest.mark.parametrize("end", ["mhd", "nhdr", "dicom", "png"])
+def test_cache_knows_every_file_of_a_volume(tmp_path, end):
+    path, part = many_files(tmp_path, end)
+    item = data.Item("a", path, "", "train", "a")
+    before = data.volume_file(item, tmp_path)
+    assert data.volume_file(item, tmp_path) == before
+    stat = part.stat()
+    part.write_bytes(part.read_bytes())
+    os.utime(part, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    after = data.volume_file(item, tmp_path)
+    part.rename(part.with_name("b" + part.name))
+    assert len({before, after, data.volume_file(item, tmp_path)}) == 3
+
+
+@pytest.mark.parametrize("end, key, value", [
+    ("mhd", "ElementDataFile = ", "LIST\n" + "\n".join(f"s{z}.raw" for z in range(20))),
+    ("mhd", "ElementDataFile = ", "s%d.raw 0 19 1"),
+    ("nhdr", "data file: ", "LIST\n" + "\n".join(f"s{z}.raw" for z in range(20))),
+    ("nhdr", "data file: ", "./s%d.raw 0 19 1"), ("nhdr", "datafile: ", "./s%d.raw 0 19 1")])
+def test_header_with_a_data_file_a_slice(tmp_path, end, key, value):
+    path = tmp_path / f"a.{end}"
+    sitk.WriteImage(itk_image(chest()), str(path), useCompression=False)
+    content = (tmp_path / "a.raw").read_bytes()
+    for z in range(20):
+        (tmp_path / f"s{z}.raw").write_bytes(content[z * 1344:(z + 1) * 1344])
+    lines = [line for line in path.read_text().splitlines() if "a.raw" not in line]
+    path.write_text("\n".join([*lines, key + value + "\n"]))
+    check_read(path)
+    assert sorted(data.files_of(path)) == sorted([path, *tmp_path.glob("s*.raw")])
+
+
+def test_cache_of_prepared_scans_knows_the_data_of_a_mask(tmp_path):
+    sitk.WriteImage(itk_image(chest()), str(tmp_path / "a.mhd"))
+    item = data.Item("a", tmp_path / "a.mhd", "", "train", "a", mask=tmp_path / "mask.mhd")
+    task = data.TASKS["msd-lung"]
+    for z in (5, 15):
+        mask = np.zeros((20, 24, 28), np.uint8)
+        mask[z] = 1
+        sitk.WriteImage(itk_image(mask), str(item.mask))
+        os.utime(item.mask, ns=(1, 1))                              # the header stays as it is
+        _, prepared, _ = data.prepare(item, task, tmp_path / "cache")
+        assert np.flatnonzero(prepared.any((1, 2))).mean() == pytest.approx(2 * z + 0.5)
+
+
+def test_cache_depends_on_the_geometry_of_the_metadata(tmp_path):
+    item = data.load_items(manifest(tmp_path))[0]
+    keys = {data.volume_file(item._replace(geometry=geometry), tmp_path) for geometry in (
+        None, ("line 2", "[1, 1]", "1", AXIAL), ("line 2", "[1, 1]", "1", CORONAL),
+        ("line 3", "[1, 1]", "1", AXIAL))}
+    assert len(keys) == 3                                           # where the metadata stand does not matter
 
 
 def test_cache_is_atomic(tmp_path, monkeypatch):
