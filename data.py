@@ -55,6 +55,10 @@ SIZE = (128, 96, 128)           # voxels (z, y, x) that the network sees
 CROP = (0.88, 0.66, 0.88)       # part of the scan (z, y, x) that the centre crop keeps
 WINDOW = (-1000., 1000.)        # HU that become 0 and 1. NOTE(paper): not given
 SPLITS = ("train", "valid", "test")
+SPLIT_NAMES = {"train": "train", "training": "train", "val": "valid", "valid": "valid",
+               "validation": "valid", "test": "test", "testing": "test"}
+NO_TEXT = ("", "nan", "none", "null", "na", "n/a", "not given", "not given.")
+ENDING = re.compile(r"\.(nii|nii\.gz|mha|mhd|nrrd|nhdr|npz|npy)$", re.IGNORECASE)  # of a volume
 DEMO_SIZE = 1430                # phantoms of --data demo: 1001 to train on, 429 held out
 
 
@@ -63,10 +67,16 @@ def wrong(where, found, expected):
     return ValueError(f"{where}: found {found}, expected {expected}")
 
 
+def is_hidden(name):
+    """Is this what a system or a tool keeps beside the data, such as ._1.nii.gz or .ipynb_checkpoints?"""
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir")
+
+
 # --------------------------------------------------------------------------------------- volumes
 def _pictures(path):
     """The PNG and JPEG files of a folder in natural order: slice 10 follows slice 9"""
-    files = [file for file in path.glob("*") if file.suffix.lower() in (".png", ".jpg", ".jpeg")]
+    files = [file for file in path.glob("*") if file.suffix.lower() in (".png", ".jpg", ".jpeg")
+             and not is_hidden(file.name)]
     return sorted(files, key=lambda file: [int(text) if text.isdigit() else text
                                            for text in re.split(r"(\d+)", file.name)])
 
@@ -376,6 +386,7 @@ def mask_volume(size, mask_size, mask_ratio, generator):
 LAYOUTS = ("a manifest .csv (volume,report[,split][,patient][,label columns]), a CT-RATE folder "
            "(train/…/*.nii.gz or .npz; reports, labels and metadata CSVs) or a CTRG-Chest .json")
 NUMBERS = (*LABELS, "RescaleSlope", "RescaleIntercept", "coordX", "coordY", "coordZ")
+COLUMNS = (*NUMBERS, "split", "patient", "VolumeName", "Findings_EN", "Impressions_EN")
 
 
 class Item(NamedTuple):
@@ -391,6 +402,50 @@ class Item(NamedTuple):
     centre: tuple | None = None       # (x, y, z) of a LUNA16 candidate, RAS mm
 
 
+def walk(folder):
+    """As os.walk, but links are followed, each real folder once, and what is hidden is left out"""
+    seen, starts = set(), [folder]
+    for start in starts:  # the links come last: a folder's own name counts, not that of a link to it
+        for root, folders, files in os.walk(start):
+            real = os.path.realpath(root)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not is_hidden(name))
+            yield Path(root), folders, [name for name in files if not is_hidden(name)]
+            starts += [link for link in map(Path(root).joinpath, folders) if link.is_symlink()]
+
+
+def find(folder, pattern):
+    """The files below a folder whose whole name has the pattern in any case, sorted; see `walk`"""
+    return sorted(root / name for root, _, files in walk(folder) for name in files
+                  if re.fullmatch(pattern, name, re.IGNORECASE))
+
+
+def stem(path):
+    """The name of a volume without its ending"""
+    return ENDING.sub("", path.name)
+
+
+def by_stem(files):
+    """{stem: file}; two files of one stem are refused."""
+    found = {}
+    for file in files:
+        other = found.setdefault(stem(file), file)
+        if other != file:
+            raise wrong(file, "a second file for one case", f"one, {other}")
+    return found
+
+
+def first_of_equal(files):
+    """The first of some tables that must not contradict each other"""
+    for file in files[1:]:
+        if file.read_bytes() != files[0].read_bytes():
+            raise wrong(file, "another content", f"that of {files[0]}")
+    return files[0]
+
+
 def read_text(path):
     try:
         return Path(path).read_bytes().decode("utf-8-sig")
@@ -400,31 +455,76 @@ def read_text(path):
         raise wrong(f"{path}, line {line}", f"the byte 0x{byte:02x}", "text in UTF-8") from error
 
 
+def _rows(path):
+    """The rows of a CSV that hold anything: ("PATH, line N", cells without blanks around them)"""
+    text = read_text(path)
+    separator = max(",;\t", key=text.lstrip().split("\n", 1)[0].count)
+    table = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
+    line = 1  # where a row begins: in quotes it may have line ends
+    try:
+        for cells in table:
+            cells = [cell.strip() for cell in cells]
+            if any(cells):
+                yield f"{path}, line {line}", cells
+            line = table.line_num + 1
+    except csv.Error as error:
+        raise wrong(f"{path}, line {line}", f"a row that cannot be read ({error})",
+                    "quotes in pairs, around text with commas, quotes or line ends") from None
+
+
+def _plain(text):
+    """One of the spellings that tools have: "1" for "1.0" or "True", "lung nodule" for "Lung_Nodule "."""
+    text = " ".join(text.lower().replace("_", " ").split())
+    return {"true": "1", "false": "0"}.get(text, re.sub(r"\.0*$", "", text))
+
+
+def _number(where, name, text, is_needed):
+    """A cell of a column of NUMBERS as float, NaN where it is unknown"""
+    try:
+        value = float(text)
+    except ValueError:
+        unknown = dict.fromkeys(NO_TEXT, math.nan)
+        value = {"true": 1., "false": 0., **unknown}.get(text.lower(), math.inf)
+    is_good = value in (0, 1, -1) if name in LABELS else math.isfinite(value)
+    if not is_good and (is_needed or not math.isnan(value)):
+        expected = "a number" + (": 0, 1 or, where it is unknown, -1 or nothing" if name in LABELS else "")
+        raise wrong(where, f"{name} {text!r}", expected)
+    return value
+
+
 def read_table(path, *needed, **choices):
-    """The rows of a CSV: ("PATH, line N", {column: text, or float in NUMBERS, NaN if empty}). needed:
-    columns that must be there and filled; choices: columns and the texts that they may hold."""
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), restval="")
-    columns = reader.fieldnames or []
+    """The rows of a CSV: ("PATH, line N", {column: text, or float in NUMBERS, NaN if unknown}). needed:
+    columns that must be there, numbers among them filled; choices: columns and the texts that they may
+    hold. ; or tab may separate, too; case, blanks and _ in the names of known columns do not matter."""
+    rows = _rows(path)
+    known = {_plain(name): name for name in (*COLUMNS, *needed, *choices)}
+    columns = [known.get(_plain(name), name) for name in next(rows, (path, []))[1]]
     missing = [name for name in (*needed, *choices) if name not in columns]
-    if missing:
-        raise wrong(path, f"the columns {columns}", f"also {missing}")
+    twice = [name for name in known.values() if columns.count(name) > 1]
+    if missing or twice:
+        raise wrong(path, f"the columns {columns}", f"also {missing}" if missing else f"{twice} once")
     numbers = [name for name in NUMBERS if name in columns]
-    rows = []
-    for row in reader:
-        where = f"{path}, line {reader.line_num}"
-        if None in row:
-            fields = len(columns) + len(row[None])
-            raise wrong(where, f"{fields} fields", f"{len(columns)}; quotes around text with commas")
+    table, uncertain = [], []
+    for where, cells in rows:
+        if len(cells) != len(columns):
+            expected = f"{len(columns)}; quotes around text with commas"
+            raise wrong(where, f"{len(cells)} fields", expected)
+        row = dict(zip(columns, cells))
         for name, texts in choices.items():
             if row[name] not in texts:
-                raise wrong(where, f"{name} {row[name]!r}", f"one of {', '.join(texts)}")
+                text = next((text for text in texts if _plain(text) == _plain(row[name])), None)
+                if text is None:
+                    raise wrong(where, f"{name} {row[name]!r}", f"one of {', '.join(texts)}")
+                row[name] = text
         for name in numbers:
-            try:
-                row[name] = float(row[name] or ("" if name in needed else "nan"))
-            except ValueError:
-                raise wrong(where, f"{name} {row[name]!r}", "a number") from None
-        rows.append((where, row))
-    return rows
+            row[name] = _number(where, name, row[name], name in needed)
+            if row[name] == -1 and name in LABELS:
+                row[name] = math.nan
+                uncertain.append(where)
+        table.append((where, row))
+    if uncertain:
+        log.warning("%s: %d labels are -1, taken as unknown", uncertain[0], len(uncertain))
+    return table
 
 
 @contextlib.contextmanager
@@ -442,66 +542,105 @@ def _labels(row):
         return np.array([row.get(name, np.nan) for name in LABELS], dtype=np.float32)
 
 
+def _text(value):
+    """The text of a cell or of a JSON's entry: a text or several; "" where a tool writes that there is none"""
+    if isinstance(value, list):
+        return "\n".join(filter(None, map(_text, value)))
+    if value is None or value != value:  # NaN
+        return ""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} instead of text")
+    return "" if value.strip().lower() in NO_TEXT else value
+
+
+def _path(value):
+    """The path of a JSON's entry, with / or \\; a list may hold one"""
+    paths = value if isinstance(value, list) else [value]
+    if len(paths) != 1 or not isinstance(paths[0], str) or not paths[0]:
+        raise TypeError(f"{value!r} instead of a path")
+    return paths[0].replace("\\", "/")
+
+
 def _manifest_items(path):
     items = []
     for where, row in read_table(path, "volume", "report"):
-        volume = row["volume"]
-        split = row.get("split") or "train"
-        if split not in SPLITS or not volume:
-            raise wrong(where, f"volume {volume!r} and split {split!r}", f"a path and one of {SPLITS}")
-        items.append(Item(volume, path.parent / volume, row["report"], split, row.get("patient") or volume,
-                          _labels(row)))
+        volume = row["volume"].replace("\\", "/")
+        name = _text(row.get("split")) or "train"
+        split = SPLIT_NAMES.get(name.lower())
+        if not split or not volume:
+            raise wrong(where, f"volume {volume!r} and split {name!r}", f"a path and one of {SPLITS}")
+        patient = _text(row.get("patient")) or volume
+        items.append(Item(volume, path.parent / volume, _text(row["report"]), split, patient, _labels(row)))
     return items
+
+
+def _ctrg_parts(content):
+    """{split: entries} of a CTRG-Chest JSON, or of a list whose entries tell their split"""
+    parts = {split: [] for split in SPLITS}
+    if isinstance(content, list):
+        content = {name: [row for row in content if row["split"] == name]
+                   for name in {row["split"] for row in content}}
+    for name, rows in content.items():
+        if name.lower() in SPLIT_NAMES:
+            parts[SPLIT_NAMES[name.lower()]] += rows
+        elif isinstance(rows, list) and any("image_path" in row for row in rows if isinstance(row, dict)):
+            raise ValueError(f"the part {name!r}")
+    return parts
 
 
 def _ctrg_items(path, with_result=True):
     """`result` is the impression. Pre-training reads it behind the report, generation has the report."""
     items = []
     with expecting(path, "CTRG-Chest's {train, val, test: [{id, report, image_path}]}"):
-        content = json.loads(read_text(path))
+        parts = _ctrg_parts(json.loads(read_text(path)))
         # The released file lists the same volumes as val and as test: they are test.
-        tested = {row["image_path"] for row in content.get("test", [])}
-        for part, split in (("train", "train"), ("test", "test"), ("val", "valid")):
-            for row in content.get(part, []):
+        tested = {_path(row["image_path"]) for row in parts["test"]}
+        for split in ("train", "test", "valid"):
+            for row in parts[split]:
                 name = str(row["id"])
-                volume = row["image_path"]
+                volume = _path(row["image_path"])
                 if "report" not in row:
-                    raise KeyError(f"no report in the entry {name} of {part}")
-                if part != "val" or volume not in tested:
-                    texts = row["report"], row.get("result") if with_result else None
-                    report = "\n".join(text for text in texts if text)
+                    raise KeyError(f"no report in the entry {name} of {split}")
+                if split != "valid" or volume not in tested:
+                    report = _text([row["report"], row.get("result") if with_result else None])
                     items.append(Item(name, path.parent / volume, report, split, name))
     return items
 
 
+def _note(notes, name, value, where):
+    """Note what a table says of a volume; tables that contradict each other are refused."""
+    known, first = notes.setdefault(name, (value, where))
+    if str(known) != str(value):
+        raise wrong(where, f"{value} for {name}", f"{known} as in {first}")
+
+
 def _ct_rate_items(folder):
     reports, labels, rescales = {}, {}, {}  # by volume; what a CSV holds is told by its columns
-    for file in sorted(folder.rglob("*.csv")):
+    for file in find(folder, r".+\.csv"):
         for where, row in read_table(file):
             name = Path(row.get("VolumeName", "")).name.split(".")[0]
             if "Findings_EN" in row:
                 if name in reports:
-                    raise wrong(where, f"a second report of {name}", "one")
-                texts = (row["Findings_EN"], row.get("Impressions_EN", ""))
-                reports[name] = "\n".join(text for text in texts if text.strip() not in ("", "Not given."))
-            if _labels(row) is not None:
-                labels[name] = _labels(row)
+                    raise wrong(where, f"a second report of {name}", f"one, {reports[name][1]}")
+                reports[name] = _text([row["Findings_EN"], row.get("Impressions_EN")]), where
+            if name and _labels(row) is not None:
+                _note(labels, name, _labels(row), where)
             rescale = (row.get("RescaleSlope", np.nan), row.get("RescaleIntercept", np.nan))
             if not np.isnan(rescale).any():
-                rescales[name] = rescale
+                _note(rescales, name, rescale, where)
     if not reports:
         raise wrong(folder, "no CSV with VolumeName, Findings_EN, Impressions_EN", LAYOUTS)
-    no_chest = {Path(line).name.split(".")[0] for file in folder.rglob("no_chest*.txt")
+    no_chest = {Path(line).name.split(".")[0] for file in find(folder, r"no_chest.*\.txt")
                 for line in read_text(file).splitlines()}
     items = []
-    for file in sorted(folder.rglob("*")):
-        name = file.name.split(".")[0]
-        if file.name.endswith((".nii.gz", ".npz")) and name in reports and name not in no_chest:
+    for file in find(folder, r".+\.(nii|nii\.gz|npz)"):
+        name = stem(file)
+        if name in reports and name not in no_chest:
             if not name.startswith(("train", "val")):
                 raise wrong(folder, f"the volume {name}", "names train_… and valid_…")
             split = "train" if name.startswith("train") else "valid"
-            items.append(Item(name, file, reports[name], split, "_".join(name.split("_")[:2]),
-                              labels.get(name), rescales.get(name)))
+            items.append(Item(name, file, reports[name][0], split, "_".join(name.split("_")[:2]),
+                              labels.get(name, (None,))[0], rescales.get(name, (None,))[0]))
     if len(items) < len(reports):  # most people have the CSVs of the whole and a part of the volumes
         log.warning("%s: %d of %d reports have a volume here that no_chest_*.txt does not leave out",
                     folder, len(items), len(reports))
@@ -515,7 +654,8 @@ def read_items(data, cache="cache"):
         return _ct_rate_items(data)
     if not data.is_file():
         raise wrong(data, "nothing there", LAYOUTS)
-    return _ctrg_items(data) if read_text(data).lstrip().startswith("{") else _manifest_items(data)
+    is_json = read_text(data).lstrip().startswith(("{", "["))
+    return _ctrg_items(data) if is_json else _manifest_items(data)
 
 
 def permute_reports(items, seed):
