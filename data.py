@@ -428,22 +428,24 @@ def stem(path):
     return ENDING.sub("", path.name)
 
 
-def by_stem(files):
-    """{stem: file}; two files of one stem are refused."""
-    found = {}
-    for file in files:
-        other = found.setdefault(stem(file), file)
-        if other != file:
-            raise wrong(file, "a second file for one case", f"one, {other}")
-    return found
-
-
-def first_of_equal(files):
-    """The first of some tables that must not contradict each other"""
-    for file in files[1:]:
-        if file.read_bytes() != files[0].read_bytes():
-            raise wrong(file, "another content", f"that of {files[0]}")
+def only(files, name):
+    """The file that stands for a name; ValueError if there are two"""
+    if len(files) > 1:
+        raise wrong(files[0], f"also {files[1]} for {name}", "one of them")
     return files[0]
+
+
+def only_table(files):
+    """A table, of which there may be copies but no second version"""
+    return only([files[0], *(file for file in files if file.read_bytes() != files[0].read_bytes())], "a table")
+
+
+def by_stem(files):
+    """{stem: its only file}"""
+    found = defaultdict(list)
+    for file in files:
+        found[stem(file)].append(file)
+    return {name: only(files, name) for name, files in found.items()}
 
 
 def read_text(path):
@@ -866,56 +868,73 @@ class Batches:
 # A task is a row of TASKS and a records function: (folder, fold) -> items, split None if the set has none.
 
 CC_CCII = {"Normal": "0", "CP": "1", "NCP": "2"}  # label and target in the fold files
+NIFTI = r".+\.nii(\.gz)?"
 CASE_LIST = "{training: [{image, label[, fold]}][, validation: [{image, label}]]}"
 BOX = 384.  # mm, side of the box around the middle of a scan (view "box")
 FEW_SHOT_VOLUMES = 1000  # training volumes of the two CT-RATE tasks, as in the paper
 
 
-def _cc_ccii_items(folder, fold):
-    scans, labels, tables, rows = {}, {}, {}, []  # scans and labels by (patient, scan)
-    for root, folders, files in os.walk(folder):
-        label = re.fullmatch(r"(Normal|CP|NCP)(-\d+)?", Path(root).name)  # or "CP-20/CP"
+def _cc_ccii_files(folder):
+    """Scans and the classes of their folders by (patient, scan), fold files by (fold, part)"""
+    scans, labels, tables = {}, {}, defaultdict(list)
+
+    def add(key, scan):
+        other = scans.setdefault(key, scan)
+        if os.path.realpath(other) != os.path.realpath(scan):
+            only([other, scan], "one scan")
+    for root, folders, files in walk(folder):
+        label = re.fullmatch(r"(Normal|CP|NCP)(-\d+)?", root.name)  # or "CP-20/CP"
         if label:
-            for scan in Path(root).glob("*/*/"):
+            for scan in sorted(root.glob("*/*/")):
                 key = scan.parent.name, scan.name
-                if key[0] not in CC_CCII and scan.is_dir():
-                    scans[key] = scan
+                if key[0] not in CC_CCII and not any(map(is_hidden, key)) and scan.is_dir():
+                    add(key, scan)
                     labels[key] = label[1]
             folders[:] = CC_CCII.keys() & folders  # do not list 400,000 slices
         for file in files:
             array = re.fullmatch(r"p(\d+)-s(\d+)\.npy", file)
             if array:
-                scans[array.groups()] = Path(root, file)
-            table = re.fullmatch(r".*fold(\d+).*(train|valid).*\.csv", file)
+                add(array.groups(), root / file)
+            table = re.fullmatch(r".*fold(\d+).*(train|val).*\.csv", file, re.IGNORECASE)
             if table:
-                tables[int(table[1]), table[2]] = Path(root, file)
+                tables[int(table[1]), table[2].lower()].append(root / file)
+    return scans, labels, tables
+
+
+def _cc_ccii_items(folder, fold):
+    scans, labels, tables = _cc_ccii_files(folder)
+    rows = []
     if not tables:
         rows = [(key, label, None) for key, label in sorted(labels.items())]
         unlabelled = sorted(scans.keys() - labels.keys())
         if unlabelled:
             raise wrong(scans[unlabelled[0]], f"no *fold{fold}*train*.csv and *valid*.csv", "its class there")
-    for part, split in (("train", "train"), ("valid", "test")):  # the release reports its "valid"
+    for part, split in (("train", "train"), ("val", "test")):  # the release reports its "valid"
         if tables and (fold, part) not in tables:
-            names = sorted(path.name for path in tables.values())
+            names = sorted(path.name for paths in tables.values() for path in paths)
             raise wrong(folder, f"the fold files {names}", f"also *fold{fold}*{part}*.csv")
         if tables:
-            for where, row in read_table(tables[fold, part], "target", "label", "patient_id", "scan_id"):
-                target, label = row["target"], row["label"]
-                if CC_CCII.get(label) != target:
+            for where, row in read_table(only_table(tables[fold, part]), "patient_id", "scan_id",
+                                         target=CC_CCII.values(), label=CC_CCII):
+                target, label, key = row["target"], row["label"], (row["patient_id"], row["scan_id"])
+                if CC_CCII[label] != target:
                     raise wrong(where, f"target {target!r} and label {label!r}", "0 Normal, 1 CP or 2 NCP")
-                rows.append(((row["patient_id"], row["scan_id"]), label, split))
+                if labels.get(key, label) != label:
+                    raise wrong(where, f"label {label!r}", f"{labels[key]!r}, that of {scans[key]}")
+                rows.append((key, label, split))
     return [Item("/".join(key), scans.get(key, folder / label / "/".join(key)), "", split, key[0],
                  np.float32([label == name for name in CC_CCII])) for key, label, split in rows]
 
 
 def _luna16_items(folder, fold):
-    scans = {path.stem: path for path in sorted(folder.rglob("*.mhd"))
-             if re.fullmatch(r"subset\d", path.parent.name)}  # not seg-lungs-LUNA16
-    tables = sorted(folder.rglob("candidates_V2.csv")) or sorted(folder.rglob("candidates.csv"))
+    scans = by_stem(path for path in find(folder, r".+\.mhd")
+                    if re.fullmatch(r"subset\d", path.parent.name, re.IGNORECASE))  # not seg-lungs-LUNA16
+    tables = find(folder, r"candidates_V2\.csv") or find(folder, r"candidates\.csv")
     if not scans or not tables:
         raise wrong(folder, f"{len(scans)} subset?/*.mhd and {len(tables)} candidates[_V2].csv", "both")
+    table = only_table(tables)
     subsets = {name: int(path.parent.name[-1]) for name, path in scans.items()}
-    rows = read_table(tables[0], "seriesuid", "coordX", "coordY", "coordZ", **{"class": ("0", "1")})
+    rows = read_table(table, "seriesuid", "coordX", "coordY", "coordZ", **{"class": ("0", "1")})
     series = dict.fromkeys(row["seriesuid"] for _, row in rows)
     absent = [name for name in series if name not in scans]
     if absent:
@@ -923,8 +942,8 @@ def _luna16_items(folder, fold):
         found = f"no .mhd for {len(absent)} of {len(series)} series: {shorten(absent)}"
         found += f"; no file in the subsets {empty}"
         if len(absent) > (0.05 + len(empty) / 10) * len(series):
-            raise wrong(tables[0], found, "at most 5 % to be missing from the other subsets")
-        log.warning("%s: found %s: their candidates are left out", tables[0], found)
+            raise wrong(table, found, "at most 5 % to be missing from the other subsets")
+        log.warning("%s: found %s: their candidates are left out", table, found)
     split_of = ["train"] * 5 + ["valid"] * 2 + ["test"] * 3
     labels = {text: np.float32([text]) for text in "01"}  # one array for all of 750,000 candidates
     items = []
@@ -937,47 +956,92 @@ def _luna16_items(folder, fold):
     return items
 
 
-def _listed_cases(folder, fold):
-    """Cases of a JSON like CASE_LIST: (image, mask, split or None); [] without one"""
+def _case_list(folder, fold):
+    """The JSON like CASE_LIST of a folder, and (image, label, split) of its cases as it gives them"""
     lists = []
-    for path in sorted(folder.rglob("*.json")):
+    for path in find(folder, r".+\.json"):
         with expecting(path, CASE_LIST):
             content = json.loads(read_text(path))
-            if "training" in content:
-                folds = {row["fold"] for row in content["training"] if "fold" in row}
-                lists.append((path, content, folds))
+            if isinstance(content, dict):
+                parts = defaultdict(list)
+                for name, rows in content.items():
+                    if name.lower() in SPLIT_NAMES and isinstance(rows, list):
+                        parts[SPLIT_NAMES[name.lower()]] += rows
+                if "train" in parts:
+                    folds = {int(row["fold"]) for row in parts["train"] if "fold" in row}
+                    lists.append((path, parts, folds))
     lists = [entry for entry in lists if entry[2]] or lists  # folds beside a dataset.json
     if not lists:
-        return []
+        return folder, []
     if len(lists) > 1:
         raise wrong(folder, f"the lists {', '.join(str(entry[0]) for entry in lists)}", "one")
-    path, content, folds = lists[0]
+    path, parts, folds = lists[0]
     if folds and fold not in folds:
         raise wrong(path, f"the folds {sorted(folds)}", f"fold {fold} among them")
-    files = {"/".join(file.parts[-n:]): file  # "lung_001.nii.gz" and "imagesTr/lung_001.nii.gz"
-             for file in sorted(folder.rglob("*.nii*"), reverse=True) for n in (1, 2)}
-
-    def case(row, split):
-        if not {"image", "label"} <= row.keys():
-            raise KeyError(f"no image or no label in {row}")
-        names = row["image"], row["label"]
-        return *(files.get("/".join(Path(name).parts[-2:]), folder / name) for name in names), split
-
+    cases = []
     with expecting(path, CASE_LIST):
-        if folds:
-            return [case(row, "test" if row["fold"] == fold else "train") for row in content["training"]]
-        validation = [case(row, "test") for row in content.get("validation", [])]
-        return [case(row, "train" if validation else None) for row in content["training"]] + validation
+        for part in ("train",) if folds else parts:
+            for row in parts[part]:
+                if part == "test" and not (isinstance(row, dict) and "label" in row):
+                    continue  # the Decathlon keeps these masks
+                if not {"image", "label"} <= row.keys():
+                    raise KeyError(f"no image or no label in {row}")
+                split = part
+                if folds:
+                    split = "test" if int(row["fold"]) == fold else "train"
+                cases.append((_path(row["image"]), _path(row["label"]), split))
+    return path, cases
+
+
+def _listed_cases(folder, fold):
+    """Cases of a JSON like CASE_LIST: (image, mask, split); [] without one"""
+    path, cases = _case_list(folder, fold)
+    files = defaultdict(list)  # by "lung_001" and "imagesTr/lung_001"
+    for file in find(folder, NIFTI):
+        for parent in ("", file.parent.name + "/"):
+            files[parent + stem(file)].append(file)
+
+    def locate(name):
+        """Where the JSON says, seen from it or from the folder; else the file whose name ends like that"""
+        places = path.parent / name, folder / name
+        for place in places:
+            if place.exists():
+                return place
+        ending = "/".join(Path(name).with_name(stem(Path(name))).parts[-2:])
+        found = files[ending] or files[ending + "_0000"]  # as nnU-Net names the first channel
+        return only(found or [places[1]], f"{name} of {path}")
+    return [(locate(image), locate(label), split) for image, label, split in cases]
+
+
+def _split_of(part):
+    """The split that the names of folders tell, the inner one first: "testing", "acdc_test", "test set",
+    "labelsTs"; "latest" and "test-retest" tell none."""
+    splits = SPLIT_NAMES | {"labelstr": "train", "labelsts": "test"}
+    for name in reversed(part.parts):
+        names = "|".join(splits)
+        match = re.fullmatch(rf"(?:.*[^a-z])?({names})(?:[^a-z]*(?:set|data|part))?[^a-z]*", name.lower())
+        if match:
+            return splits[match[1]]
+    return "train"
 
 
 def _named_cases(folder, image, mask, patient):
-    """Cases told by names: (image, mask, split). A part of the set without any mask is left out."""
-    parts = defaultdict(list)  # by folder, that of the patient aside
-    for file in sorted(folder.rglob("*.nii*")):
-        if re.fullmatch(image, file.name):
-            part = file.parents[1] if re.fullmatch(patient, file.parent.name) else file.parent
-            split = "test" if "test" in os.path.relpath(part, folder).lower() else "train"
-            parts[part].append((file, file.with_name(file.name.replace(*mask)), split))
+    """Cases told by names, or in nnU-Net's imagesTr/CASE_0000.nii.gz and labelsTr/CASE.nii.gz: (image, mask,
+    split). A part of the set without any mask is left out."""
+    files, parts = defaultdict(list), defaultdict(list)
+    for file in find(folder, NIFTI):
+        files[file.parent, stem(file)].append(file)
+    for (parent, name), found in list(files.items()):
+        is_nnunet = re.fullmatch("images(Tr|Ts)", parent.name)
+        match = re.fullmatch(r"(.+)_0000" if is_nnunet else image, name, re.IGNORECASE)
+        if match:
+            part = parent.with_name("labels" + parent.name[6:]) if is_nnunet else parent
+            name = match.expand(r"\1" if is_nnunet else mask)
+            labels = files.get((part, name), [part / f"{name}.nii.gz"])
+            if not is_nnunet and re.fullmatch(patient, parent.name, re.IGNORECASE):
+                part = parent.parent
+            split = _split_of(Path(os.path.relpath(part, folder)))
+            parts[part].append((only(found, name), only(labels, name), split))
     without = [part for part in parts if not any(path.exists() for _, path, _ in parts[part])]
     if without and len(without) < len(parts):
         log.warning("%s: left out, as they have no masks: the scans in %s", folder,
@@ -985,13 +1049,20 @@ def _named_cases(folder, image, mask, patient):
     return list(itertools.chain(*parts.values()))
 
 
-def _segment_items(folder, fold, patient, image="", mask=()):
+def _with_test(items):
+    """The items; where a set has no test part, its valid part is the one to report on."""
+    if any(item.split == "test" for item in items):
+        return items
+    return [item._replace(split="test") if item.split == "valid" else item for item in items]
+
+
+def _segment_items(folder, fold, patient, image="", mask=""):
     """patient, image: patterns of the patient's name in a file name and, for sets without a list, of the
-    names of images; mask: what to replace in such a name, and by what, to have that of its mask."""
+    stems of images; mask: the stem of its mask, with \\1 for the group of `image`."""
     items, splits = [], defaultdict(set)
     for path, label, split in _listed_cases(folder, fold) or _named_cases(folder, image, mask, patient):
-        name = path.name.split(".nii")[0]
-        match = re.search(patient, name)
+        name = stem(path)
+        match = re.search(patient, name, re.IGNORECASE)
         items.append(Item(name, path, "", split, match[0] if match else name, mask=label))
         splits[items[-1].patient].add(split)
     shared = sum(len(sides) > 1 for sides in splits.values())
@@ -1000,31 +1071,33 @@ def _segment_items(folder, fold, patient, image="", mask=()):
                     "patient instead", folder, shared, len(splits))
     if shared or len({item.split for item in items}) < 2:
         return [item._replace(split=None) for item in items]
-    return items
+    return _with_test(items)
 
 
 def _stoic_items(folder, fold):
     path = folder / "metadata" / "reference.csv"
     if not path.exists():
         raise wrong(folder, "no metadata/reference.csv", "it")
-    yes_no = ("0", "1", "0.0", "1.0")
-    rows = read_table(path, "PatientID", probCOVID=yes_no, probSevere=yes_no)
-    return [Item(row["PatientID"], folder / "data" / "mha" / f"{row['PatientID']}.mha", "", None,
-                 row["PatientID"], np.float32([row["probCOVID"], row["probSevere"]])) for _, row in rows]
+    scans = by_stem(find(folder / "data" / "mha", r".+\.mha"))
+    items = []
+    for _, row in read_table(path, "PatientID", probCOVID=("0", "1"), probSevere=("0", "1")):
+        name = row["PatientID"]
+        scan = scans.get(name, folder / "data" / "mha" / f"{name}.mha")
+        items.append(Item(name, scan, "", None, name, np.float32([row["probCOVID"], row["probSevere"]])))
+    return items
 
 
 def _ctrg_task_items(folder, fold):
-    lists = sorted(folder.glob("*.json")) if folder.is_dir() else [folder]
+    lists = [folder]
+    if folder.is_dir():
+        lists = [path for path in find(folder, r".+\.json") if path.parent == folder]
     if len(lists) != 1:
         raise wrong(folder, [path.name for path in lists], "one .json")
     return keep_good(_ctrg_items(lists[0], with_result=False), lists[0])
 
 
 def _ct_rate_task_items(folder, fold):
-    items = load_items(folder)
-    if any(item.split == "test" for item in items):  # a manifest may have one
-        return items
-    return [item._replace(split="test") if item.split == "valid" else item for item in items]
+    return _with_test(load_items(folder))
 
 
 class Task(NamedTuple):
@@ -1088,14 +1161,14 @@ TASKS = {
         _recipe(1000, 50, 1, 1e-4, weight_decay=1e-5), SEGMENT_DEMO,
         {"flip": .5, "rot90": .3, "zoom": .15, "affine": .15, "scale": .1, "shift": .1}, patches=4),
     "covid-19-20": Task("segment", "patch", partial(
-            _segment_items, image=r"volume-covid19-A-\d+_ct\.nii(\.gz)?", mask=("_ct.", "_seg."),
+            _segment_items, image=r"(volume-covid19-A-\d+)_ct", mask=r"\1_seg",
             patient=r"(?<=-A-)\d+"),
         "volume-covid19-A-XXXX_ct.nii.gz and volume-covid19-A-XXXX_seg.nii.gz" + OR_A_LIST,
         ("COVID-19 lesion",), "Dice", (32, 192, 192), (-1000., 500.), (5., 1.25, 1.25),
         _recipe(1000, 50, 1, 7.5e-5, weight_decay=1e-5), SEGMENT_DEMO,
         {"flip": .5, "affine": .15, "noise": .01}, patches=3),
     "acdc": Task("segment", "patch", partial(
-            _segment_items, image=r"patient\d+_frame\d+\.nii(\.gz)?", mask=(".nii", "_gt.nii"),
+            _segment_items, image=r"(patient\d+_frame\d+)", mask=r"\1_gt",
             patient=r"patient\d+"),
         "[training/, testing/]patientXXX/patientXXX_frameYY.nii.gz and …_frameYY_gt.nii.gz" + OR_A_LIST,
         ("right ventricle", "myocardium", "left ventricle"), "Dice", (32, 192, 192), None, None,
