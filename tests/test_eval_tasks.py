@@ -376,10 +376,10 @@ def test_dice_in_the_own_grid(scans):
     full_a, full_b = 2 * 64 / (64 + 960), 2 * 8 / (8 + 960)
     assert result["chance"] == pytest.approx((full_a + (full_a + full_b) / 2) / 2)
     for i in range(3):
-        saved, scan = (nib.load(folder / name) for name in (f"out/masks/sub_scan{i}.nii.gz", f"scan{i}.nii.gz"))
+        saved, scan = (nib.load(folder / name) for name in (f"out/masks/sub%2Fscan{i}.nii.gz", f"scan{i}.nii.gz"))
         assert np.allclose(saved.affine, scan.affine) and saved.shape == scan.shape
         assert saved.get_data_dtype() == np.uint8
-    assert np.array_equal(nib.load(folder / "out/masks/sub_scan1.nii.gz").get_fdata(), nib.load(folder / "mask1.nii.gz").get_fdata())
+    assert np.array_equal(nib.load(folder / "out/masks/sub%2Fscan1.nii.gz").get_fdata(), nib.load(folder / "mask1.nii.gz").get_fdata())
     rows = list(csv.reader((folder / "out" / "dice.csv").open()))
     assert rows[0] == ["id", "a", "b"] and rows[2] == ["sub/scan1.nii.gz", "1.0", "1.0"] and rows[3][1:] == ["nan", "nan"]
     drawn(folder / "out" / "overlay.png")
