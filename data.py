@@ -548,7 +548,7 @@ def _text(value):
     """The text of a cell or of a JSON's entry: a text or several; "" where a tool writes that there is none"""
     if isinstance(value, list):
         return "\n".join(filter(None, map(_text, value)))
-    if value is None or value != value:  # NaN
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if not isinstance(value, str):
         raise TypeError(f"{value!r} instead of text")
@@ -567,25 +567,25 @@ def _manifest_items(path):
     items = []
     for where, row in read_table(path, "volume", "report"):
         volume = row["volume"].replace("\\", "/")
-        name = _text(row.get("split")) or "train"
-        split = SPLIT_NAMES.get(name.lower())
+        split = SPLIT_NAMES.get((row.get("split") or "train").lower())
         if not split or not volume:
-            raise wrong(where, f"volume {volume!r} and split {name!r}", f"a path and one of {SPLITS}")
-        patient = _text(row.get("patient")) or volume
+            found = f"volume {volume!r} and split {row.get('split')!r}"
+            raise wrong(where, found, f"a path and one of {SPLITS}")
+        patient = row.get("patient") or volume
         items.append(Item(volume, path.parent / volume, _text(row["report"]), split, patient, _labels(row)))
     return items
 
 
-def _ctrg_parts(content):
-    """{split: entries} of a CTRG-Chest JSON, or of a list whose entries tell their split"""
-    parts = {split: [] for split in SPLITS}
-    if isinstance(content, list):
-        content = {name: [row for row in content if row["split"] == name]
-                   for name in {row["split"] for row in content}}
-    for name, rows in content.items():
+def _parts(content, key):
+    """{split: entries} of a JSON that has such lists, or of a list whose entries tell their split.
+    ValueError for a list of other name whose entries have the key"""
+    parts = defaultdict(list)
+    for row in content if isinstance(content, list) else ():
+        parts[SPLIT_NAMES[row["split"].lower()]].append(row)
+    for name, rows in content.items() if isinstance(content, dict) else ():
         if name.lower() in SPLIT_NAMES:
-            parts[SPLIT_NAMES[name.lower()]] += rows
-        elif isinstance(rows, list) and any("image_path" in row for row in rows if isinstance(row, dict)):
+            parts[SPLIT_NAMES[name.lower()]] += rows if isinstance(rows, list) else [rows]
+        elif isinstance(rows, list) and any(isinstance(row, dict) and key in row for row in rows):
             raise ValueError(f"the part {name!r}")
     return parts
 
@@ -594,7 +594,7 @@ def _ctrg_items(path, with_result=True):
     """`result` is the impression. Pre-training reads it behind the report, generation has the report."""
     items = []
     with expecting(path, "CTRG-Chest's {train, val, test: [{id, report, image_path}]}"):
-        parts = _ctrg_parts(json.loads(read_text(path)))
+        parts = _parts(json.loads(read_text(path)), "image_path")
         # The released file lists the same volumes as val and as test: they are test.
         tested = {_path(row["image_path"]) for row in parts["test"]}
         for split in ("train", "test", "valid"):
@@ -613,7 +613,7 @@ def _note(notes, name, value, where):
     """Note what a table says of a volume; tables that contradict each other are refused."""
     known, first = notes.setdefault(name, (value, where))
     if str(known) != str(value):
-        raise wrong(where, f"{value} for {name}", f"{known} as in {first}")
+        raise wrong(where, f"other values for {name}", f"those in {first}")
 
 
 def _ct_rate_items(folder):
@@ -869,7 +869,7 @@ class Batches:
 
 CC_CCII = {"Normal": "0", "CP": "1", "NCP": "2"}  # label and target in the fold files
 NIFTI = r".+\.nii(\.gz)?"
-CASE_LIST = "{training: [{image, label[, fold]}][, validation: [{image, label}]]}"
+CASE_LIST = "{training: [{image, label[, fold]}][, validation: [{image, label}]][, test: [the same]]}"
 BOX = 384.  # mm, side of the box around the middle of a scan (view "box")
 FEW_SHOT_VOLUMES = 1000  # training volumes of the two CT-RATE tasks, as in the paper
 
@@ -962,14 +962,10 @@ def _case_list(folder, fold):
     for path in find(folder, r".+\.json"):
         with expecting(path, CASE_LIST):
             content = json.loads(read_text(path))
-            if isinstance(content, dict):
-                parts = defaultdict(list)
-                for name, rows in content.items():
-                    if name.lower() in SPLIT_NAMES and isinstance(rows, list):
-                        parts[SPLIT_NAMES[name.lower()]] += rows
-                if "train" in parts:
-                    folds = {int(row["fold"]) for row in parts["train"] if "fold" in row}
-                    lists.append((path, parts, folds))
+            parts = _parts(content, "label") if isinstance(content, dict) else ()
+            if "train" in parts:
+                folds = {int(row["fold"]) for row in parts["train"] if "fold" in row}
+                lists.append((path, parts, folds))
     lists = [entry for entry in lists if entry[2]] or lists  # folds beside a dataset.json
     if not lists:
         return folder, []
@@ -1032,9 +1028,9 @@ def _named_cases(folder, image, mask, patient):
     for file in find(folder, NIFTI):
         files[file.parent, stem(file)].append(file)
     for (parent, name), found in list(files.items()):
-        is_nnunet = re.fullmatch("images(Tr|Ts)", parent.name)
+        is_nnunet = parent.name in ("imagesTr", "imagesTs") and name.endswith("_0000")
         match = re.fullmatch(r"(.+)_0000" if is_nnunet else image, name, re.IGNORECASE)
-        if match:
+        if match and parent.name not in ("labelsTr", "labelsTs"):
             part = parent.with_name("labels" + parent.name[6:]) if is_nnunet else parent
             name = match.expand(r"\1" if is_nnunet else mask)
             labels = files.get((part, name), [part / f"{name}.nii.gz"])
@@ -1090,7 +1086,8 @@ def _stoic_items(folder, fold):
 def _ctrg_task_items(folder, fold):
     lists = [folder]
     if folder.is_dir():
-        lists = [path for path in find(folder, r".+\.json") if path.parent == folder]
+        lists = [path for path in sorted(folder.iterdir())
+                 if path.suffix.lower() == ".json" and not is_hidden(path.name)]
     if len(lists) != 1:
         raise wrong(folder, [path.name for path in lists], "one .json")
     return keep_good(_ctrg_items(lists[0], with_result=False), lists[0])
@@ -1140,7 +1137,7 @@ def _demo(epochs, batch_size, size=(32, 32, 32), lr=1e-3, **more):
 # probabilities of rot90 and affine in luna16 and of affine and zoom in msd-lung, clip_grad but for msd-lung
 # and covid-19-20. msd-lung is not cropped to the foreground; patches without foreground are drawn in the
 # body instead. luna16 has the LayerNorm of the others.
-OR_A_LIST = f", or a JSON {CASE_LIST} anywhere in the folder"
+OR_A_LIST = f", or a JSON {CASE_LIST} anywhere in the folder, or nnU-Net's imagesTr/CASE_0000, labelsTr/CASE"
 CT_RATE = "a CT-RATE folder (volumes, reports and labels CSVs) or a manifest .csv"
 SEGMENT_DEMO = _demo(15, 1, spacing=(6., 6., 6.), eval_every=5)
 TASKS = {

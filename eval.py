@@ -131,8 +131,8 @@ def macro_auroc(scores, labels):
 
 def how_many(aucs):
     """Over how many findings a macro AUC is taken, in words"""
-    known = sum(not math.isnan(auc) for auc in aucs)
-    return f"{len(aucs)} findings" if known == len(aucs) else f"{known} of {len(aucs)} findings"
+    absent = sum(map(math.isnan, aucs))
+    return f"{len(aucs) - absent} findings" + (f" (the other {absent} have one class alone)" if absent else "")
 
 
 def _mean(values):
@@ -1131,7 +1131,7 @@ def embed_command(args):
     ids, rows, failures = [], [], []
     for scan in tqdm(scans, desc="embed", unit="scan", disable=None):
         is_below = is_folder and scan != args.input
-        name = scan.relative_to(args.input).as_posix() if is_below else scan.resolve().name
+        name = scan.relative_to(args.input).as_posix() if is_below else scan.name or scan.resolve().name
         item = _scan_item(scan, name)
         try:
             rows.append(global_features(encoder, [item], args.cache, size, hu)[0])
