@@ -437,7 +437,8 @@ def only(files, name):
 
 def only_table(files):
     """A table, of which there may be copies but no second version"""
-    return only([files[0], *(file for file in files if file.read_bytes() != files[0].read_bytes())], "a table")
+    others = [file for file in files if file.read_bytes() != files[0].read_bytes()]
+    return only([files[0], *others], "a table")
 
 
 def by_stem(files):
@@ -545,7 +546,7 @@ def _labels(row):
 
 
 def _text(value):
-    """The text of a cell or of a JSON's entry: a text or several; "" where a tool writes that there is none"""
+    """The text of a cell or of a JSON's entry, one or several; "" where a tool writes that there is none"""
     if isinstance(value, list):
         return "\n".join(filter(None, map(_text, value)))
     if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -1137,7 +1138,7 @@ def _demo(epochs, batch_size, size=(32, 32, 32), lr=1e-3, **more):
 # probabilities of rot90 and affine in luna16 and of affine and zoom in msd-lung, clip_grad but for msd-lung
 # and covid-19-20. msd-lung is not cropped to the foreground; patches without foreground are drawn in the
 # body instead. luna16 has the LayerNorm of the others.
-OR_A_LIST = f", or a JSON {CASE_LIST} anywhere in the folder, or nnU-Net's imagesTr/CASE_0000, labelsTr/CASE"
+OR_A_LIST = f", or a JSON {CASE_LIST} anywhere in the folder, or nnU-Net's imagesTr/*_0000, labelsTr/*"
 CT_RATE = "a CT-RATE folder (volumes, reports and labels CSVs) or a manifest .csv"
 SEGMENT_DEMO = _demo(15, 1, spacing=(6., 6., 6.), eval_every=5)
 TASKS = {

@@ -132,7 +132,8 @@ def macro_auroc(scores, labels):
 def how_many(aucs):
     """Over how many findings a macro AUC is taken, in words"""
     absent = sum(map(math.isnan, aucs))
-    return f"{len(aucs) - absent} findings" + (f" (the other {absent} have one class alone)" if absent else "")
+    others = f" (the other {absent} have one class alone)" if absent else ""
+    return f"{len(aucs) - absent} findings{others}"
 
 
 def _mean(values):
@@ -317,8 +318,8 @@ def compare_probes(untrained, pretrained, items, few=None):
 
 def say_probe(result):
     low, value, high = result["difference"]
-    text = (f"linear probe of {result['findings']}, macro AUC on {result['n']} held-out volumes: untrained encoder "
-            f"{result['untrained']:.3f}, pre-trained {result['pretrained']:.3f}, "
+    text = (f"linear probe of {result['findings']}, macro AUC on {result['n']} held-out volumes: "
+            f"untrained encoder {result['untrained']:.3f}, pre-trained {result['pretrained']:.3f}, "
             f"difference {value:+.3f} [{low:+.3f}, {high:+.3f}]")
     if "few" in result:
         text += "; with {labels} labels {untrained:.3f} and {pretrained:.3f}".format(**result["few"])
@@ -1116,10 +1117,12 @@ def find_scans(folder):
         volumes = [root / name for name in files if data.ENDING.search(name)]
         others = [root / name for name in files if not re.search(r"\.(csv|json|txt)$", name, re.IGNORECASE)]
         others = [path for path in others if path not in volumes]
-        has_pictures = any(re.search(r"\.(png|jpe?g)$", path.name, re.IGNORECASE) for path in others)
-        is_series = has_pictures and not volumes or any(map(_is_dicom, others))
-        scans += [*volumes, *[root] * is_series]
-        unknown += [root] * bool(others)
+        has_pictures = any(path.suffix.lower() in (".png", ".jpg", ".jpeg") for path in others)
+        if any(map(_is_dicom, others)) or (has_pictures and not volumes):
+            scans.append(root)
+        if others:
+            unknown.append(root)
+        scans += volumes
     return sorted(scans or unknown)
 
 
