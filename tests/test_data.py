@@ -716,7 +716,7 @@ def test_tables_as_other_tools_write_them(tmp_path, separator):
     """A byte order mark, names in other case and with blanks, an empty row, parts under other names"""
     manifest(tmp_path)
     rows = [["Volume ", " REPORT", "Lung_Nodule", "split"], ["scan0.nii.gz ", '"Fine, well; good."', "True", "Training"],
-            [".\\\\scan1.nii.gz", "nan", "0.0", "val"], ["scan2.nii.gz", "Fine.", "NA", " Validation"],
+            [".\\\\scan1.nii.gz", "nan", "False", "val"], ["scan2.nii.gz", "Fine.", "NA", " Validation"],
             ["", "", "", ""], ["scan3.nii.gz", "Fine.", " 1", "TESTING"]]
     text = "\r\n".join(separator.join(row) for row in rows).replace("\\\\", "\\")
     (tmp_path / "m.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
