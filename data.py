@@ -59,6 +59,10 @@ SPLITS = ("train", "valid", "test")
 # Columns of CT-RATE's metadata, and what they hold
 GEOMETRY = {"XYSpacing": "two lengths in mm", "ZSpacing": "a length in mm",
             "ImageOrientationPatient": "two unit vectors at a right angle"}
+SPLIT_NAMES = {"train": "train", "training": "train", "val": "valid", "valid": "valid",
+               "validation": "valid", "test": "test", "testing": "test"}
+NO_TEXT = ("", "nan", "none", "null", "na", "n/a", "not given", "not given.")
+ENDING = re.compile(r"\.(nii|nii\.gz|mha|mhd|nrrd|nhdr|npz|npy)$", re.IGNORECASE)  # of a volume
 DEMO_SIZE = 1430                # phantoms of --data demo: 1001 to train on, 429 held out
 
 
@@ -72,9 +76,14 @@ def _warn_once(text):
     log.warning(text)
 
 
+def is_hidden(name):
+    """Is this what a system or a tool keeps beside the data, such as ._1.nii.gz or .ipynb_checkpoints?"""
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir")
+
+
 # --------------------------------------------------------------------------------------- volumes
 def _visible_files(folder):
-    return sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    return sorted(file for file in folder.iterdir() if file.is_file() and not is_hidden(file.name))
 
 
 def _is_dicom(file):
@@ -588,6 +597,8 @@ def mask_volume(size, mask_size, mask_ratio, generator):
 LAYOUTS = ("a manifest .csv (volume,report[,split][,patient][,label columns]), a CT-RATE folder "
            "(train/…/*.nii.gz or .npz; reports, labels and metadata CSVs) or a CTRG-Chest .json")
 NUMBERS = (*LABELS, "RescaleSlope", "RescaleIntercept", "coordX", "coordY", "coordZ")
+COLUMNS = (*NUMBERS, *GEOMETRY, "split", "patient", "mask", "VolumeName", "Findings_EN",
+           "Impressions_EN")
 
 
 class Item(NamedTuple):
@@ -604,6 +615,53 @@ class Item(NamedTuple):
     geometry: tuple | None = None     # CT-RATE: the line of the metadata, and the texts of GEOMETRY there
 
 
+def walk(folder):
+    """As os.walk, but links are followed, each real folder once, and what is hidden is left out"""
+    seen, starts = set(), [folder]
+    for start in starts:  # the links come last: a folder's own name counts, not that of a link to it
+        for root, folders, files in os.walk(start):
+            real = os.path.realpath(root)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not is_hidden(name))
+            yield Path(root), folders, [name for name in files if not is_hidden(name)]
+            starts += [link for link in map(Path(root).joinpath, folders) if link.is_symlink()]
+
+
+def find(folder, pattern):
+    """The files below a folder whose whole name has the pattern in any case, sorted; see `walk`"""
+    return sorted(root / name for root, _, files in walk(folder) for name in files
+                  if re.fullmatch(pattern, name, re.IGNORECASE))
+
+
+def stem(path):
+    """The name of a volume without its ending"""
+    return ENDING.sub("", path.name)
+
+
+def only(files, name):
+    """The file that stands for a name; ValueError if there are two"""
+    if len(files) > 1:
+        raise wrong(files[0], f"also {files[1]} for {name}", "one of them")
+    return files[0]
+
+
+def only_table(files):
+    """A table, of which there may be copies but no second version"""
+    others = [file for file in files if file.read_bytes() != files[0].read_bytes()]
+    return only([files[0], *others], "a table")
+
+
+def by_stem(files):
+    """{stem: its only file}"""
+    found = defaultdict(list)
+    for file in files:
+        found[stem(file)].append(file)
+    return {name: only(files, name) for name, files in found.items()}
+
+
 def read_text(path):
     try:
         return Path(path).read_bytes().decode("utf-8-sig")
@@ -613,31 +671,76 @@ def read_text(path):
         raise wrong(f"{path}, line {line}", f"the byte 0x{byte:02x}", "text in UTF-8") from error
 
 
+def _rows(path):
+    """The rows of a CSV that hold anything: ("PATH, line N", cells without blanks around them)"""
+    text = read_text(path)
+    separator = max(",;\t", key=text.lstrip().split("\n", 1)[0].count)
+    table = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
+    line = 1  # where a row begins: in quotes it may have line ends
+    try:
+        for cells in table:
+            cells = [cell.strip() for cell in cells]
+            if any(cells):
+                yield f"{path}, line {line}", cells
+            line = table.line_num + 1
+    except csv.Error as error:
+        raise wrong(f"{path}, line {line}", f"a row that cannot be read ({error})",
+                    "quotes in pairs, around text with commas, quotes or line ends") from None
+
+
+def _plain(text):
+    """One of the spellings that tools have: "1" for "1.0" or "True", "lung nodule" for "Lung_Nodule "."""
+    text = " ".join(text.lower().replace("_", " ").split())
+    return {"true": "1", "false": "0"}.get(text, re.sub(r"\.0*$", "", text))
+
+
+def _number(where, name, text, is_needed):
+    """A cell of a column of NUMBERS as float, NaN where it is unknown"""
+    try:
+        value = float(text)
+    except ValueError:
+        unknown = dict.fromkeys(NO_TEXT, math.nan)
+        value = {"true": 1., "false": 0., **unknown}.get(text.lower(), math.inf)
+    is_good = value in (0, 1, -1) if name in LABELS else math.isfinite(value)
+    if not is_good and (is_needed or not math.isnan(value)):
+        expected = "a number" + (": 0, 1 or, where it is unknown, -1 or nothing" if name in LABELS else "")
+        raise wrong(where, f"{name} {text!r}", expected)
+    return value
+
+
 def read_table(path, *needed, **choices):
-    """The rows of a CSV: ("PATH, line N", {column: text, or float in NUMBERS, NaN if empty}). needed:
-    columns that must be there and filled; choices: columns and the texts that they may hold."""
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), restval="")
-    columns = reader.fieldnames or []
+    """The rows of a CSV: ("PATH, line N", {column: text, or float in NUMBERS, NaN if unknown}). needed:
+    columns that must be there, numbers among them filled; choices: columns and the texts that they may
+    hold. ; or tab may separate, too; case, blanks and _ in the names of known columns do not matter."""
+    rows = _rows(path)
+    known = {_plain(name): name for name in (*COLUMNS, *needed, *choices)}
+    columns = [known.get(_plain(name), name) for name in next(rows, (path, []))[1]]
     missing = [name for name in (*needed, *choices) if name not in columns]
-    if missing:
-        raise wrong(path, f"the columns {columns}", f"also {missing}")
+    twice = [name for name in known.values() if columns.count(name) > 1]
+    if missing or twice:
+        raise wrong(path, f"the columns {columns}", f"also {missing}" if missing else f"{twice} once")
     numbers = [name for name in NUMBERS if name in columns]
-    rows = []
-    for row in reader:
-        where = f"{path}, line {reader.line_num}"
-        if None in row:
-            fields = len(columns) + len(row[None])
-            raise wrong(where, f"{fields} fields", f"{len(columns)}; quotes around text with commas")
+    table, uncertain = [], []
+    for where, cells in rows:
+        if len(cells) != len(columns):
+            expected = f"{len(columns)}; quotes around text with commas"
+            raise wrong(where, f"{len(cells)} fields", expected)
+        row = dict(zip(columns, cells))
         for name, texts in choices.items():
             if row[name] not in texts:
-                raise wrong(where, f"{name} {row[name]!r}", f"one of {', '.join(texts)}")
+                text = next((text for text in texts if _plain(text) == _plain(row[name])), None)
+                if text is None:
+                    raise wrong(where, f"{name} {row[name]!r}", f"one of {', '.join(texts)}")
+                row[name] = text
         for name in numbers:
-            try:
-                row[name] = float(row[name] or ("" if name in needed else "nan"))
-            except ValueError:
-                raise wrong(where, f"{name} {row[name]!r}", "a number") from None
-        rows.append((where, row))
-    return rows
+            row[name] = _number(where, name, row[name], name in needed)
+            if row[name] == -1 and name in LABELS:
+                row[name] = math.nan
+                uncertain.append(where)
+        table.append((where, row))
+    if uncertain:
+        log.warning("%s: %d labels are -1, taken as unknown", uncertain[0], len(uncertain))
+    return table
 
 
 @contextlib.contextmanager
@@ -655,71 +758,112 @@ def _labels(row):
         return np.array([row.get(name, np.nan) for name in LABELS], dtype=np.float32)
 
 
+def _text(value):
+    """The text of a cell or of a JSON's entry, one or several; "" where a tool writes that there is none"""
+    if isinstance(value, list):
+        return "\n".join(filter(None, map(_text, value)))
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} instead of text")
+    return "" if value.strip().lower() in NO_TEXT else value
+
+
+def _path(value):
+    """The path of a JSON's entry, with / or \\; a list may hold one"""
+    paths = value if isinstance(value, list) else [value]
+    if len(paths) != 1 or not isinstance(paths[0], str) or not paths[0]:
+        raise TypeError(f"{value!r} instead of a path")
+    return paths[0].replace("\\", "/")
+
+
 def _manifest_items(path):
     items = []
     for where, row in read_table(path, "volume", "report"):
-        volume = row["volume"]
-        split = row.get("split") or "train"
-        if split not in SPLITS or not volume:
-            raise wrong(where, f"volume {volume!r} and split {split!r}", f"a path and one of {SPLITS}")
-        mask = path.parent / row["mask"] if row.get("mask") else None
-        items.append(Item(volume, path.parent / volume, row["report"], split, row.get("patient") or volume,
-                          _labels(row), mask=mask))
+        volume = row["volume"].replace("\\", "/")
+        split = SPLIT_NAMES.get((row.get("split") or "train").lower())
+        if not split or not volume:
+            found = f"volume {volume!r} and split {row.get('split')!r}"
+            raise wrong(where, found, f"a path and one of {SPLITS}")
+        patient = row.get("patient") or volume
+        mask = path.parent / row["mask"].replace("\\", "/") if row.get("mask") else None
+        items.append(Item(volume, path.parent / volume, _text(row["report"]), split, patient, _labels(row),
+                          mask=mask))
     return items
+
+
+def _parts(content, key):
+    """{split: entries} of a JSON that has such lists, or of a list whose entries tell their split.
+    ValueError for a list of other name whose entries have the key"""
+    parts = defaultdict(list)
+    for row in content if isinstance(content, list) else ():
+        parts[SPLIT_NAMES[row["split"].lower()]].append(row)
+    for name, rows in content.items() if isinstance(content, dict) else ():
+        if name.lower() in SPLIT_NAMES:
+            parts[SPLIT_NAMES[name.lower()]] += rows if isinstance(rows, list) else [rows]
+        elif isinstance(rows, list) and any(isinstance(row, dict) and key in row for row in rows):
+            raise ValueError(f"the part {name!r}")
+    return parts
 
 
 def _ctrg_items(path, with_result=True):
     """`result` is the impression. Pre-training reads it behind the report, generation has the report."""
     items = []
     with expecting(path, "CTRG-Chest's {train, val, test: [{id, report, image_path}]}"):
-        content = json.loads(read_text(path))
+        parts = _parts(json.loads(read_text(path)), "image_path")
         # The released file lists the same volumes as val and as test: they are test.
-        tested = {row["image_path"] for row in content.get("test", [])}
-        for part, split in (("train", "train"), ("test", "test"), ("val", "valid")):
-            for row in content.get(part, []):
+        tested = {_path(row["image_path"]) for row in parts["test"]}
+        for split in ("train", "test", "valid"):
+            for row in parts[split]:
                 name = str(row["id"])
-                volume = row["image_path"]
+                volume = _path(row["image_path"])
                 if "report" not in row:
-                    raise KeyError(f"no report in the entry {name} of {part}")
-                if part != "val" or volume not in tested:
-                    texts = row["report"], row.get("result") if with_result else None
-                    report = "\n".join(text for text in texts if text)
+                    raise KeyError(f"no report in the entry {name} of {split}")
+                if split != "valid" or volume not in tested:
+                    report = _text([row["report"], row.get("result") if with_result else None])
                     items.append(Item(name, path.parent / volume, report, split, name))
     return items
+
+
+def _note(notes, name, value, where):
+    """Note what a table says of a volume; tables that contradict each other are refused."""
+    known, first = notes.setdefault(name, (value, where))
+    if str(known) != str(value):
+        raise wrong(where, f"other values for {name}", f"those in {first}")
 
 
 def _ct_rate_items(folder):
     # By volume; what a CSV holds is told by its columns
     reports, labels, rescales, geometries = {}, {}, {}, {}
-    for file in sorted(folder.rglob("*.csv")):
+    for file in find(folder, r".+\.csv"):
         for where, row in read_table(file):
             name = Path(row.get("VolumeName", "")).name.split(".")[0]
             if "Findings_EN" in row:
                 if name in reports:
-                    raise wrong(where, f"a second report of {name}", "one")
-                texts = (row["Findings_EN"], row.get("Impressions_EN", ""))
-                reports[name] = "\n".join(text for text in texts if text.strip() not in ("", "Not given."))
-            if _labels(row) is not None:
-                labels[name] = _labels(row)
+                    raise wrong(where, f"a second report of {name}", f"one, {reports[name][1]}")
+                reports[name] = _text([row["Findings_EN"], row.get("Impressions_EN")]), where
+            if name and _labels(row) is not None:
+                _note(labels, name, _labels(row), where)
             rescale = (row.get("RescaleSlope", np.nan), row.get("RescaleIntercept", np.nan))
             if not np.isnan(rescale).any():
-                rescales[name] = rescale
+                _note(rescales, name, rescale, where)
             if any(column in row for column in GEOMETRY):
-                geometries[name] = (where, *(row.get(column, "") for column in GEOMETRY))
+                _note(geometries, name, [row.get(column, "") for column in GEOMETRY], where)
     if not reports:
         raise wrong(folder, "no CSV with VolumeName, Findings_EN, Impressions_EN", LAYOUTS)
-    no_chest = {Path(line).name.split(".")[0] for file in folder.rglob("no_chest*.txt")
+    no_chest = {Path(line).name.split(".")[0] for file in find(folder, r"no_chest.*\.txt")
                 for line in read_text(file).splitlines()}
     items = []
-    for file in sorted(folder.rglob("*")):
-        name = file.name.split(".")[0]
-        if file.name.endswith((".nii.gz", ".npz")) and name in reports and name not in no_chest:
+    for file in find(folder, r".+\.(nii|nii\.gz|npz)"):
+        name = stem(file)
+        if name in reports and name not in no_chest:
             if not name.startswith(("train", "val")):
                 raise wrong(folder, f"the volume {name}", "names train_… and valid_…")
             split = "train" if name.startswith("train") else "valid"
-            geometry = geometries.get(name, (f"{folder}, metadata of {name}", "", "", ""))
-            items.append(Item(name, file, reports[name], split, "_".join(name.split("_")[:2]),
-                              labels.get(name), rescales.get(name), geometry=geometry))
+            texts, where = geometries.get(name, (["", "", ""], f"{folder}, metadata of {name}"))
+            items.append(Item(name, file, reports[name][0], split, "_".join(name.split("_")[:2]),
+                              labels.get(name, (None,))[0], rescales.get(name, (None,))[0],
+                              geometry=(where, *texts)))
     if len(items) < len(reports):  # most people have the CSVs of the whole and a part of the volumes
         log.warning("%s: %d of %d reports have a volume here that no_chest_*.txt does not leave out",
                     folder, len(items), len(reports))
@@ -733,7 +877,8 @@ def read_items(data, cache="cache"):
         return _ct_rate_items(data)
     if not data.is_file():
         raise wrong(data, "nothing there", LAYOUTS)
-    return _ctrg_items(data) if read_text(data).lstrip().startswith("{") else _manifest_items(data)
+    is_json = read_text(data).lstrip().startswith(("{", "["))
+    return _ctrg_items(data) if is_json else _manifest_items(data)
 
 
 def permute_reports(items, seed):
@@ -974,56 +1119,73 @@ class Batches:
 # A task is a row of TASKS and a records function: (folder, fold) -> items, split None if the set has none.
 
 CC_CCII = {"Normal": "0", "CP": "1", "NCP": "2"}  # label and target in the fold files
-CASE_LIST = "{training: [{image, label[, fold]}][, validation: [{image, label}]]}"
+NIFTI = r".+\.nii(\.gz)?"
+CASE_LIST = "{training: [{image, label[, fold]}][, validation: [{image, label}]][, test: [the same]]}"
 BOX = 384.  # mm, side of the box around the middle of a scan (view "box")
 FEW_SHOT_VOLUMES = 1000  # training volumes of the two CT-RATE tasks, as in the paper
 
 
-def _cc_ccii_items(folder, fold):
-    scans, labels, tables, rows = {}, {}, {}, []  # scans and labels by (patient, scan)
-    for root, folders, files in os.walk(folder):
-        label = re.fullmatch(r"(Normal|CP|NCP)(-\d+)?", Path(root).name)  # or "CP-20/CP"
+def _cc_ccii_files(folder):
+    """Scans and the classes of their folders by (patient, scan), fold files by (fold, part)"""
+    scans, labels, tables = {}, {}, defaultdict(list)
+
+    def add(key, scan):
+        other = scans.setdefault(key, scan)
+        if os.path.realpath(other) != os.path.realpath(scan):
+            only([other, scan], "one scan")
+    for root, folders, files in walk(folder):
+        label = re.fullmatch(r"(Normal|CP|NCP)(-\d+)?", root.name)  # or "CP-20/CP"
         if label:
-            for scan in Path(root).glob("*/*/"):
+            for scan in sorted(root.glob("*/*/")):
                 key = scan.parent.name, scan.name
-                if key[0] not in CC_CCII and scan.is_dir():
-                    scans[key] = scan
+                if key[0] not in CC_CCII and not any(map(is_hidden, key)) and scan.is_dir():
+                    add(key, scan)
                     labels[key] = label[1]
             folders[:] = CC_CCII.keys() & folders  # do not list 400,000 slices
         for file in files:
             array = re.fullmatch(r"p(\d+)-s(\d+)\.npy", file)
             if array:
-                scans[array.groups()] = Path(root, file)
-            table = re.fullmatch(r".*fold(\d+).*(train|valid).*\.csv", file)
+                add(array.groups(), root / file)
+            table = re.fullmatch(r".*fold(\d+).*(train|val).*\.csv", file, re.IGNORECASE)
             if table:
-                tables[int(table[1]), table[2]] = Path(root, file)
+                tables[int(table[1]), table[2].lower()].append(root / file)
+    return scans, labels, tables
+
+
+def _cc_ccii_items(folder, fold):
+    scans, labels, tables = _cc_ccii_files(folder)
+    rows = []
     if not tables:
         rows = [(key, label, None) for key, label in sorted(labels.items())]
         unlabelled = sorted(scans.keys() - labels.keys())
         if unlabelled:
             raise wrong(scans[unlabelled[0]], f"no *fold{fold}*train*.csv and *valid*.csv", "its class there")
-    for part, split in (("train", "train"), ("valid", "test")):  # the release reports its "valid"
+    for part, split in (("train", "train"), ("val", "test")):  # the release reports its "valid"
         if tables and (fold, part) not in tables:
-            names = sorted(path.name for path in tables.values())
+            names = sorted(path.name for paths in tables.values() for path in paths)
             raise wrong(folder, f"the fold files {names}", f"also *fold{fold}*{part}*.csv")
         if tables:
-            for where, row in read_table(tables[fold, part], "target", "label", "patient_id", "scan_id"):
-                target, label = row["target"], row["label"]
-                if CC_CCII.get(label) != target:
+            for where, row in read_table(only_table(tables[fold, part]), "patient_id", "scan_id",
+                                         target=CC_CCII.values(), label=CC_CCII):
+                target, label, key = row["target"], row["label"], (row["patient_id"], row["scan_id"])
+                if CC_CCII[label] != target:
                     raise wrong(where, f"target {target!r} and label {label!r}", "0 Normal, 1 CP or 2 NCP")
-                rows.append(((row["patient_id"], row["scan_id"]), label, split))
+                if labels.get(key, label) != label:
+                    raise wrong(where, f"label {label!r}", f"{labels[key]!r}, that of {scans[key]}")
+                rows.append((key, label, split))
     return [Item("/".join(key), scans.get(key, folder / label / "/".join(key)), "", split, key[0],
                  np.float32([label == name for name in CC_CCII])) for key, label, split in rows]
 
 
 def _luna16_items(folder, fold):
-    scans = {path.stem: path for path in sorted(folder.rglob("*.mhd"))
-             if re.fullmatch(r"subset\d", path.parent.name)}  # not seg-lungs-LUNA16
-    tables = sorted(folder.rglob("candidates_V2.csv")) or sorted(folder.rglob("candidates.csv"))
+    scans = by_stem(path for path in find(folder, r".+\.mhd")
+                    if re.fullmatch(r"subset\d", path.parent.name, re.IGNORECASE))  # not seg-lungs-LUNA16
+    tables = find(folder, r"candidates_V2\.csv") or find(folder, r"candidates\.csv")
     if not scans or not tables:
         raise wrong(folder, f"{len(scans)} subset?/*.mhd and {len(tables)} candidates[_V2].csv", "both")
+    table = only_table(tables)
     subsets = {name: int(path.parent.name[-1]) for name, path in scans.items()}
-    rows = read_table(tables[0], "seriesuid", "coordX", "coordY", "coordZ", **{"class": ("0", "1")})
+    rows = read_table(table, "seriesuid", "coordX", "coordY", "coordZ", **{"class": ("0", "1")})
     series = dict.fromkeys(row["seriesuid"] for _, row in rows)
     absent = [name for name in series if name not in scans]
     if absent:
@@ -1031,8 +1193,8 @@ def _luna16_items(folder, fold):
         found = f"no .mhd for {len(absent)} of {len(series)} series: {shorten(absent)}"
         found += f"; no file in the subsets {empty}"
         if len(absent) > (0.05 + len(empty) / 10) * len(series):
-            raise wrong(tables[0], found, "at most 5 % to be missing from the other subsets")
-        log.warning("%s: found %s: their candidates are left out", tables[0], found)
+            raise wrong(table, found, "at most 5 % to be missing from the other subsets")
+        log.warning("%s: found %s: their candidates are left out", table, found)
     split_of = ["train"] * 5 + ["valid"] * 2 + ["test"] * 3
     labels = {text: np.float32([text]) for text in "01"}  # one array for all of 750,000 candidates
     items = []
@@ -1045,47 +1207,88 @@ def _luna16_items(folder, fold):
     return items
 
 
-def _listed_cases(folder, fold):
-    """Cases of a JSON like CASE_LIST: (image, mask, split or None); [] without one"""
+def _case_list(folder, fold):
+    """The JSON like CASE_LIST of a folder, and (image, label, split) of its cases as it gives them"""
     lists = []
-    for path in sorted(folder.rglob("*.json")):
+    for path in find(folder, r".+\.json"):
         with expecting(path, CASE_LIST):
             content = json.loads(read_text(path))
-            if "training" in content:
-                folds = {row["fold"] for row in content["training"] if "fold" in row}
-                lists.append((path, content, folds))
+            parts = _parts(content, "label") if isinstance(content, dict) else ()
+            if "train" in parts:
+                folds = {int(row["fold"]) for row in parts["train"] if "fold" in row}
+                lists.append((path, parts, folds))
     lists = [entry for entry in lists if entry[2]] or lists  # folds beside a dataset.json
     if not lists:
-        return []
+        return folder, []
     if len(lists) > 1:
         raise wrong(folder, f"the lists {', '.join(str(entry[0]) for entry in lists)}", "one")
-    path, content, folds = lists[0]
+    path, parts, folds = lists[0]
     if folds and fold not in folds:
         raise wrong(path, f"the folds {sorted(folds)}", f"fold {fold} among them")
-    files = {"/".join(file.parts[-n:]): file  # "lung_001.nii.gz" and "imagesTr/lung_001.nii.gz"
-             for file in sorted(folder.rglob("*.nii*"), reverse=True) for n in (1, 2)}
-
-    def case(row, split):
-        if not {"image", "label"} <= row.keys():
-            raise KeyError(f"no image or no label in {row}")
-        names = row["image"], row["label"]
-        return *(files.get("/".join(Path(name).parts[-2:]), folder / name) for name in names), split
-
+    cases = []
     with expecting(path, CASE_LIST):
-        if folds:
-            return [case(row, "test" if row["fold"] == fold else "train") for row in content["training"]]
-        validation = [case(row, "test") for row in content.get("validation", [])]
-        return [case(row, "train" if validation else None) for row in content["training"]] + validation
+        for part in ("train",) if folds else parts:
+            for row in parts[part]:
+                if part == "test" and not (isinstance(row, dict) and "label" in row):
+                    continue  # the Decathlon keeps these masks
+                if not {"image", "label"} <= row.keys():
+                    raise KeyError(f"no image or no label in {row}")
+                split = part
+                if folds:
+                    split = "test" if int(row["fold"]) == fold else "train"
+                cases.append((_path(row["image"]), _path(row["label"]), split))
+    return path, cases
+
+
+def _listed_cases(folder, fold):
+    """Cases of a JSON like CASE_LIST: (image, mask, split); [] without one"""
+    path, cases = _case_list(folder, fold)
+    files = defaultdict(list)  # by "lung_001" and "imagesTr/lung_001"
+    for file in find(folder, NIFTI):
+        for parent in ("", file.parent.name + "/"):
+            files[parent + stem(file)].append(file)
+
+    def locate(name):
+        """Where the JSON says, seen from it or from the folder; else the file whose name ends like that"""
+        places = path.parent / name, folder / name
+        for place in places:
+            if place.exists():
+                return place
+        ending = "/".join(Path(name).with_name(stem(Path(name))).parts[-2:])
+        found = files[ending] or files[ending + "_0000"]  # as nnU-Net names the first channel
+        return only(found or [places[1]], f"{name} of {path}")
+    return [(locate(image), locate(label), split) for image, label, split in cases]
+
+
+def _split_of(part):
+    """The split that the names of folders tell, the inner one first: "testing", "acdc_test", "test set",
+    "labelsTs"; "latest" and "test-retest" tell none."""
+    splits = SPLIT_NAMES | {"labelstr": "train", "labelsts": "test"}
+    for name in reversed(part.parts):
+        names = "|".join(splits)
+        match = re.fullmatch(rf"(?:.*[^a-z])?({names})(?:[^a-z]*(?:set|data|part))?[^a-z]*", name.lower())
+        if match:
+            return splits[match[1]]
+    return "train"
 
 
 def _named_cases(folder, image, mask, patient):
-    """Cases told by names: (image, mask, split). A part of the set without any mask is left out."""
-    parts = defaultdict(list)  # by folder, that of the patient aside
-    for file in sorted(folder.rglob("*.nii*")):
-        if re.fullmatch(image, file.name):
-            part = file.parents[1] if re.fullmatch(patient, file.parent.name) else file.parent
-            split = "test" if "test" in os.path.relpath(part, folder).lower() else "train"
-            parts[part].append((file, file.with_name(file.name.replace(*mask)), split))
+    """Cases told by names, or in nnU-Net's imagesTr/CASE_0000.nii.gz and labelsTr/CASE.nii.gz: (image, mask,
+    split). A part of the set without any mask is left out."""
+    files, parts = defaultdict(list), defaultdict(list)
+    for file in find(folder, NIFTI):
+        files[file.parent, stem(file)].append(file)
+    for (parent, name), found in list(files.items()):
+        is_nnunet = parent.name in ("imagesTr", "imagesTs") and name.endswith("_0000")
+        match = re.fullmatch(r"(.+)_0000" if is_nnunet else image, name, re.IGNORECASE)
+        if match and parent.name not in ("labelsTr", "labelsTs"):
+            part = parent.with_name("labels" + parent.name[6:]) if is_nnunet else parent
+            name = match.expand(r"\1" if is_nnunet else mask)
+            labels = files.get((part, name), [part / f"{name}.nii.gz"])
+            if not is_nnunet and re.fullmatch(patient, parent.name, re.IGNORECASE):
+                part = parent.parent
+            split = _split_of(Path(os.path.relpath(part, folder)))
+            parts[part].append((only(found, name), only(labels, name), split))
     without = [part for part in parts if not any(path.exists() for _, path, _ in parts[part])]
     if without and len(without) < len(parts):
         log.warning("%s: left out, as they have no masks: the scans in %s", folder,
@@ -1093,13 +1296,20 @@ def _named_cases(folder, image, mask, patient):
     return list(itertools.chain(*parts.values()))
 
 
-def _segment_items(folder, fold, patient, image="", mask=()):
+def _with_test(items):
+    """The items; where a set has no test part, its valid part is the one to report on."""
+    if any(item.split == "test" for item in items):
+        return items
+    return [item._replace(split="test") if item.split == "valid" else item for item in items]
+
+
+def _segment_items(folder, fold, patient, image="", mask=""):
     """patient, image: patterns of the patient's name in a file name and, for sets without a list, of the
-    names of images; mask: what to replace in such a name, and by what, to have that of its mask."""
+    stems of images; mask: the stem of its mask, with \\1 for the group of `image`."""
     items, splits = [], defaultdict(set)
     for path, label, split in _listed_cases(folder, fold) or _named_cases(folder, image, mask, patient):
-        name = path.name.split(".nii")[0]
-        match = re.search(patient, name)
+        name = stem(path)
+        match = re.search(patient, name, re.IGNORECASE)
         items.append(Item(name, path, "", split, match[0] if match else name, mask=label))
         splits[items[-1].patient].add(split)
     shared = sum(len(sides) > 1 for sides in splits.values())
@@ -1108,31 +1318,34 @@ def _segment_items(folder, fold, patient, image="", mask=()):
                     "patient instead", folder, shared, len(splits))
     if shared or len({item.split for item in items}) < 2:
         return [item._replace(split=None) for item in items]
-    return items
+    return _with_test(items)
 
 
 def _stoic_items(folder, fold):
     path = folder / "metadata" / "reference.csv"
     if not path.exists():
         raise wrong(folder, "no metadata/reference.csv", "it")
-    yes_no = ("0", "1", "0.0", "1.0")
-    rows = read_table(path, "PatientID", probCOVID=yes_no, probSevere=yes_no)
-    return [Item(row["PatientID"], folder / "data" / "mha" / f"{row['PatientID']}.mha", "", None,
-                 row["PatientID"], np.float32([row["probCOVID"], row["probSevere"]])) for _, row in rows]
+    scans = by_stem(find(folder / "data" / "mha", r".+\.mha"))
+    items = []
+    for _, row in read_table(path, "PatientID", probCOVID=("0", "1"), probSevere=("0", "1")):
+        name = row["PatientID"]
+        scan = scans.get(name, folder / "data" / "mha" / f"{name}.mha")
+        items.append(Item(name, scan, "", None, name, np.float32([row["probCOVID"], row["probSevere"]])))
+    return items
 
 
 def _ctrg_task_items(folder, fold):
-    lists = sorted(folder.glob("*.json")) if folder.is_dir() else [folder]
+    lists = [folder]
+    if folder.is_dir():
+        lists = [path for path in sorted(folder.iterdir())
+                 if path.suffix.lower() == ".json" and not is_hidden(path.name)]
     if len(lists) != 1:
         raise wrong(folder, [path.name for path in lists], "one .json")
     return keep_good(_ctrg_items(lists[0], with_result=False), lists[0])
 
 
 def _ct_rate_task_items(folder, fold):
-    items = load_items(folder)
-    if any(item.split == "test" for item in items):  # a manifest may have one
-        return items
-    return [item._replace(split="test") if item.split == "valid" else item for item in items]
+    return _with_test(load_items(folder))
 
 
 class Task(NamedTuple):
@@ -1175,7 +1388,7 @@ def _demo(epochs, batch_size, size=(32, 32, 32), lr=1e-3, **more):
 # probabilities of rot90 and affine in luna16 and of affine and zoom in msd-lung, clip_grad but for msd-lung
 # and covid-19-20. msd-lung is not cropped to the foreground; patches without foreground are drawn in the
 # body instead. luna16 has the LayerNorm of the others.
-OR_A_LIST = f", or a JSON {CASE_LIST} anywhere in the folder"
+OR_A_LIST = f", or a JSON {CASE_LIST} anywhere in the folder, or nnU-Net's imagesTr/*_0000, labelsTr/*"
 CT_RATE = "a CT-RATE folder (volumes, reports and labels CSVs) or a manifest .csv"
 SEGMENT_DEMO = _demo(15, 1, spacing=(6., 6., 6.), eval_every=5)
 TASKS = {
@@ -1196,14 +1409,14 @@ TASKS = {
         _recipe(1000, 50, 1, 1e-4, weight_decay=1e-5), SEGMENT_DEMO,
         {"flip": .5, "rot90": .3, "zoom": .15, "affine": .15, "scale": .1, "shift": .1}, patches=4),
     "covid-19-20": Task("segment", "patch", partial(
-            _segment_items, image=r"volume-covid19-A-\d+_ct\.nii(\.gz)?", mask=("_ct.", "_seg."),
+            _segment_items, image=r"(volume-covid19-A-\d+)_ct", mask=r"\1_seg",
             patient=r"(?<=-A-)\d+"),
         "volume-covid19-A-XXXX_ct.nii.gz and volume-covid19-A-XXXX_seg.nii.gz" + OR_A_LIST,
         ("COVID-19 lesion",), "Dice", (32, 192, 192), (-1000., 500.), (5., 1.25, 1.25),
         _recipe(1000, 50, 1, 7.5e-5, weight_decay=1e-5), SEGMENT_DEMO,
         {"flip": .5, "affine": .15, "noise": .01}, patches=3),
     "acdc": Task("segment", "patch", partial(
-            _segment_items, image=r"patient\d+_frame\d+\.nii(\.gz)?", mask=(".nii", "_gt.nii"),
+            _segment_items, image=r"(patient\d+_frame\d+)", mask=r"\1_gt",
             patient=r"patient\d+"),
         "[training/, testing/]patientXXX/patientXXX_frameYY.nii.gz and …_frameYY_gt.nii.gz" + OR_A_LIST,
         ("right ventricle", "myocardium", "left ventricle"), "Dice", (32, 192, 192), None, None,

@@ -103,14 +103,16 @@ log = logging.getLogger("mg3d")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SACREBLEU = BLEU(tokenize="none", smooth_method="none", effective_order=True)
 PENALTIES = np.logspace(-1, 5, 25)  # of the ridge regression
-SCAN_ENDING = re.compile(r"\.(nii|nii\.gz|mha|mhd|nrrd|npz)$", re.IGNORECASE)
 
 
 # --------------------------------- metrics
 
 def auroc(score, label):
-    """Area under the ROC curve (Mann-Whitney U): (n,), (n,) of 0 and 1; nan where one class is absent"""
-    positive = np.asarray(label).astype(bool)
+    """Area under the ROC curve (Mann-Whitney U): (n,), (n,) of 0 and 1, all else is unknown and left out;
+    nan where one class is absent"""
+    label = np.asarray(label)
+    known = (label == 0) | (label == 1)
+    score, positive = np.asarray(score)[known], label[known] == 1
     n_pos, n_neg = positive.sum(), (~positive).sum()
     if n_pos == 0 or n_neg == 0:
         return math.nan
@@ -118,13 +120,20 @@ def auroc(score, label):
 
 
 def aurocs(scores, labels):
-    """(n, K), (n, K) -> K floats. A label of NaN leaves the item out of its column."""
-    known = ~np.isnan(labels)
-    return [auroc(scores[rows, k], labels[rows, k]) for k, rows in enumerate(known.T)]
+    """(n, K), (n, K) -> K floats"""
+    return [auroc(*column) for column in zip(scores.T, labels.T)]
 
 
 def macro_auroc(scores, labels):
+    """Mean of the AUCs of the columns that have both classes"""
     return _mean(aurocs(scores, labels))
+
+
+def how_many(aucs):
+    """Over how many findings a macro AUC is taken, in words"""
+    absent = sum(map(math.isnan, aucs))
+    others = f" (the other {absent} have one class alone)" if absent else ""
+    return f"{len(aucs) - absent} findings{others}"
 
 
 def _mean(values):
@@ -295,7 +304,8 @@ def compare_probes(untrained, pretrained, items, few=None):
         return macro_auroc(after, truth) - macro_auroc(before, truth)
     low, high = bootstrap(gain, before, after, truth)
     result = {"untrained": macro_auroc(before, truth), "pretrained": macro_auroc(after, truth),
-              "difference": [low, gain(before, after, truth), high], "n": len(truth)}
+              "difference": [low, gain(before, after, truth), high], "n": len(truth),
+              "findings": how_many(aurocs(after, truth))}
     y = np.stack([item.labels for item in split_labelled(items)[0]]).astype(float)
     if few and few < len(y):
         rng = np.random.default_rng(0)
@@ -308,8 +318,8 @@ def compare_probes(untrained, pretrained, items, few=None):
 
 def say_probe(result):
     low, value, high = result["difference"]
-    text = (f"linear probe of 18 findings, macro AUC on {result['n']} held-out volumes: untrained encoder "
-            f"{result['untrained']:.3f}, pre-trained {result['pretrained']:.3f}, "
+    text = (f"linear probe of {result['findings']}, macro AUC on {result['n']} held-out volumes: "
+            f"untrained encoder {result['untrained']:.3f}, pre-trained {result['pretrained']:.3f}, "
             f"difference {value:+.3f} [{low:+.3f}, {high:+.3f}]")
     if "few" in result:
         text += "; with {labels} labels {untrained:.3f} and {pretrained:.3f}".format(**result["few"])
@@ -684,7 +694,8 @@ def score_classes(run, items, scores, out, train_items):
                    "protocol": "all items; chance: the commonest class", "more": {"auc": per_class}}
         return result, accuracy, pred, label
     if task.kind == "prompt":
-        result["protocol"] = f"all items, mean of {len(per_class)}, '{{name}}.' against 'not {{name}}.'"
+        findings = how_many(per_class.values())
+        result["protocol"] = f"all items, mean of {findings}, '{{name}}.' against 'not {{name}}.'"
         return result, macro_auroc, scores, truth
     name = task.classes[-1]
     counted = ~np.isnan(truth[:, -1])
@@ -699,7 +710,7 @@ def score_masks(run, items, masks, out, train_items):
     """Dice of scans in their own grid. masks: (labels, affine) of each, which may come one at a time"""
     names = run.task.classes
     scores, constant, false_alarms, examples = [], [], 0, []
-    for (labels, affine), item in zip(masks, items):
+    for (labels, affine), item, file_name in zip(masks, items, _file_names(items)):
         pred = nib.apply_orientation(labels, nib.io_orientation(affine)).T  # (z, y, x), RAS
         truth = data.to_ras(item.mask, *data.read_stored(item.mask), is_mask=True)[0]
         scores.append(dice(pred, truth, 1 + len(names)))
@@ -708,7 +719,7 @@ def score_masks(run, items, masks, out, train_items):
         false_alarms += sum(bool((pred == k).any()) for k, n in enumerate(voxels, 1) if n == 0)
         if out:
             (out / "masks").mkdir(exist_ok=True)
-            nib.save(nib.Nifti1Image(labels, affine), out / "masks" / f"{_file_name(item)}.nii.gz")
+            nib.save(nib.Nifti1Image(labels, affine), out / "masks" / f"{file_name}.nii.gz")
             if len(examples) < 4 and truth.any():
                 z = (truth > 0).sum((1, 2)).argmax()
                 image, spacing, _ = data.read_volume(item.volume)
@@ -823,17 +834,17 @@ def predict_scan(run, item, out, index=()):
     [prediction] = KINDS[kind][0](run, [item], progress=True)
     if kind == "segment":
         labels, affine = prediction
-        path = out / f"{_file_name(item)}_mask.nii.gz"
+        path = _own_path(out, f"{_file_name(item)}_mask.nii.gz", item)
         nib.save(nib.Nifti1Image(labels, affine), path)
         for k, name in enumerate(classes, 1):
             millilitres = (labels == k).sum() * abs(np.linalg.det(affine[:3, :3])) / 1000
             print(f"{name:40s} {millilitres:10.2f} ml")
     elif kind == "report":
-        path = out / "report.txt"
+        path = _own_path(out, "report.txt", item)
         path.write_text(prediction + "\n", encoding="utf-8")
         print(prediction)
     elif kind == "retrieve":
-        path = out / "retrieved.csv"
+        path = _own_path(out, "retrieved.csv", item)
         ids = {other.report: other.id for other in index}  # two reconstructions, one report
         similarity = (text_features(run.network, list(ids)) @ prediction).tolist()
         ranked = sorted(zip(similarity, ids.items()), reverse=True)[:10]
@@ -842,7 +853,7 @@ def predict_scan(run, item, out, index=()):
         for rank, name, score, report in rows[:5]:
             print(f"{rank:3d}  {score:.3f}  {name}  {textwrap.shorten(report, 160)}")
     else:
-        path = out / "probabilities.csv"
+        path = _own_path(out, "probabilities.csv", item)
         rows = list(zip(classes, prediction.tolist()))
         _write_csv(path, ["class", "probability"], rows)
         for name, probability in rows:
@@ -860,8 +871,30 @@ def _write_csv(path, header, rows):
 
 
 def _file_name(item):
-    """The id without its ending, as the name of a file"""
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", SCAN_ENDING.sub("", item.id))
+    """The id without its ending as the name of a file: what a system may refuse there is percent-encoded"""
+    name = data.ENDING.sub("", item.id)
+    return re.sub(r'[\x00-\x1f%/\\:*?"<>|]|^\.', lambda match: f"%{ord(match[0]):02X}", name)
+
+
+def _file_names(items):
+    """`_file_name` of each; ValueError if a second one would overwrite the file of the first"""
+    first = {}
+    for item in items:
+        other = first.setdefault(_file_name(item), item)
+        if other is not item:
+            raise ValueError(f"found {other.volume} and {item.volume} for the mask {_file_name(item)}, "
+                             "expected scans that differ in more than the ending of their names")
+    return list(first)
+
+
+def _own_path(out, name, item):
+    """OUT/name, or another name where that belongs to another scan; OUT/inputs.json tells whose each is"""
+    notes, scan = out / "inputs.json", item.volume.resolve()
+    owners = json.loads(notes.read_text(encoding="utf-8")) if notes.exists() else {}
+    names = itertools.chain([name, f"{scan.parent.name}_{name}"], (f"{k}_{name}" for k in itertools.count(2)))
+    name = next(name for name in names if owners.get(name, str(scan)) == str(scan))
+    write_result(owners | {name: str(scan)}, notes)
+    return out / name
 
 
 def write_result(result, path):
@@ -1057,13 +1090,17 @@ def probe_command(args):
     encoder, size, hu = _encoder_of(args)
     items = data.load_items(args.data, args.cache)
     features = probe_features(encoder, items, args.cache, size, hu, args.batch_size)
+    left_out = len(items) - sum(map(len, features))
+    if left_out:
+        log.warning("%s: left out %d of %d volumes without all 18 labels", args.data, left_out, len(items))
     scores, truth = probe(features, items)
     value, (low, high) = macro_auroc(scores, truth), bootstrap(macro_auroc, scores, truth)
     per_class = dict(zip(data.LABELS, aurocs(scores, truth)))
     print(f"{'finding':40s} positives   AUC")
     for (name, auc), positives in zip(per_class.items(), truth.sum(0)):
         print(f"{name:40s} {int(positives):9d}  {auc:.3f}")
-    print(f"macro AUC of 18 findings {value:.3f} [{low:.3f}, {high:.3f}], n = {len(truth)}, chance 0.500")
+    print(f"macro AUC of {how_many(per_class.values())} {value:.3f} [{low:.3f}, {high:.3f}], "
+          f"n = {len(truth)}, chance 0.500")
     result = {"macro_auc": value, "interval": [low, high], "n": len(truth), "chance": 0.5, "auc": per_class}
     config = model.read_checkpoint(args.checkpoint).get("config", {})
     untrained = untrained_encoder(config) if "mlm_prob" in config else None     # of a run of pretrain.py
@@ -1123,19 +1160,38 @@ def pairing_command(args):
     print(f"wrote {out / 'pairing.json'} and pairing.png")
 
 
+def _is_dicom(path):
+    with open(path, "rb") as file:
+        return path.name != "DICOMDIR" and file.read(132)[128:] == b"DICM"
+
+
+def find_scans(folder):
+    """What a folder holds at any depth: volume files, folders of DICOM, and folders of pictures that have no
+    volume beside them; if there is nothing of these, every folder of files that may be slices"""
+    scans, unknown = [], []
+    for root, _, files in data.walk(folder):
+        volumes = [root / name for name in files if data.ENDING.search(name)]
+        others = [root / name for name in files if not re.search(r"\.(csv|json|txt)$", name, re.IGNORECASE)]
+        others = [path for path in others if path not in volumes]
+        has_pictures = any(path.suffix.lower() in (".png", ".jpg", ".jpeg") for path in others)
+        if any(map(_is_dicom, others)) or (has_pictures and not volumes):
+            scans.append(root)
+        if others:
+            unknown.append(root)
+        scans += volumes
+    return sorted(scans or unknown)
+
+
 def embed_command(args):
     """Features of every scan of a folder; a scan that cannot be read is named and left out."""
     encoder, size, hu = _encoder_of(args)
-    scans, folder = [args.input], args.input.parent
-    if args.input.is_dir():  # image files; without any, folders of slices
-        folder = args.input
-        files = [file for file in folder.rglob("*") if file.is_file()]
-        images = [file for file in files if SCAN_ENDING.search(file.name)]
-        slices = {file.parent for file in files if file.suffix not in (".csv", ".json", ".txt")}
-        scans = sorted(images or slices)
+    is_folder = args.input.is_dir()
+    scans = find_scans(args.input) if is_folder else [args.input]
     ids, rows, failures = [], [], []
     for scan in tqdm(scans, desc="embed", unit="scan", disable=None):
-        item = _scan_item(scan, scan.relative_to(folder).as_posix())
+        is_below = is_folder and scan != args.input
+        name = scan.relative_to(args.input).as_posix() if is_below else scan.name or scan.resolve().name
+        item = _scan_item(scan, name)
         try:
             rows.append(global_features(encoder, [item], args.cache, size, hu)[0])
             ids.append(item.id)

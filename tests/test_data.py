@@ -1090,6 +1090,122 @@ def test_real_ctrg_json(tmp_path):
     assert collections.Counter(item.split for item in items) == {"train": 1444, "test": 360}
 
 
+# --------------------------------------------------------------- what other tools write and leave behind
+
+@pytest.mark.parametrize("text, line, words", [
+    ('volume,report\na,Fine.\nb,"A nodule.\nc,Fine.\nd,Fine.\n', 3, "unexpected end"),
+    ('volume,report\na,"A nodule.\nb,"Fine, too."\n', 2, "expected after"),
+    ('volume,report\na,Fine.\n\nb,"A nodule.\n' + 9000 * "c,Fine as this one.\n", 4, "field limit"),
+    ('volume,report,split\na,"Two\nlines.",train\nb,Fine.\n', 4, "2 fields")])
+def test_a_broken_row_is_named_by_its_first_line(tmp_path, text, line, words):
+    (tmp_path / "m.csv").write_text(text)
+    with pytest.raises(ValueError, match=f"m.csv, line {line}: found .*{words}.* expected .*quotes"):
+        data.load_items(tmp_path / "m.csv")
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_tables_as_other_tools_write_them(tmp_path, separator):
+    """A byte order mark, names in other case and with blanks, an empty row, parts under other names"""
+    manifest(tmp_path)
+    rows = [["Volume ", " REPORT", "Lung_Nodule", "split"], ["scan0.nii.gz ", '"Fine, well; good."', "True", "Training"],
+            [".\\\\scan1.nii.gz", "nan", "False", "val"], ["scan2.nii.gz", "Fine.", "NA", " Validation"],
+            ["", "", "", ""], ["scan3.nii.gz", "Fine.", " 1", "TESTING"]]
+    text = "\r\n".join(separator.join(row) for row in rows).replace("\\\\", "\\")
+    (tmp_path / "m.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    items = data.read_items(tmp_path / "m.csv")
+    assert [item.split for item in items] == ["train", "valid", "valid", "test"]
+    assert [item.report for item in items] == ["Fine, well; good.", "", "Fine.", "Fine."]
+    assert all(item.volume.exists() for item in items)
+    np.testing.assert_array_equal([item.labels[9] for item in items], [1, 0, np.nan, 1])
+
+
+def test_a_column_twice_is_refused(tmp_path):
+    (tmp_path / "m.csv").write_text("volume,report,Report\na,b,c\n")
+    with pytest.raises(ValueError, match=r"m.csv: found the columns .* expected \['report'\] once"):
+        data.load_items(tmp_path / "m.csv")
+
+
+@pytest.mark.parametrize("value", ["2", "0.5", "inf", "-inf", "-2", "yes", "1e400"])
+def test_labels_are_0_or_1_or_unknown(tmp_path, value):
+    path = manifest(tmp_path, **{"Lung nodule": ["1", "", value, "0"]})
+    message = f"data.csv, line 4: found Lung nodule '{value}', expected a number: 0, 1 or"
+    with pytest.raises(ValueError, match=message):
+        data.load_items(path)
+
+
+def test_uncertain_labels_are_unknown(tmp_path, caplog):
+    path = manifest(tmp_path, Emphysema=["1", "-1", "-1.0", "0"], Atelectasis=["-1", "", "nan", "1"])
+    labels = np.stack([item.labels for item in data.load_items(path)])
+    np.testing.assert_array_equal(labels[:, 7:9], [[1, np.nan], [np.nan] * 2, [np.nan] * 2, [0, 1]])
+    assert caplog.text.count("data.csv, line 2: 3 labels are -1, taken as unknown") == 1
+
+
+def test_numbers_are_finite(tmp_path):
+    ct_rate(tmp_path, ["train_1_a_1", "train_2_a_1", "valid_1_a_1"])
+    table = tmp_path / "metadata" / "train.csv"
+    table.write_text(table.read_text().replace("-1024", "inf"))
+    with pytest.raises(ValueError, match="train.csv, line 2: found RescaleIntercept 'inf', expected a number$"):
+        data.load_items(tmp_path)
+
+
+def test_hidden_files_are_no_data_and_links_are_followed(tmp_path):
+    """train/ lies on another disk; each folder counts once, whatever links lead to it."""
+    names = ["train_1_a_1", "train_2_a_1", "valid_1_a_1"]
+    folder, disk = ct_rate(tmp_path / "set", names), tmp_path / "disk"
+    (folder / "train").rename(disk)
+    for link, target in (("a", disk), ("train", disk), ("up", folder), ("labels/up", folder), ("gone", tmp_path / "no")):
+        (folder / link).symlink_to(target)
+    for copy in (".ipynb_checkpoints", "__MACOSX"):
+        (folder / copy).mkdir()
+        (folder / copy / "train.csv").write_bytes((folder / "reports" / "train.csv").read_bytes())
+    (folder / "reports" / "._train.csv").write_bytes(b"\0\5\x16\7")
+    (folder / "._no_chest_train.txt").write_text("train_1_a_1")
+    assert sorted(item.id for item in data.load_items(folder)) == names
+    found = data.find(folder, r"train.*\.NII\.GZ")
+    assert [path.name for path in found] == ["train_1_a_1.nii.gz", "train_2_a_1.nii.gz"]
+    pictures = tmp_path / ".slices" / "scan"                # hidden is what lies below, not where it lies
+    for z in range(4):
+        pictures.mkdir(parents=True, exist_ok=True)
+        sitk.WriteImage(sitk.GetImageFromArray(chest()[z].astype(np.uint8)), str(pictures / f"{z}.png"))
+        (pictures / f"._{z}.png").write_bytes(b"\0\5\x16\7")
+    assert data.read_volume(pictures)[0].shape[0] == 4
+
+
+def test_ct_rate_tables_that_contradict_each_other(tmp_path):
+    ct_rate(tmp_path, ["train_1_a_1", "train_2_a_1", "valid_1_a_1"])
+    for name, line, old, new in (("labels", 2, ",1,0", ",0,1"), ("metadata", 2, "-1024", "0")):
+        table, copy = tmp_path / name / "train.csv", tmp_path / name / "z.csv"
+        copy.write_text(table.read_text())
+        assert len(data.load_items(tmp_path)) == 3          # a copy says the same
+        copy.write_text(table.read_text().replace(old, new))
+        with pytest.raises(ValueError, match=rf"z.csv, line {line}: found other values .*{name}/train.csv, line {line}"):
+            data.load_items(tmp_path)
+        copy.unlink()
+    (tmp_path / "reports" / "z.csv").write_text((tmp_path / "reports" / "train.csv").read_text())
+    with pytest.raises(ValueError, match="z.csv, line 2: found a second report of train_1_a_1, .*/train.csv, line 2"):
+        data.load_items(tmp_path)
+
+
+def test_ctrg_json_as_other_tools_write_it(tmp_path):
+    path = ctrg(tmp_path, train=[1, 2], validation=[3], Testing=[4, 5])
+    assert [item.split for item in data.load_items(path)] == ["train"] * 2 + ["test"] * 2 + ["valid"]
+    content = json.loads(path.read_text())
+    content["train"][0] |= {"report": ["No effusion.", None, "Heart normal."], "image_path": ["ct\\1.nii.gz"]}
+    content["train"][1] |= {"report": float("nan"), "result": None}
+    content["validation"][0] |= {"report": None}
+    path.write_text(json.dumps(content))
+    items = {item.id[0]: item for item in data.load_items(path)}
+    assert set(items) == {"1", "3", "4", "5"} and items["3"].report == "Cyst."
+    assert items["1"].report == "No effusion.\nHeart normal.\nCyst." and items["1"].volume == tmp_path / "ct" / "1.nii.gz"
+    path.write_text(json.dumps([row | {"split": name} for name, rows in content.items() for row in rows]))
+    assert {item.id[0]: item for item in data.load_items(path)} == items
+    for part, change, message in (("train", {"report": 5}, "5 instead of text"), ("train", {"image_path": None}, "None instead of a path"),
+                                  ("train", {"image_path": ["a", "b"]}, "instead of a path"), ("holdout", {}, "the part 'holdout'")):
+        path.write_text(json.dumps({part: [content["train"][0] | change]}))
+        with pytest.raises(ValueError, match=f"ctrg.json: found .*{message}.*, expected CTRG-Chest's"):
+            data.load_items(path)
+
+
 # -------------------------------------------------------------------------------------------- cache
 
 def test_cache(tmp_path, monkeypatch):

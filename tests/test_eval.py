@@ -54,6 +54,20 @@ def test_macro_auroc_leaves_out_unknown_labels_and_absent_classes():
     assert evaluation.macro_auroc(scores, labels) == pytest.approx(np.mean(expected))
 
 
+@pytest.mark.parametrize("unknown", [-1, np.nan, 2, 0.5])
+def test_an_unknown_label_is_neither_positive_nor_negative(unknown):
+    score = np.array([0.9, 0.8, 0.5, 0.4, 0.3, 0.1, 0.95, 0.1])
+    label = np.array([1, 1, 0, 1, 0, 0, unknown, unknown])
+    assert evaluation.auroc(score, label) == pytest.approx(8 / 9)       # of 3 x 3 pairs one is the wrong way round
+    assert evaluation.macro_auroc(score[:, None], label[:, None]) == pytest.approx(8 / 9)
+    assert np.isnan(evaluation.auroc(score[[0, 6]], label[[0, 6]]))
+
+
+def test_a_mean_says_of_how_many():
+    assert evaluation.how_many([0.5, 0.7]) == "2 findings"
+    assert evaluation.how_many([0.5, np.nan, np.nan]) == "1 findings (the other 2 have one class alone)"
+
+
 def test_bootstrap_is_reproducible_and_covers():
     rng = np.random.default_rng(0)
     covered, widths = 0, []
@@ -165,6 +179,16 @@ def test_probe_command(labelled, encoder):
     assert np.nanmean(list(result["auc"].values())) == pytest.approx(result["macro_auc"])
     assert f"{result['macro_auc']:.3f}" in done.stdout and "n = 14" in done.stdout and data.LABELS[17] in done.stdout
 
+    rows = list(csv.reader((labelled / "m.csv").open()))
+    for row in rows[27:]:
+        row[4:9] = "0" * 5                      # five findings without a positive among the held-out
+    rows[30][10] = "-1"
+    with (labelled / "some.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    done = run("--data", "some.csv", "--encoder", "swin_t", "--out", "some")
+    assert "macro AUC of 13 findings (the other 5 have one class alone)" in done.stdout and "n = 13" in done.stdout
+    assert "some.csv, line 31: 1 labels are -1" in done.stderr
+    assert "some.csv: left out 1 of 40 volumes without all 18 labels" in done.stderr
     refused = run("--data", "m.csv")
     assert refused.returncode == 1 and "--encoder" in refused.stderr and "Traceback" not in refused.stderr
 
@@ -326,6 +350,7 @@ def test_probes_are_compared_on_the_same_items():
     blurred, clear = features(2.0), features(0.5)
     better = evaluation.compare_probes(blurred, clear, items, few=50)
     assert better["pretrained"] - better["untrained"] == pytest.approx(better["difference"][1])
+    assert "linear probe of 18 findings, macro AUC on 100" in evaluation.say_probe(better)
     assert better["difference"][1] > 0.1 and better["difference"][0] > 0 and better["n"] == 100
     assert better["few"]["pretrained"] > better["few"]["untrained"] and better["few"]["labels"] == 50
     low, value, high = evaluation.compare_probes(clear, features(0.5), items)["difference"]

@@ -376,13 +376,43 @@ def test_dice_in_the_own_grid(scans):
     full_a, full_b = 2 * 64 / (64 + 960), 2 * 8 / (8 + 960)
     assert result["chance"] == pytest.approx((full_a + (full_a + full_b) / 2) / 2)
     for i in range(3):
-        saved, scan = (nib.load(folder / name) for name in (f"out/masks/sub_scan{i}.nii.gz", f"scan{i}.nii.gz"))
+        saved, scan = (nib.load(folder / name) for name in (f"out/masks/sub%2Fscan{i}.nii.gz", f"scan{i}.nii.gz"))
         assert np.allclose(saved.affine, scan.affine) and saved.shape == scan.shape
         assert saved.get_data_dtype() == np.uint8
-    assert np.array_equal(nib.load(folder / "out/masks/sub_scan1.nii.gz").get_fdata(), nib.load(folder / "mask1.nii.gz").get_fdata())
+    assert np.array_equal(nib.load(folder / "out/masks/sub%2Fscan1.nii.gz").get_fdata(), nib.load(folder / "mask1.nii.gz").get_fdata())
     rows = list(csv.reader((folder / "out" / "dice.csv").open()))
     assert rows[0] == ["id", "a", "b"] and rows[2] == ["sub/scan1.nii.gz", "1.0", "1.0"] and rows[3][1:] == ["nan", "nan"]
     drawn(folder / "out" / "overlay.png")
+
+
+def test_every_scan_has_a_mask_of_its_own(scans):
+    items, task, folder = scans
+    network = run_of(ByGrey(), "acdc", folder / "cache", task)
+    names = {"肺_甲.nii.gz": "肺_甲", "a b/1": "a b%2F1", "a_b_1": "a_b_1", "50%2F": "50%252F", ".x": "%2Ex", "Müller\t?.nii": "Müller%09%3F"}
+    renamed = [items[0]._replace(id=name) for name in names]
+    evaluation.evaluate(network, renamed, folder / "names")
+    assert sorted(path.name for path in (folder / "names" / "masks").iterdir()) == sorted(f"{name}.nii.gz" for name in names.values())
+    twice = [items[0]._replace(id="a.nii.gz"), items[1]._replace(id="a.mha")]
+    with pytest.raises(ValueError, match="scan0.nii.gz and .*scan1.nii.gz for the mask a, expected"):
+        evaluation.evaluate(network, twice, folder / "twice")
+    assert not (folder / "twice" / "masks").exists()
+
+
+def test_scans_of_one_name_do_not_overwrite_each_other(scans):
+    items, task, folder = scans
+    network = run_of(ByGrey(), "acdc", folder / "cache", task)
+    found = {}
+    for i, place in enumerate(("A", "B", "x/B", "A")):                 # the last one again: it keeps its file
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        (folder / place / "ct.nii.gz").write_bytes(items[i % 3 if place != "A" else 0].volume.read_bytes())
+        scan = data.Item("ct.nii.gz", folder / place / "ct.nii.gz", "", None, "x")
+        evaluation.predict_scan(network, scan, folder / "one")
+        found[place] = json.loads((folder / "one" / "inputs.json").read_text())
+    assert found["A"] == {"ct_mask.nii.gz": str(folder / "A" / "ct.nii.gz"), "B_ct_mask.nii.gz": str(folder / "B" / "ct.nii.gz"),
+                          "2_ct_mask.nii.gz": str(folder / "x" / "B" / "ct.nii.gz")}
+    assert found["x/B"] == found["A"] and len(list((folder / "one").glob("*mask*"))) == 3
+    for name, label in (("ct", 1), ("B_ct", 2)):
+        assert nib.load(folder / "one" / f"{name}_mask.nii.gz").get_fdata().max() == label
 
 
 def test_overlay_shows_correct_wrong_and_missing(tmp_path):
@@ -611,6 +641,41 @@ def test_embed(tmp_path, encoder):
         assert np.allclose(found["features"], expected, atol=1e-5)
     done = here("embed", "--checkpoint", "last.pt", "--input", "scans/broken.nii.gz", cwd=tmp_path)
     assert done.returncode == 1 and "broken.nii.gz" in done.stderr
+
+
+def test_what_a_mixed_folder_holds(tmp_path):
+    """Files of all endings, folders of DICOM and of pictures; tables, previews and hidden files are none."""
+    for name in ("a.nii", "B.NII.GZ", "deep/c.mhd", "deep/d.nhdr", "deep/e.nrrd", "deep/f.mha", "deep/g.npz", "deep/h.npy"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(b"x")
+    others = ("deep/c.raw", "deep/preview.png", "table.csv", "notes/readme.md", "._a.nii", ".cache/z.nii", "slices/1.PNG", "slices/2.PNG")
+    for name in others:
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(b"x")
+    for name in ("series/IM1", "series/IM2", "with/1.2.3", "with/i.nii", "DICOMDIR"):
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(bytes(128) + b"DICM")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "in" / "deep")
+    found = [path.relative_to(tmp_path / "in").as_posix() for path in evaluation.find_scans(tmp_path / "in")]
+    assert found == ["B.NII.GZ", "a.nii", *(f"deep/{name}" for name in ("c.mhd", "d.nhdr", "e.nrrd", "f.mha", "g.npz", "h.npy")),
+                     "series", "slices", "with", "with/i.nii"]
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "IM1").write_bytes(b"no preamble")
+    assert evaluation.find_scans(tmp_path / "old") == [tmp_path / "old"]
+    assert evaluation.find_scans(tmp_path / "in" / "notes") == [tmp_path / "in" / "notes"]
+
+
+def test_embed_names_folders_of_slices(tmp_path, encoder, monkeypatch):
+    torch.save({"model": {f"encoder.{name}": weight for name, weight in encoder.state_dict().items()},
+                "config": {"encoder": "swin_t", "size": [32, 32, 32]}}, tmp_path / "last.pt")
+    for z, grey in enumerate(np.random.default_rng(0).integers(0, 255, (8, 24, 24)).astype(np.uint8)):
+        (tmp_path / "set" / "scan").mkdir(parents=True, exist_ok=True)
+        sitk.WriteImage(sitk.GetImageFromArray(grey), str(tmp_path / "set" / "scan" / f"{z}.png"))
+    nib.save(nib.Nifti1Image(chest(np.random.default_rng(0)).T, np.eye(4)), tmp_path / "set" / "b.nii.gz")
+    for place, ids in (("set", ["b.nii.gz", "scan"]), ("set/scan", ["scan"]), ("set/b.nii.gz", ["b.nii.gz"])):
+        done = here("embed", "--checkpoint", "last.pt", "--input", place, "--out", "e.npz", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert np.load(tmp_path / "e.npz")["ids"].tolist() == ids and "0 scans left out" in done.stdout
 
 
 def test_radar(tmp_path):

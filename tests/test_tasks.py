@@ -641,3 +641,216 @@ def test_ct_rate_manifest(tmp_path):
               [[f"{i}.nii.gz", "Fine.", ("valid", "test")[i % 2], "p"] for i in range(10)])
     with pytest.raises(ValueError, match="the patient p in valid and in test"):
         load_task("ct-rate-retrieval", path)
+
+
+# --------------------------------------------------------------- what other tools write and leave behind
+
+APPLE = b"\0\5\x16\7\0\2\0\0Mac OS X"
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_hidden_copies_change_nothing(name, tmp_path):
+    """Beside every file the ._file of a Mac's archive, beside every table and list a copy of an editor"""
+    folder, archive = tmp_path / "set", tmp_path / "archive"
+    WRITE[name](folder)
+    expected = load_task(name, folder)
+    for path in sorted(folder.rglob("*")):
+        if path.name in ("CP", "subset0", "imagesTr", "Train", "patient001", "metadata", "train"):
+            shutil.copytree(path, folder / "__MACOSX" / path.relative_to(folder), dirs_exist_ok=True)
+        path.with_name("._" + path.name).write_bytes(APPLE)
+        if path.suffix in (".csv", ".json"):
+            copy = path.parent / ".ipynb_checkpoints" / path.name
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
+    assert [item[:5] for item in load_task(name, folder)] == [item[:5] for item in expected]
+    folder.rename(archive)                                  # the set behind links, folder by folder
+    folder.mkdir()
+    for path in archive.iterdir():
+        (folder / path.name).symlink_to(path)
+    assert [item[:5] for item in load_task(name, folder)] == [item[:5] for item in expected]
+
+
+def test_acdc_behind_a_link_is_tested_on_its_test_patients(tmp_path):
+    acdc(tmp_path / "set" / "training")
+    acdc(tmp_path / "disk" / "testing", first=101, n=2)
+    (tmp_path / "set" / "testing").symlink_to(tmp_path / "disk" / "testing")
+    (tmp_path / "set" / "a_second_way").symlink_to(tmp_path / "set" / "training")
+    items = load_task("acdc", tmp_path / "set")
+    assert len(items) == 24 and patients(items)["test"] == {"patient101", "patient102"}
+
+
+@pytest.mark.parametrize("one, other, test", [
+    ("training", "testing", 2), ("ACDC_train", "ACDC_test", 2), ("Train set", "Test-Set (1)", 2), ("train", "Validation", 2),
+    ("test_run/training", "test_run/testing", 2), ("scanner A", "latest", None), ("a", "test-retest", None), ("a", "attested/b", None)])
+def test_whole_names_of_folders_tell_the_split(tmp_path, one, other, test):
+    acdc(tmp_path / one)
+    acdc(tmp_path / other, first=101, n=2)
+    tested = {item.patient for item in load_task("acdc", tmp_path) if item.split == "test"}
+    assert (tested == {"patient101", "patient102"}) == bool(test)
+
+
+def test_a_list_means_the_file_that_it_names(tmp_path):
+    msd_lung(tmp_path)
+    shutil.copytree(tmp_path / "imagesTr", tmp_path / "clipped" / "imagesTr")
+    scan(tmp_path / "clipped" / "lung_000.nii.gz")
+    assert {item.volume.parent for item in load_task("msd-lung", tmp_path)} == {tmp_path / "imagesTr"}
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "dataset.json").rename(tmp_path / "lists" / "dataset.json")     # seen from the folder, then
+    assert {item.volume.parent for item in load_task("msd-lung", tmp_path)} == {tmp_path / "imagesTr"}
+    (tmp_path / "lists" / "dataset.json").rename(tmp_path / "clipped" / "dataset.json")
+    items = load_task("msd-lung", tmp_path)                 # seen from the list, first
+    assert {item.volume.parent for item in items} == {tmp_path / "clipped" / "imagesTr"}
+    assert {item.mask.parent for item in items} == {tmp_path / "labelsTr"}
+    (tmp_path / "clipped" / "dataset.json").rename(tmp_path / "lists" / "dataset.json")
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "imagesTr").rename(tmp_path / "raw" / "imagesTr")
+    message = "clipped/imagesTr/lung_000.nii.gz: found also .*raw/imagesTr/lung_000.nii.gz for ./imagesTr/lung_000.nii.gz of .*dataset.json"
+    with pytest.raises(ValueError, match=message):
+        load_task("msd-lung", tmp_path)
+
+
+def test_lists_as_other_tools_write_them(tmp_path):
+    rows = msd_lung(tmp_path)
+    listed = tmp_path / "dataset.json"
+
+    def split_of(**content):
+        listed.write_text(json.dumps(content))
+        items = load_task("msd-lung", tmp_path)
+        return "".join(next(item.split[1] for item in items if item.id == f"lung_{i:03d}") for i in range(10))
+    windows = [{name: [path[2:].replace("/", "\\")] for name, path in row.items()} for row in rows]
+    assert split_of(Training=windows[:6], validation=rows[6:]).endswith("eeee")             # "test"
+    parts = split_of(train=rows[:6], val=rows[6:8], testing=rows[8:])
+    assert set(parts[:6]) == {"r"} and parts[6:] == "aaee"
+    assert split_of(training=[row | {"fold": str(i % 5)} for i, row in enumerate(rows)])[::5] == "ee"
+    for content, message in (({"training": rows[:8], "holdout": rows[8:]}, "the part 'holdout'"),
+                             ({"training": [row | {"image": [row["image"]] * 2} for row in rows]}, "instead of a path")):
+        with pytest.raises(ValueError, match=f"dataset.json: found .*{message}"):
+            split_of(**content)
+
+
+@pytest.mark.parametrize("name", ["msd-lung", "covid-19-20", "acdc"])
+def test_nnunet_names_its_channels(name, tmp_path, caplog):
+    cases = {"msd-lung": "lung_{:03d}", "covid-19-20": "volume-covid19-A-{:04d}", "acdc": "patient{:03d}_frame01"}
+    for i in range(12):
+        part = "Tr" if i < 10 else "Ts"
+        scan(tmp_path / f"images{part}" / (cases[name].format(i) + "_0000.nii.gz"))
+        mask(tmp_path / f"labels{part}" / (cases[name].format(i) + ".nii.gz"))
+    (tmp_path / "dataset.json").write_text('{"channel_names": {"0": "CT"}, "numTraining": 10, "file_ending": ".nii.gz"}')
+    items = load_task(name, tmp_path)
+    assert numbers(items) == (8, 2, 2) and items[3].mask.name == cases[name].format(3) + ".nii.gz"
+    shutil.rmtree(tmp_path / "labelsTs")
+    assert numbers(load_task(name, tmp_path)) == (6, 2, 2) and "they have no masks" in caplog.text
+    rows = [{"image": f"./imagesTr/{cases[name].format(i)}.nii.gz", "label": f"./labelsTr/{cases[name].format(i)}.nii.gz"} for i in range(10)]
+    (tmp_path / "dataset.json").write_text(json.dumps({"training": rows}))
+    listed = load_task(name, tmp_path)
+    assert len(listed) == 10 and listed[3].volume.name == cases[name].format(3) + "_0000.nii.gz"
+
+
+def test_endings_in_capitals_and_unpacked_masks(tmp_path):
+    for i in range(10):
+        name = tmp_path / f"volume-covid19-A-{i:04d}"
+        scan(tmp_path / "ct.nii.gz")
+        (tmp_path / "ct.nii.gz").rename(f"{name}_CT.NII.GZ")
+        mask(tmp_path / "seg.nii.gz")
+        scan_mask = sitk.ReadImage(str(tmp_path / "seg.nii.gz"))
+        sitk.WriteImage(scan_mask, f"{name}_seg.nii")
+    (tmp_path / "seg.nii.gz").unlink()
+    items = load_task("covid-19-20", tmp_path)
+    assert len(items) == 10 and items[2].id == "volume-covid19-A-0002_CT" and items[2].patient == "0002"
+    assert items[2].mask.name == "volume-covid19-A-0002_seg.nii"
+    assert data.network_input(items[2], TASKS["covid-19-20"], tmp_path / "cache").shape == (1, 32, 192, 192)
+
+
+def two_of_a_case(name, folder):
+    """A set with a second file for one of its cases -> the two"""
+    WRITE[name](folder)
+    if name == "covid-19-20":
+        first, second = (folder / "Train" / f"volume-covid19-A-0003_ct.nii{end}" for end in (".gz", ""))
+        scan(folder / "new.nii.gz")
+        (folder / "new.nii.gz").rename(second)
+    elif name == "luna16":
+        first, second = folder / "subset3" / "1.2.3.mhd", folder / "v2" / "subset4" / "1.2.3.mhd"
+        scan(second)
+    elif name == "stoic":
+        first, second = folder / "data" / "mha" / "7.mha", folder / "data" / "mha" / "more" / "7.mha"
+        scan(second)
+    elif name == "cc-ccii":
+        first, second = folder / "CP" / "101" / "1003", folder / "NCP" / "101" / "1003"
+        shutil.copytree(first, second)
+    return first, second
+
+
+@pytest.mark.parametrize("name", ["cc-ccii", "luna16", "covid-19-20", "stoic"])
+def test_two_files_for_a_case_are_refused(name, tmp_path):
+    names = "|".join(str(path) for path in two_of_a_case(name, tmp_path))
+    with pytest.raises(ValueError, match=f"({names}): found also ({names}) for .*, expected one of them"):
+        load_task(name, tmp_path)
+
+
+@pytest.mark.parametrize("name, table", [("luna16", "candidates_V2.csv"), ("cc-ccii", "folds/CC_CCII_fold0_train.csv")])
+def test_two_versions_of_a_table_are_refused(name, table, tmp_path):
+    WRITE[name](tmp_path)
+    copy = tmp_path / "old" / Path(table).name
+    copy.parent.mkdir()
+    shutil.copyfile(tmp_path / table, copy)
+    expected = load_task(name, tmp_path)                    # a copy is no other version
+    copy.write_text("".join(copy.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(ValueError, match=f"{table}: found also .*old/.*|old/.*: found also .*{table}"):
+        load_task(name, tmp_path)
+    copy.unlink()
+    assert [item[:5] for item in load_task(name, tmp_path)] == [item[:5] for item in expected]
+
+
+def test_cc_ccii_label_against_its_folder(tmp_path):
+    cc_ccii(tmp_path)
+    table = tmp_path / "folds" / "CC_CCII_fold0_train.csv"
+    table.write_text(table.read_text().replace("1,CP,101,1002", "2,NCP,101,1002"))
+    with pytest.raises(ValueError, match="fold0_train.csv, line 4: found label 'NCP', expected 'CP', that of .*CP/101/1002"):
+        load_task("cc-ccii", tmp_path)
+
+
+def test_spellings_of_classes(tmp_path):
+    """As pandas writes numbers of a column with gaps, or booleans; parts under other names"""
+    stoic(tmp_path / "stoic")
+    expected = [item.labels.tolist() for item in load_task("stoic", tmp_path / "stoic")]
+    write_csv(tmp_path / "stoic" / "metadata" / "reference.csv", "patientid, probCOVID ,PROBSEVERE",
+              [[i, str(i % 4 < 3), f"{int(i % 4 == 0)}.0"] for i in range(20)])
+    assert [item.labels.tolist() for item in load_task("stoic", tmp_path / "stoic")] == expected
+    cc_ccii(tmp_path / "cc")
+    expected = [item[:5] for item in load_task("cc-ccii", tmp_path / "cc")]
+    for part, name in (("train", "Training"), ("valid", "val")):
+        table = tmp_path / "cc" / "folds" / f"CC_CCII_fold0_{part}.csv"
+        text = table.read_text().replace(",0,Normal", ",0.0,normal").replace(",2,NCP", ",2.0, ncp")
+        table.with_name(f"cc_ccii_Fold0_{name}.CSV").write_text(text.replace(",", ";"))
+        table.unlink()
+    assert [item[:5] for item in load_task("cc-ccii", tmp_path / "cc")] == expected
+    luna16(tmp_path / "luna")
+    expected = [item.labels.tolist() for item in load_task("luna16", tmp_path / "luna")]
+    table = tmp_path / "luna" / "candidates_V2.csv"
+    table.write_text(re.sub(r"(\d)$", r"\1.0", table.read_text(), flags=re.MULTILINE).replace("class", "Class"))
+    assert [item.labels.tolist() for item in load_task("luna16", tmp_path / "luna")] == expected
+
+
+@pytest.mark.parametrize("name, table, old, new, message", [
+    ("luna16", "candidates_V2.csv", ",3,1", ",3,-1", "line 3: found class '-1', expected one of 0, 1"),
+    ("luna16", "candidates_V2.csv", "5.5,6,3,0", "inf,6,3,0", "line 2: found coordX 'inf', expected a number"),
+    ("luna16", "candidates_V2.csv", "5.5,6,3,0", ",6,3,0", "line 2: found coordX '', expected a number"),
+    ("stoic", "metadata/reference.csv", "0,1,1", "0,1,-1", "line 2: found probSevere '-1', expected one of 0, 1"),
+    ("cc-ccii", "folds/CC_CCII_fold0_train.csv", "x.zip,1,CP", "x.zip,-1,CP", "line 4: found target '-1', expected one of 0, 1, 2"),
+    ("cc-ccii", "folds/CC_CCII_fold0_train.csv", "x.zip,1,CP", "x.zip,1,COVID", "line 4: found label 'COVID', expected one of Normal")])
+def test_classes_are_closed_sets(name, table, old, new, message, tmp_path):
+    WRITE[name](tmp_path)
+    path = tmp_path / table
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(ValueError, match=f"{path.name}, {message}"):
+        load_task(name, tmp_path)
+
+
+def test_vocab_refuses_an_uncertain_label(tmp_path, caplog):
+    ct_rate(tmp_path)
+    path = tmp_path / "labels.csv"
+    path.write_text(path.read_text().replace("valid_8_a_1.nii.gz,0", "valid_8_a_1.nii.gz,-1"))
+    with pytest.raises(ValueError, match="no label of valid_8_a_1 for Medical material, expected 0 or 1"):
+        load_task("ct-rate-vocab", tmp_path)
+    assert "labels.csv, line 10: 1 labels are -1, taken as unknown" in caplog.text
+    assert len(load_task("ct-rate-retrieval", tmp_path)) == 10
