@@ -50,7 +50,8 @@ def flags():
     add = shared.add_argument
     add("--checkpoint", required=True, help="last.pt, encoder.pt, best.pt, or what load_weights knows")
     add("--encoder", help="swin_b, swin_l, swin_t or unet, if the file does not say")
-    add("--merging", default="auto", choices=["auto", "monai", "v0.9", "mergingv2"], help="likewise of patches")
+    add("--merging", default="auto", choices=["auto", "monai", "v0.9", "mergingv2"],
+        help="of patches, likewise")
     add("--size", type=int, nargs=3, metavar=("D", "H", "W"), help="of the input, if the file does not say")
     add("--hu", choices=["auto", "header", "csv"], help="source of Hounsfield units, likewise")
     add("--cache", default="cache", help="folder of preprocessed volumes")

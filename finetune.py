@@ -33,9 +33,10 @@ def flags():
 
     add = parser.add_argument_group("model").add_argument
     add("--init", default="scratch", help="scratch, or a file to start from: last.pt or encoder.pt of "
-        "pretrain.py, the authors' weights, MONAI's SwinUNETR or SSL weights, VoCo's. last.pt knows --encoder, "
-        "--text_encoder and --embed_dim")
-    add("--merging", default="auto", choices=["auto", "monai", "v0.9", "mergingv2"], help="as in pretrain.py")
+        "pretrain.py, the authors' weights, MONAI's SwinUNETR or SSL weights, VoCo's. last.pt knows "
+        "--encoder, --text_encoder and --embed_dim")
+    add("--merging", default="auto", choices=["auto", "monai", "v0.9", "mergingv2"],
+        help="of --init, as in pretrain.py")
     add("--encoder", default="swin_b", choices=["swin_b", "swin_l", "swin_t", "unet"], help="3D encoder")
     add("--text_encoder", default="StanfordAIMI/RadBERT", help="of prompts and retrieval, as in pretrain.py")
     add("--embed_dim", type=int, default=768, help="width E of prompts and retrieval")
@@ -197,19 +198,20 @@ def demo_text_encoder(args, task, out, train_items):
 
 
 def load_init(args, task, config, network):
-    """Fill a network from --init, but for outputs that meant other classes, words or texts there."""
+    """Fill a network from --init, less outputs that meant other classes, words or texts there."""
     checkpoint = model.read_checkpoint(args.init)
     saved = model.flags_of(checkpoint)
-    if args.task in WITH_TEXTS:                         # no loss but clip makes volumes and reports alike
+    if args.task in WITH_TEXTS:                 # clip alone makes volumes and reports alike
         text_encoders = {Path(flags.get("text_encoder", "")).name for flags in (saved, config)}
         fits = saved.get("clip", "task" in saved) and len(text_encoders) == 1
     else:
         classes = tuple(checkpoint.get("task", {}).get("classes", task.classes))
-        fits = classes == task.classes and all(saved.get(k) == config[k] for k in ("task", "vocabulary"))
+        same = (saved.get(name) == config[name] for name in ("task", "vocabulary"))
+        fits = classes == task.classes and all(same)
     report = model.load_weights(network, args.init, args.merging, () if fits else network.outputs)
     left_out = [key for key in report["unexpected"] if key.startswith(network.outputs)]
     if left_out:
-        log.info("%s: without %s: of another task, vocabulary or text encoder, or of a run without --clip",
+        log.info("%s: left out %s: of another task, vocabulary or text encoder, or without --clip",
                  args.init, ", ".join(left_out))
 
 
@@ -292,6 +294,10 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}, \
     if task.view == "cube":
         positives, negatives = ([item for item in train_items if item.labels[0] == label] for label in (1, 0))
     tokenizer = network.text_encoder.tokenizer if with_texts else None
+    if with_texts:
+        reports = [item.report for item in train_items[:100]]
+        texts = data.prompts(task.classes) if task.kind == "prompt" else reports
+        network.text_encoder.check_words(texts, args.data)
     make_example = functools.partial(
         data.task_example, task=task._replace(records=None), cache=args.cache, tokenizer=tokenizer,
         vocabulary={word: number for number, word in enumerate(config["vocabulary"] or ())})

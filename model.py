@@ -270,8 +270,8 @@ class SwinTransformer3D(nn.Module):
 
     feature_size: width after patch embedding, doubled by each stage; depths, num_heads: of each stage,
     any number of them; window_size: in tokens; merging: a key of MERGING_ORDERS;
-    use_checkpoint: recompute blocks in the backward pass; use_v2: MONAI's second version, with a residual
-    convolution block before each stage. ValueError for an unknown merging.
+    use_checkpoint: recompute blocks in the backward pass; use_v2: MONAI's second version, which has a
+    residual convolution block before each stage. ValueError for an unknown merging.
     """
     patch = 2
 
@@ -281,8 +281,8 @@ class SwinTransformer3D(nn.Module):
         if merging not in MERGING_ORDERS:
             raise ValueError(f"found merging {merging!r}, expected one of {list(MERGING_ORDERS)}")
         self.merging, self.use_checkpoint = merging, use_checkpoint
-        self.settings = {"in_channels": in_channels, "feature_size": feature_size, "depths": list(depths),
-                         "num_heads": list(num_heads)[:len(depths)], "window_size": window_size}
+        self.settings = {"in_channels": in_channels, "feature_size": feature_size, "depths": depths,
+                         "num_heads": num_heads[:len(depths)], "window_size": window_size}
         self.channels = [feature_size * 2 ** i for i in range(len(depths) + 1)]
         self.stride = self.patch * 2 ** len(depths)                     # of the last map
         self.patch_embed = PatchEmbed(in_channels, feature_size)
@@ -299,8 +299,9 @@ class SwinTransformer3D(nn.Module):
         """Put a new convolution block before each stage, or take them away."""
         self.use_v2 = use_v2
         for i, dim in enumerate(self.channels[:-1]):
-            block = _named("layer", ResBlock(dim, dim)).to(self.mask_token.device) if use_v2 else None
-            setattr(self, f"layers{i + 1}c", block and nn.ModuleList([block]))  # MONAI's names
+            block = nn.ModuleList([_named("layer", ResBlock(dim, dim))]) if use_v2 else None
+            setattr(self, f"layers{i + 1}c", block)                     # MONAI's names
+        self.to(self.mask_token.device)
 
     def convolve(self, x, block):
         """The block of a stage on a map (B, d, h, w, C)"""
@@ -392,8 +393,8 @@ class TextEncoder(nn.Module):
             self.tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False)
             self.bert, info = AutoModel.from_pretrained(name, trust_remote_code=False,
                                                         output_loading_info=True)
-        except Exception as error:  # noqa: BLE001 - of many libraries: a torn file fails in many ways
-            self.refuse(error, "a Hugging Face encoder with its tokenizer and weights, a hub name or a folder")
+        except Exception as error:  # noqa: BLE001 - a torn file fails in many ways
+            self.refuse(error, "hub name or folder of a Hugging Face encoder with tokenizer and weights")
         self.bert.float()  # files may be in half precision; autocast casts by itself
         self.requires_grad_(False)
         self.eval()
@@ -410,28 +411,28 @@ class TextEncoder(nn.Module):
     def check_tokenizer(self):
         """ValueError unless it is fast, knows words, and has the tokens that training needs."""
         if not self.tokenizer.is_fast:
-            self.refuse("a slow tokenizer", "a fast one (tokenizer.json), which knows where words begin and end")
+            self.refuse("a slow tokenizer", "tokenizer.json: a fast one knows where words begin and end")
         # Without its files, transformers makes a tokenizer of special tokens only.
         words = self.tokenizer.get_vocab().keys() - set(self.tokenizer.all_special_tokens)
         if not any(map(str.isalpha, "".join(words))):
-            self.refuse("a tokenizer that knows no word", "its files, such as tokenizer.json or vocab.txt")
+            self.refuse("a tokenizer that knows no word", "its files, tokenizer.json or vocab.txt")
         for token in ("mask_token", "pad_token"):
             if getattr(self.tokenizer, token) is None:
-                self.refuse(f"a tokenizer without {token}", "one with mask and padding, as BERT's and RoBERTa's")
+                self.refuse(f"a tokenizer without {token}", "mask and padding, as BERT and RoBERTa have")
 
     def check_model(self, info):
-        """ValueError unless it is an encoder that its file fills, and that can read every token of a report."""
-        own = {key.split(".")[0] for key in self.bert.state_dict()} - {"pooler"}        # which is not used
+        """ValueError unless it is an encoder, filled by its file, that reads every token of a report."""
+        parts = {key.split(".")[0] for key in self.bert.state_dict()} - {"pooler"}      # which is not used
         for kind in ("missing", "unexpected"):  # unexpected: of layers that config.json leaves out
-            keys = sorted(key for key in info[f"{kind}_keys"] if own.intersection(key.split(".")[:2])
-                          and not key.endswith("position_ids"))         # a buffer of old files
+            keys = [key for key in sorted(info[f"{kind}_keys"]) if parts.intersection(key.split(".")[:2])
+                    and not key.endswith("position_ids")]               # a buffer of old files
             if keys:
-                self.refuse(f"{len(keys)} {kind} weights, among them {keys[:3]}", "those of its config.json")
+                self.refuse(f"{len(keys)} {kind} weights, such as {keys[:3]}", "those of its config.json")
         check_finite(f"text encoder {self.name}", self.bert.state_dict())
         rows = self.bert.get_input_embeddings().num_embeddings
         largest = max(self.tokenizer.get_vocab().values())
         if largest >= rows:
-            self.refuse(f"tokens up to {largest} and an embedding of {rows}", "a tokenizer that fits the model")
+            self.refuse(f"a token {largest} and an embedding of {rows} rows", "a row for every token")
         if self.bert.config.is_encoder_decoder:
             self.refuse(f"{type(self.bert).__name__}, which has a decoder", "an encoder alone")
         ids = torch.full((2, 1, self.max_tokens), self.tokenizer.mask_token_id)
@@ -442,7 +443,15 @@ class TextEncoder(nn.Module):
             self.refuse(f"a model that cannot read {self.max_tokens} tokens ({error})",
                         "an encoder of text with as many positions")
         if torch.equal(first[:, 0], second[:, 0]):
-            self.refuse("a model whose words do not see those behind them", "an encoder, no decoder")
+            self.refuse("a model whose words do not see the words behind them", "an encoder")
+
+    def check_words(self, texts, source):
+        """ValueError if the tokenizer does not know most words of texts from `source`."""
+        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens = list(itertools.chain(*encoded))
+        unknown = tokens.count(self.tokenizer.unk_token_id)
+        if 2 * unknown > len(tokens):
+            self.refuse(f"{unknown} unknown words among {len(tokens)} of {source}", "one that knows most")
 
     def train(self, mode=True):
         return super().train(False)
@@ -797,7 +806,7 @@ class MG3D(nn.Module):
 
 class Classifier(nn.Module):
     """Average pooling of the last map, LayerNorm, one linear layer."""
-    outputs = ("norm.", "head.")                # weights that serve other classes in nothing but shape
+    outputs = ("norm.", "head.")                # which fit other classes in nothing but shape
 
     def __init__(self, encoder, num_classes):
         super().__init__()
@@ -1012,13 +1021,13 @@ def build_network(kind, num_classes, config, folder):
 
 # Names in foreign files -> ours, applied in this order: pattern, replacement, and whether such files
 # were trained with the old order of patch merging.
-RENAMES = ((r"^((module|model|net|backbone|_orig_mod)\.)+", "", False),  # DataParallel, Lightning, VoCo
+RENAMES = ((r"^((module|model|net|backbone|_orig_mod)\.)+", "", False),  # wrappers
            (r"^.*?vision_encoder\.(swinViT\.)?", "encoder.", True),     # the authors
            (r"\.mlp\.fc", ".mlp.linear", True),                         # MONAI's SSL
            (r"^swin(ViT|_vit)\.", "encoder.", False),                   # MONAI's SwinUNETR
            (r"^(?=patch_embed\.|layers|levels\.|mask_token)", "encoder.", False))   # encoder.pt
-CONTAINERS = "state_dict", "model", "network_weights", "net"            # of the state dict in a file
-# What may stand among the weights of an encoder and is none of them: the authors' proj_head, a decoder.
+CONTAINERS = "state_dict", "model_state_dict", "model", "network_weights", "net"
+# What may stand among the weights of an encoder without changing it: the authors' proj_head, a decoder
 BESIDE = re.compile(r"mask_token$|.*relative_position_index$|proj_head\.|(en|de)coder\d+\.|out\.")
 
 
@@ -1033,17 +1042,17 @@ def export_encoder(encoder):
 
 
 def monai_settings(encoder):
-    """What `monai.networks.nets.SwinUNETR` needs, besides out_channels, to hold this Swin and give its numbers
-
-    Returns its arguments, and under "monai" for which of its versions they do.
-    """
-    settings = encoder.settings | {"use_v2": encoder.use_v2, "merging": MERGING_ORDERS[encoder.merging]}
-    if len(encoder.settings["depths"]) != 4:
-        return settings | {"monai": "none: it has four stages"}
+    """Arguments of `monai.networks.nets.SwinUNETR` for this Swin, and a note on what MONAI makes of it"""
+    settings = encoder.settings | {"use_v2": encoder.use_v2}
+    if len(settings["depths"]) != 4:
+        return settings | {"note": "MONAI has no such network: its Swin has four stages"}
     if encoder.merging == "v0.9":
-        return settings | {"monai": "before 1.5; later ones need a `downsample` of their own with this merging"}
+        return settings | {
+            "merging": MERGING_ORDERS["v0.9"],
+            "note": "another network in MONAI from 1.5 on, unless `downsample` is a class of layers that "
+                    "concatenates as `merging` says; MONAI before 1.5 has the same numbers"}
     downsample = "merging" if encoder.merging == "monai" else encoder.merging
-    return settings | {"downsample": downsample, "monai": "1.5 and later"}
+    return settings | {"downsample": downsample, "note": "MONAI from 1.5 on has the same numbers"}
 
 
 def read_checkpoint(path):
@@ -1060,7 +1069,7 @@ def read_checkpoint(path):
 
 
 def flags_of(checkpoint):
-    """The flags of the run of ours that wrote a file; {} for files of others, whatever their `config` is"""
+    """The flags of the run of ours that wrote a file; {} for files of others, whatever their `config`"""
     config, weights = checkpoint.get("config"), checkpoint.get("model")
     is_ours = (isinstance(config, dict) and config.get("encoder") in tuple(ENCODERS)
                and isinstance(weights, dict)
@@ -1072,7 +1081,7 @@ def check_finite(path, tensors):
     """ValueError, naming file and key, for weights that are NaN or infinite"""
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise ValueError(f"{path}: found NaN or infinite numbers in {key}, expected finite weights")
+            raise ValueError(f"{path}: found {key} with NaN or infinity, expected finite weights")
 
 
 def read_foreign(path):
@@ -1085,7 +1094,7 @@ def read_foreign(path):
     found = {key: tensor for key, tensor in state.items() if torch.is_tensor(tensor)}
     if not found:
         raise ValueError(f"{path}: found {type(state).__name__} without tensors, expected a dict of tensors")
-    check_finite(path, found)
+    check_finite(path, {key: tensor for key, tensor in found.items() if not key.endswith("mask")})
     merging = merging or getattr(state, "_metadata", {}).get("", {}).get("merging")  # in encoder.pt
     tensors, origin = {}, {}
     for key, tensor in found.items():
@@ -1100,7 +1109,7 @@ def read_foreign(path):
 
 
 def adapt(encoder, keys):
-    """Make a Swin MONAI's second version where the keys of a file are those of one -> was it changed?"""
+    """Make a Swin one of MONAI's second version if the keys are those of one -> was it changed?"""
     changes = encoder.merging and not encoder.use_v2 and any("layers1c." in key for key in keys)
     if changes:
         encoder.set_v2(True)
@@ -1108,7 +1117,7 @@ def adapt(encoder, keys):
 
 
 def _differences(keys, expected, found):
-    """Name and shapes, as text, of those keys whose tensors differ in shape or stand on one side only"""
+    """Those keys whose tensors differ in shape or stand on one side only, as text"""
     def shape(tensors, key):
         return tuple(tensors[key].shape) if key in tensors else "nothing"
     return [f"{key}: expected {shape(expected, key)}, found {shape(found, key)}" for key in keys
@@ -1117,16 +1126,17 @@ def _differences(keys, expected, found):
 
 def weights_of(network):
     """Its state dict without the text encoder, which no file of ours holds"""
-    return {k: tensor for k, tensor in network.state_dict().items() if not k.startswith("text_encoder.")}
+    return {key: tensor for key, tensor in network.state_dict().items()
+            if not key.startswith("text_encoder.")}
 
 
 def restore(network, checkpoint, path):
-    """Give a network the weights, blocks and merging in a checkpoint of ours. ValueError if they do not fit."""
+    """Give a network weights, blocks and merging of a checkpoint of ours. ValueError if they do not fit."""
     weights = checkpoint["model"]
     adapt(network.encoder, weights)
     expected = weights_of(network)
     if wrong := _differences(expected | weights, expected, weights):
-        raise ValueError("\n  ".join([f"{path}: found other weights than its config asks for", *wrong[:5]]))
+        raise ValueError("\n  ".join([f"{path}: other weights than its config asks for", *wrong[:5]]))
     check_finite(path, weights)
     network.load_state_dict(weights, strict=False)
     network.encoder.merging = checkpoint.get("merging") or network.encoder.merging
@@ -1136,10 +1146,10 @@ def load_weights(module, path, merging="auto", leave_out=()):
     """Fill a module (an encoder, or one with an `.encoder`) from a file of ours or of others.
 
     Knows `last.pt` and `encoder.pt`; the authors' Lightning checkpoints and flat dicts
-    (`vision_encoder.*`); MONAI's SwinUNETR (`swinViT.*`, `encoder1.*`), also of the second version, which
-    the encoder then becomes; MONAI's self-supervised Swin (`module.*`, `mlp.fc1`).
-    merging: sets `encoder.merging`; auto: to the order of patch merging that the file was trained with.
-    leave_out: beginnings of names that are not filled, whatever their shape.
+    (`vision_encoder.*`); MONAI's SwinUNETR (`swinViT.*`, `encoder1.*`), VoCo's files among them, and its
+    self-supervised Swin (`module.*`, `mlp.fc1`). The encoder becomes of the second version if the file is.
+    merging: what `encoder.merging` becomes; auto: the order of patch merging that the file was trained
+    with. leave_out: beginnings of names that are not filled, whatever their shape.
 
     Returns {"matched": int, "missing": [...], "unexpected": [...]}. ValueError, before anything is
     loaded, if the file holds no dict of weights or another encoder.
@@ -1151,7 +1161,7 @@ def load_weights(module, path, merging="auto", leave_out=()):
         tensors = {key.removeprefix("encoder."): tensor for key, tensor in tensors.items()
                    if key.startswith("encoder.")}
     was_changed, expected = adapt(encoder, tensors), weights_of(module)
-    matched = {key: tensor for key, tensor in tensors.items() if not key.startswith(tuple(leave_out))
+    matched = {key: tensor for key, tensor in tensors.items() if not key.startswith(leave_out)
                and key in expected and expected[key].shape == tensor.shape}
     missing = [key for key in expected if key not in matched]
     unexpected = [key for key in tensors if key not in matched]
@@ -1176,17 +1186,17 @@ def load_weights(module, path, merging="auto", leave_out=()):
 
 
 def _choose_merging(path, asked, told, is_v2):
-    """The order of patch merging of a file: as asked, or as the file tells, or the likelier one; says which."""
+    """The order of patch merging of a file: as asked, as the file tells, or the likelier one; says which."""
     # NOTE(compat): VoCo v2 and VoComni, the known files of the second version, are of MONAI 1.3.
     chosen = told or ("v0.9" if is_v2 else "monai")
     if asked != "auto":
         if told not in (None, asked):
-            log.warning("%s: patch merging %r as asked, although trained with %r", path, asked, told)
+            log.warning("%s: --merging %s, but these weights were trained with %s", path, asked, told)
         chosen = asked
     elif told:
         log.info("%s: patch merging %r, as these weights were trained with", path, chosen)
     else:
-        log.warning("%s does not tell its order of patch merging: %r is taken, as in MONAI %s; the other "
-                    "choice is --merging %s", path, chosen, *(
-                        ("before 1.5", "monai") if chosen == "v0.9" else ("from 1.5 on", "v0.9")))
+        versions, other = ("before 1.5", "monai") if chosen == "v0.9" else ("from 1.5 on", "v0.9")
+        log.warning("%s does not tell its patch merging: %r is taken, as in MONAI %s; the other choice is "
+                    "--merging %s", path, chosen, versions, other)
     return chosen

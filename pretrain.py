@@ -77,8 +77,8 @@ def flags():
     add("--out", default="out", help="folder for checkpoints, log and pictures")
     add("--resume", action="store_true", help="go on from OUT/last.pt, bit for bit on a CPU")
     add("--init", help="start the encoder from encoder.pt, the authors', MONAI's or VoCo's weights")
-    add("--merging", default="auto", choices=["auto", "monai", "v0.9", "mergingv2"], help="of patches, in the "
-        "file of --init, if it does not tell: v0.9 in MONAI before 1.5, so in VoCo; auto says what it takes")
+    add("--merging", default="auto", choices=["auto", "monai", "v0.9", "mergingv2"], help="of patches "
+        "in the file of --init, where it does not tell: v0.9 is MONAI's before 1.5, as in VoCo")
     add("--seed", type=int, default=0, help="of weights, order, masks")
     add("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
         help="auto: bf16 where the GPU has it, else fp16; fp32 on a CPU")
@@ -179,7 +179,7 @@ def check_flags(args):
     if any(side <= 0 or side % 32 for side in args.size):
         raise ValueError(f"--size {' '.join(map(str, args.size))}: every side must be a multiple of 32")
     if args.merging != "auto" and args.init in (None, "scratch"):
-        raise ValueError(f"--merging {args.merging}: found no --init, expected the file that was trained so")
+        raise ValueError(f"--merging {args.merging}: found no --init, expected a file trained so")
 
 
 def make_folder(out):
@@ -286,8 +286,8 @@ def save_file(state, path, before=None):
 
 def network_state(network, config, step):
     """What rebuilds a network: weights less those of the text encoder, flags, order of merging"""
-    return {"model": model.weights_of(network), "config": config, "merging": network.encoder.merging,
-            "step": step}
+    weights, merging = model.weights_of(network), network.encoder.merging
+    return {"model": weights, "config": config, "merging": merging, "step": step}
 
 
 def save_run(out, network, optimizer, scaler, config, step, **more):
@@ -312,12 +312,12 @@ def save_encoder(encoder, out):
     if isinstance(encoder, model.SwinTransformer3D):
         settings = model.monai_settings(encoder)
         (out / "encoder.json").write_text(json.dumps(settings, indent=1))
-        say_versions(out / "encoder.pt", settings["monai"])
+        say_of_monai(out / "encoder.pt", settings["note"])
 
 
-@functools.cache                                # once a run
-def say_versions(path, versions):
-    log.info("%s is for MONAI %s; encoder.json holds its settings", path, versions)
+@functools.cache                                # so that it is said once
+def say_of_monai(path, note):
+    log.info("%s: %s; its settings are in encoder.json", path, note)
 
 
 def load_last(out):
@@ -392,6 +392,14 @@ def choose_items(args, items):
     return [train_items[i] for i in chosen], held_out
 
 
+def fill(network, args, checkpoint):
+    """Weights of the run to go on with, or of --init for the encoder. ValueError if they do not fit."""
+    if checkpoint:
+        model.restore(network, checkpoint, Path(args.out, "last.pt"))
+    elif args.init:
+        model.load_weights(network.encoder, args.init, args.merging)
+
+
 def main(args, given):
     rank, world, device = start()
     out, checkpoint = Path(args.out), None
@@ -427,13 +435,11 @@ def main(args, given):
     torch.manual_seed(args.seed)                        # the same weights on every process
     encoder = model.build_encoder(args.encoder, use_checkpoint=args.use_checkpoint)
     text_encoder = model.TextEncoder(str(text_folder))
+    text_encoder.check_words([item.report for item in train_items[:100]], args.data)
     network = model.MG3D(encoder, text_encoder, enabled, args.embed_dim, guidance=args.guidance,
                          mim_attention=args.mim_attention, mlm_attention=args.mlm_attention,
                          sentence_values=args.sentence_values)
-    if checkpoint:
-        model.restore(network, checkpoint, out / "last.pt")
-    elif args.init:
-        model.load_weights(encoder, args.init, args.merging)
+    fill(network, args, checkpoint)
     network.to(device).train()
     parallel = DistributedDataParallel(network) if world > 1 else network
     optimizer = torch.optim.AdamW(parameter_groups(network, args))
