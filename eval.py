@@ -50,6 +50,8 @@ def flags():
     add = shared.add_argument
     add("--checkpoint", required=True, help="last.pt, encoder.pt, best.pt, or what load_weights knows")
     add("--encoder", help="swin_b, swin_l, swin_t or unet, if the file does not say")
+    add("--merging", default="auto", choices=["auto", "monai", "v0.9", "mergingv2"],
+        help="of patches, likewise")
     add("--size", type=int, nargs=3, metavar=("D", "H", "W"), help="of the input, if the file does not say")
     add("--hu", choices=["auto", "header", "csv"], help="source of Hounsfield units, likewise")
     add("--cache", default="cache", help="folder of preprocessed volumes")
@@ -288,7 +290,7 @@ def untrained_encoder(config):
     torch.manual_seed(config["seed"])
     encoder = model.build_encoder(config["encoder"])
     if config["init"]:
-        model.load_weights(encoder, config["init"])
+        model.load_weights(encoder, config["init"], config.get("merging", "auto"))
     return encoder
 
 
@@ -556,7 +558,7 @@ def load_checkpoint(path, cache="cache", device="cpu"):
     """best.pt of finetune.py -> Run, its network in eval mode. ValueError for any other file."""
     path = Path(path)
     checkpoint = model.read_checkpoint(path)
-    config = checkpoint.get("config", {})
+    config = model.flags_of(checkpoint)
     if config.get("task") not in data.TASKS:
         kind = config.get("task") or ("a checkpoint of pre-training" if config else "weights alone")
         raise ValueError(f"{path}: found {kind}, expected best.pt of finetune.py for one of the tasks "
@@ -566,12 +568,7 @@ def load_checkpoint(path, cache="cache", device="cpu"):
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     task = data.TASKS[config["task"]]._replace(**fields)
     network = model.build_network(task.kind, len(task.classes), config, path.parent)
-    missing, unexpected = network.load_state_dict(checkpoint["model"], strict=False)
-    wrong = [key for key in missing if not key.startswith("text_encoder.")] + unexpected
-    if wrong:
-        raise ValueError(f"{path}: found other weights than its config asks for, among them {wrong[:3]}")
-    if checkpoint["merging"]:
-        network.encoder.merging = checkpoint["merging"]
+    model.restore(network, checkpoint, path)
     return Run(network.to(device).eval(), task, config, cache, device)
 
 
@@ -1066,21 +1063,21 @@ def plot_radar(results, methods, out):
 
 # -------------------------------- commands
 
-def load_encoder(checkpoint, name=None):
+def load_encoder(checkpoint, name=None, merging="auto"):
     """An encoder with the weights of a file -> (encoder, config of the run or {})"""
-    config = model.read_checkpoint(checkpoint).get("config", {})
+    config = model.flags_of(model.read_checkpoint(checkpoint))
     name = name or config.get("encoder")
     if name is None:
         raise ValueError(f"{checkpoint} does not say which encoder it holds: give --encoder "
                          f"{'|'.join(model.ENCODERS)}")
     encoder = model.build_encoder(name)
-    model.load_weights(encoder, checkpoint)
+    model.load_weights(encoder, checkpoint, merging)
     return encoder, config
 
 
 def _encoder_of(args):
     """The encoder of probe and embed, in eval mode on its device, its input size and source of HU"""
-    encoder, config = load_encoder(args.checkpoint, args.encoder)
+    encoder, config = load_encoder(args.checkpoint, args.encoder, args.merging)
     whole = "task" not in config or data.TASKS[config["task"]].view == "whole"  # else the size of a patch
     size = args.size or whole and config.get("size") or data.SIZE
     return encoder.to(DEVICE), tuple(size), args.hu or config.get("hu", "auto")
@@ -1102,7 +1099,7 @@ def probe_command(args):
     print(f"macro AUC of {how_many(per_class.values())} {value:.3f} [{low:.3f}, {high:.3f}], "
           f"n = {len(truth)}, chance 0.500")
     result = {"macro_auc": value, "interval": [low, high], "n": len(truth), "chance": 0.5, "auc": per_class}
-    config = model.read_checkpoint(args.checkpoint).get("config", {})
+    config = model.flags_of(model.read_checkpoint(args.checkpoint))
     untrained = untrained_encoder(config) if "mlm_prob" in config else None     # of a run of pretrain.py
     if untrained is not None:
         before = probe_features(untrained.to(DEVICE), items, args.cache, size, hu, args.batch_size)
@@ -1115,7 +1112,7 @@ def probe_command(args):
 def load_pretrained(path, device="cpu"):
     """last.pt of pretrain.py -> (MG3D in eval mode, its flags). ValueError for any other file."""
     checkpoint = model.read_checkpoint(path)
-    config = checkpoint.get("config", {})
+    config = model.flags_of(checkpoint)
     if "task" in config or "mlm_prob" not in config:
         raise ValueError(f"{path}: found no text side, expected last.pt of pretrain.py")
     enabled = [name for name in model.LOSSES if config[name]]
@@ -1124,9 +1121,7 @@ def load_pretrained(path, device="cpu"):
     text = Path(path).parent / "text_encoder" if config["text_encoder"] == "demo" else config["text_encoder"]
     network = model.MG3D(model.build_encoder(config["encoder"]), model.TextEncoder(str(text)), enabled,
                          config["embed_dim"], **settings)
-    network.load_state_dict(checkpoint["model"], strict=False)
-    if checkpoint["merging"]:
-        network.encoder.merging = checkpoint["merging"]
+    model.restore(network, checkpoint, path)
     return network.to(device).eval(), config
 
 

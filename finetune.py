@@ -33,7 +33,10 @@ def flags():
 
     add = parser.add_argument_group("model").add_argument
     add("--init", default="scratch", help="scratch, or a file to start from: last.pt or encoder.pt of "
-        "pretrain.py, the authors' weights, MONAI's SwinUNETR or SSL weights. last.pt knows the next three")
+        "pretrain.py, the authors' weights, MONAI's SwinUNETR or SSL weights, VoCo's. last.pt knows "
+        "--encoder, --text_encoder and --embed_dim")
+    add("--merging", default="auto", choices=["auto", "monai", "v0.9", "mergingv2"],
+        help="of --init, as in pretrain.py")
     add("--encoder", default="swin_b", choices=["swin_b", "swin_l", "swin_t", "unet"], help="3D encoder")
     add("--text_encoder", default="StanfordAIMI/RadBERT", help="of prompts and retrieval, as in pretrain.py")
     add("--embed_dim", type=int, default=768, help="width E of prompts and retrieval")
@@ -101,6 +104,7 @@ import pretrain
 log = logging.getLogger("mg3d")
 
 MAY_CHANGE = {"resume", "out", "cache", "workers", "data"}
+WITH_TEXTS = [name for name, task in data.TASKS.items() if task.kind in ("prompt", "retrieve")]
 
 
 # ---------------------------------------------------------------------------------------- settings
@@ -114,8 +118,8 @@ def read_json(path):
 
 def settings_of_init(path, kind):
     """What a file to start from says of its encoder and, for tasks with texts, of its projections"""
-    saved = model.read_checkpoint(path).get("config", {})
-    if "task" in saved and data.TASKS[saved["task"]].kind not in ("prompt", "retrieve"):
+    saved = model.flags_of(model.read_checkpoint(path))
+    if "task" in saved and saved["task"] not in WITH_TEXTS:
         return {"encoder": saved["encoder"]}            # such a run has no projections
     beside = Path(path).parent / "text_encoder"
     if saved.get("text_encoder") == "demo" and kind in ("prompt", "retrieve") and not beside.exists():
@@ -193,6 +197,24 @@ def demo_text_encoder(args, task, out, train_items):
         shutil.copytree(before, out / "text_encoder", dirs_exist_ok=True)
 
 
+def load_init(args, task, config, network):
+    """Fill a network from --init, less outputs that meant other classes, words or texts there."""
+    checkpoint = model.read_checkpoint(args.init)
+    saved = model.flags_of(checkpoint)
+    if args.task in WITH_TEXTS:                 # clip alone makes volumes and reports alike
+        text_encoders = {Path(flags.get("text_encoder", "")).name for flags in (saved, config)}
+        fits = saved.get("clip", "task" in saved) and len(text_encoders) == 1
+    else:
+        classes = tuple(checkpoint.get("task", {}).get("classes", task.classes))
+        same = (saved.get(name) == config[name] for name in ("task", "vocabulary"))
+        fits = classes == task.classes and all(same)
+    report = model.load_weights(network, args.init, args.merging, () if fits else network.outputs)
+    left_out = [key for key in report["unexpected"] if key.startswith(network.outputs)]
+    if left_out:
+        log.info("%s: left out %s: of another task, vocabulary or text encoder, or without --clip",
+                 args.init, ", ".join(left_out))
+
+
 # -------------------------------------------------------------------------------------- one training
 
 def loss_of(task, network, batch, prompts, temperature):
@@ -232,7 +254,7 @@ def train(args, task, out, seed, rank, world, device):
     config = {name: value for name, value in vars(args).items() if name not in ("resume", "out")}
     config |= {"seed": seed, "vocabulary": vocabulary_of(args, task, train_items),
                "patients": sorted({*patients["train"], *patients["valid"]})}
-    with_texts = task.kind in ("prompt", "retrieve")
+    with_texts = args.task in WITH_TEXTS
     if rank == 0:
         if with_texts and args.text_encoder == "demo" and not checkpoint:
             demo_text_encoder(args, task, out, train_items)
@@ -241,12 +263,10 @@ def train(args, task, out, seed, rank, world, device):
     # ---------------------------------------------------------------------------------------- model
     torch.manual_seed(seed)                             # the same weights on every process
     network = model.build_network(task.kind, len(task.classes), config, out)
-    if args.init != "scratch" and not checkpoint:
-        saved = model.read_checkpoint(args.init).get("config", {})
-        aligned = saved.get("clip", True)  # no other loss makes volumes and reports alike
-        model.load_weights(network if aligned or not with_texts else network.encoder, args.init)
-        if with_texts and not aligned:
-            log.info("%s: of a run without --clip: its encoder is taken, its projections not", args.init)
+    if checkpoint:
+        model.restore(network, checkpoint, out / "last.pt")
+    elif args.init != "scratch":
+        load_init(args, task, config, network)
     if args.freeze:
         network.encoder.requires_grad_(False)
     network.to(device).train()
@@ -275,6 +295,10 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}, \
     if task.view == "cube":
         positives, negatives = ([item for item in train_items if item.labels[0] == label] for label in (1, 0))
     tokenizer = network.text_encoder.tokenizer if with_texts else None
+    if with_texts:
+        reports = [item.report for item in train_items[:100]]
+        texts = data.prompts(task.classes) if task.kind == "prompt" else reports
+        network.text_encoder.check_words(texts, args.data)
     make_example = functools.partial(
         data.task_example, task=task._replace(records=None), cache=args.cache, tokenizer=tokenizer,
         vocabulary={word: number for number, word in enumerate(config["vocabulary"] or ())})
@@ -292,7 +316,7 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}, \
     optimizer = torch.optim.AdamW(pretrain.parameter_groups(network, args))
     step, best = 0, {"value": math.nan, "epoch": 0, "metric": task.metric}
     if checkpoint:
-        step, best = pretrain.restore_run(checkpoint, network, optimizer, scaler), checkpoint["best"]
+        step, best = pretrain.restore_run(checkpoint, optimizer, scaler), checkpoint["best"]
 
     def rate(step):
         warmup_steps = args.warmup * epoch_steps

@@ -8,7 +8,6 @@ import functools
 import itertools
 import logging
 import math
-import pickle
 import re
 from collections import OrderedDict, defaultdict
 from pathlib import Path
@@ -27,8 +26,10 @@ PAD, BEGIN, END = range(3)                      # special tokens of the report g
 SCORES_IN_A_CALL = {"cpu": 2 ** 22, "cuda": 2 ** 31}
 # How the 8 sub-lattices of a map are merged.
 # NOTE(compat): MONAI before 1.5, its SSL file and the authors' checkpoints take two of them twice ("v0.9").
+# From 1.5 on it has "monai", and "mergingv2" where SwinUNETR is given that as its `downsample`.
 MERGING_ORDERS = {"monai": ("000", "100", "010", "001", "110", "101", "011", "111"),
-                  "v0.9": ("000", "100", "010", "001", "101", "010", "001", "111")}
+                  "v0.9": ("000", "100", "010", "001", "101", "010", "001", "111"),
+                  "mergingv2": ("000", "001", "010", "011", "100", "101", "110", "111")}
 
 
 # ------------------------------------------------------------------ 3D Swin Transformer: windows
@@ -269,16 +270,19 @@ class SwinTransformer3D(nn.Module):
 
     feature_size: width after patch embedding, doubled by each stage; depths, num_heads: of each stage,
     any number of them; window_size: in tokens; merging: a key of MERGING_ORDERS;
-    use_checkpoint: recompute blocks in the backward pass. ValueError for an unknown merging.
+    use_checkpoint: recompute blocks in the backward pass; use_v2: MONAI's second version, which has a
+    residual convolution block before each stage. ValueError for an unknown merging.
     """
     patch = 2
 
     def __init__(self, in_channels=1, feature_size=48, depths=(2, 2, 2, 2), num_heads=(3, 6, 12, 24),
-                 window_size=7, merging="monai", use_checkpoint=False):
+                 window_size=7, merging="monai", use_checkpoint=False, use_v2=False):
         super().__init__()
         if merging not in MERGING_ORDERS:
             raise ValueError(f"found merging {merging!r}, expected one of {list(MERGING_ORDERS)}")
-        self.merging = merging
+        self.merging, self.use_checkpoint = merging, use_checkpoint
+        self.settings = {"in_channels": in_channels, "feature_size": feature_size, "depths": depths,
+                         "num_heads": num_heads[:len(depths)], "window_size": window_size}
         self.channels = [feature_size * 2 ** i for i in range(len(depths) + 1)]
         self.stride = self.patch * 2 ** len(depths)                     # of the last map
         self.patch_embed = PatchEmbed(in_channels, feature_size)
@@ -289,6 +293,22 @@ class SwinTransformer3D(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(feature_size))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self._register_load_state_dict_pre_hook(_optional_mask_token, with_module=True)     # public in 2.5
+        self.set_v2(use_v2)
+
+    def set_v2(self, use_v2):
+        """Put a new convolution block before each stage, or take them away."""
+        self.use_v2 = use_v2
+        for i, dim in enumerate(self.channels[:-1]):
+            block = nn.ModuleList([_named("layer", ResBlock(dim, dim))]) if use_v2 else None
+            setattr(self, f"layers{i + 1}c", block)                     # MONAI's names
+        self.to(self.mask_token.device)
+
+    def convolve(self, x, block):
+        """The block of a stage on a map (B, d, h, w, C)"""
+        x = x.permute(0, 4, 1, 2, 3)
+        recompute = self.use_checkpoint and torch.is_grad_enabled()
+        x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        return x.permute(0, 2, 3, 4, 1)
 
     def forward(self, x, mask=None):
         """x (B, C_in, D, H, W), mask (B, 1, D, H, W) with 1 = masked -> maps (B, C·2^i, D/2^(i+1), ...)
@@ -303,6 +323,8 @@ class SwinTransformer3D(nn.Module):
         maps = [x]                                                      # (B, d, h, w, C)
         for i in range(len(self.channels) - 1):
             stage = getattr(self, f"layers{i + 1}")[0]
+            if self.use_v2:
+                x = self.convolve(x, getattr(self, f"layers{i + 1}c")[0])
             for block in stage["blocks"]:
                 x = block(x)
             x = stage["downsample"](x, self.merging)
@@ -313,7 +335,7 @@ class SwinTransformer3D(nn.Module):
 
 class UNetEncoder(nn.Module):
     """The contracting path of a plain 3D U-Net (Çiçek et al. 2016), the paper's second backbone."""
-    stride = 16
+    stride, merging = 16, None
 
     def __init__(self, in_channels=1, feature_size=32, use_checkpoint=False):
         super().__init__()
@@ -359,34 +381,77 @@ class TextEncoder(nn.Module):
     """A frozen BERT- or RoBERTa-like Hugging Face encoder with its fast tokenizer: hub name or folder.
 
     Frozen means no gradient and no dropout, whatever the mode of the model around it. ValueError,
-    naming the folder, without such a model, with weights missing, or without a fast tokenizer.
+    naming the folder and what is wrong, unless model and tokenizer are whole and fit each other.
     """
+    max_tokens = 250                            # of a report, as in `data.tokenize_report`
 
     def __init__(self, name):
         super().__init__()
         from transformers import AutoModel, AutoTokenizer  # slow to import, and needed only here
+        self.name = name
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False)
             self.bert, info = AutoModel.from_pretrained(name, trust_remote_code=False,
                                                         output_loading_info=True)
-        except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
-            raise ValueError(f"text encoder {name}: expected a Hugging Face encoder with its tokenizer "
-                             f"and weights, a hub name or a local folder; found: {error}") from None
+        except Exception as error:  # noqa: BLE001 - a torn file fails in many ways
+            self.refuse(error, "hub name or folder of a Hugging Face encoder with tokenizer and weights")
         self.bert.float()  # files may be in half precision; autocast casts by itself
-        if not self.tokenizer.is_fast:
-            raise ValueError(f"text encoder {name}: found a slow tokenizer, expected a fast one "
-                             "(tokenizer.json), which knows where words begin and end")
-        missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)  # which is not used
-        if missing:
-            raise ValueError(f"text encoder {name}: {len(missing)} weights are missing from the file, "
-                             f"among them {missing[:3]}")
-        self.name = name
+        self.requires_grad_(False)
+        self.eval()
+        self.check_tokenizer()
+        self.check_model(info)
         self.width = self.bert.config.hidden_size
         self.vocab_size = len(self.tokenizer)
         special = {self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, self.tokenizer.pad_token_id}
         self.register_buffer("special_ids", torch.tensor(sorted(special - {None})))
-        self.requires_grad_(False)
-        self.eval()
+
+    def refuse(self, found, expected):
+        raise ValueError(f"text encoder {self.name}: found {found}; expected {expected}") from None
+
+    def check_tokenizer(self):
+        """ValueError unless it is fast, knows words, and has the tokens that training needs."""
+        if not self.tokenizer.is_fast:
+            self.refuse("a slow tokenizer", "tokenizer.json: a fast one knows where words begin and end")
+        # Without its files, transformers makes a tokenizer of special tokens only.
+        words = self.tokenizer.get_vocab().keys() - set(self.tokenizer.all_special_tokens)
+        if not any(map(str.isalpha, "".join(words))):
+            self.refuse("a tokenizer that knows no word", "its files, tokenizer.json or vocab.txt")
+        for token in ("mask_token", "pad_token"):
+            if getattr(self.tokenizer, token) is None:
+                self.refuse(f"a tokenizer without {token}", "mask and padding, as BERT and RoBERTa have")
+
+    def check_model(self, info):
+        """ValueError unless it is an encoder, filled by its file, that reads every token of a report."""
+        parts = {key.split(".")[0] for key in self.bert.state_dict()} - {"pooler"}      # which is not used
+        for kind in ("missing", "unexpected"):  # unexpected: of layers that config.json leaves out
+            keys = [key for key in sorted(info[f"{kind}_keys"]) if parts.intersection(key.split(".")[:2])
+                    and not key.endswith("position_ids")]               # a buffer of old files
+            if keys:
+                self.refuse(f"{len(keys)} {kind} weights, such as {keys[:3]}", "those of its config.json")
+        check_finite(f"text encoder {self.name}", self.bert.state_dict())
+        rows = self.bert.get_input_embeddings().num_embeddings
+        largest = max(self.tokenizer.get_vocab().values())
+        if largest >= rows:
+            self.refuse(f"a token {largest} and an embedding of {rows} rows", "a row for every token")
+        if self.bert.config.is_encoder_decoder:
+            self.refuse(f"{type(self.bert).__name__}, which has a decoder", "an encoder alone")
+        ids = torch.full((2, 1, self.max_tokens), self.tokenizer.mask_token_id)
+        ids[1, 0, -1] = self.tokenizer.pad_token_id
+        try:
+            first, second = (self(report, torch.ones_like(report)) for report in ids)
+        except Exception as error:  # noqa: BLE001 - each model has its own way to fail
+            self.refuse(f"a model that cannot read {self.max_tokens} tokens ({error})",
+                        "an encoder of text with as many positions")
+        if torch.equal(first[:, 0], second[:, 0]):
+            self.refuse("a model whose words do not see the words behind them", "an encoder")
+
+    def check_words(self, texts, source):
+        """ValueError if the tokenizer does not know most words of texts from `source`."""
+        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens = list(itertools.chain(*encoded))
+        unknown = tokens.count(self.tokenizer.unk_token_id)
+        if 2 * unknown > len(tokens):
+            self.refuse(f"{unknown} unknown words among {len(tokens)} of {source}", "one that knows most")
 
     def train(self, mode=True):
         return super().train(False)
@@ -621,6 +686,7 @@ class MG3D(nn.Module):
     NOTE(paper): by the letter of Eq. (1) and (3) CML has H_I and H_T of masked inputs; here of whole.
     NOTE(paper): depth, heads and width of the fusion are not given; 2 layers, 12 heads, 768.
     """
+    outputs = ("image_proj.", "text_proj.", "text_pool.")               # which fit one text encoder
 
     def __init__(self, encoder, text_encoder, losses=LOSSES[:6], embed_dim=768, num_layers=2,
                  num_heads=12, guidance="sentence", mim_attention="proposed", mlm_attention="proposed",
@@ -740,6 +806,7 @@ class MG3D(nn.Module):
 
 class Classifier(nn.Module):
     """Average pooling of the last map, LayerNorm, one linear layer."""
+    outputs = ("norm.", "head.")                # which fit other classes in nothing but shape
 
     def __init__(self, encoder, num_classes):
         super().__init__()
@@ -792,6 +859,7 @@ class SwinUNETR(nn.Module):
 
     For four stages it has MONAI's names and numbers.
     """
+    outputs = ("out.",)
 
     def __init__(self, encoder, out_channels):
         super().__init__()
@@ -862,6 +930,7 @@ class ReportGenerator(nn.Module):
     NOTE(paper): it only says that the head follows M2KT. One encoder and one decoder layer, width 512,
     8 heads and 60 slots are the release's. Its memory is no parameter and never learns; here it does.
     """
+    outputs = ("words.", "norm.", "head.")
 
     def __init__(self, encoder, vocab_size, dim=512, num_heads=8, memory_slots=60, max_length=150,
                  dropout=0.1):
@@ -952,11 +1021,14 @@ def build_network(kind, num_classes, config, folder):
 
 # Names in foreign files -> ours, applied in this order: pattern, replacement, and whether such files
 # were trained with the old order of patch merging.
-RENAMES = ((r"^module\.", "", False),                                   # DataParallel, MONAI's SSL
+RENAMES = ((r"^((module|model|net|backbone|_orig_mod)\.)+", "", False),  # wrappers
            (r"^.*?vision_encoder\.(swinViT\.)?", "encoder.", True),     # the authors
            (r"\.mlp\.fc", ".mlp.linear", True),                         # MONAI's SSL
-           (r"swinViT\.", "encoder.", False),                           # MONAI's SwinUNETR
+           (r"^swin(ViT|_vit)\.", "encoder.", False),                   # MONAI's SwinUNETR
            (r"^(?=patch_embed\.|layers|levels\.|mask_token)", "encoder.", False))   # encoder.pt
+CONTAINERS = "state_dict", "model_state_dict", "model", "network_weights", "net"
+# What may stand among the weights of an encoder without changing it: the authors' proj_head, a decoder
+BESIDE = re.compile(r"mask_token$|.*relative_position_index$|proj_head\.|(en|de)coder\d+\.|out\.")
 
 
 def export_encoder(encoder):
@@ -965,8 +1037,22 @@ def export_encoder(encoder):
     del state["mask_token"]
     for key in state:
         state[key] = state[key].cpu()
-    state._metadata[""]["merging"] = getattr(encoder, "merging", None)
+    state._metadata[""]["merging"] = encoder.merging
     return state
+
+
+def monai_settings(encoder):
+    """Arguments of `monai.networks.nets.SwinUNETR` for this Swin, and a note on what MONAI makes of it"""
+    settings = encoder.settings | {"use_v2": encoder.use_v2}
+    if len(settings["depths"]) != 4:
+        return settings | {"note": "MONAI has no such network: its Swin has four stages"}
+    if encoder.merging == "v0.9":
+        return settings | {
+            "merging": MERGING_ORDERS["v0.9"],
+            "note": "another network in MONAI from 1.5 on, unless `downsample` is a class of layers that "
+                    "concatenates as `merging` says; MONAI before 1.5 has the same numbers"}
+    downsample = "merging" if encoder.merging == "monai" else encoder.merging
+    return settings | {"downsample": downsample, "note": "MONAI from 1.5 on has the same numbers"}
 
 
 def read_checkpoint(path):
@@ -975,63 +1061,118 @@ def read_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: found no such file, expected weights") from None
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # noqa: BLE001 - a torn file fails in many ways
         raise ValueError(f"{path}: cannot be read safely (weights_only), expected weights: {error}") from None
     if not hasattr(state, "items"):
         raise ValueError(f"{path}: found {type(state).__name__}, expected a dict of tensors")
     return state
 
 
+def flags_of(checkpoint):
+    """The flags of the run of ours that wrote a file; {} for files of others, whatever their `config`"""
+    config, weights = checkpoint.get("config"), checkpoint.get("model")
+    is_ours = (isinstance(config, dict) and config.get("encoder") in tuple(ENCODERS)
+               and isinstance(weights, dict)
+               and (not weights or any(key.startswith("encoder.") for key in weights)))
+    return config if is_ours else {}
+
+
+def check_finite(path, tensors):
+    """ValueError, naming file and key, for weights that are NaN or infinite"""
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: found {key} with NaN or infinity, expected finite weights")
+
+
 def read_foreign(path):
     """A file of weights of ours or of others -> {our name: tensor}, its order of merging or None"""
     state = read_checkpoint(path)
     merging = state.get("merging")                                      # noted in last.pt
-    for key in ("state_dict", "model"):
-        state = state.get(key, state)
-    if not isinstance(state, dict) or not any(torch.is_tensor(value) for value in state.values()):
+    for key in CONTAINERS:
+        if isinstance(state.get(key), dict):
+            state = state[key]
+    found = {key: tensor for key, tensor in state.items() if torch.is_tensor(tensor)}
+    if not found:
         raise ValueError(f"{path}: found {type(state).__name__} without tensors, expected a dict of tensors")
+    check_finite(path, {key: tensor for key, tensor in found.items() if not key.endswith("mask")})
     merging = merging or getattr(state, "_metadata", {}).get("", {}).get("merging")  # in encoder.pt
-    tensors = {}
-    for key, tensor in state.items():
-        if not torch.is_tensor(tensor):
-            continue
+    tensors, origin = {}, {}
+    for key, tensor in found.items():
+        name = key
         for pattern, replacement, is_old in RENAMES:
-            key, count = re.subn(pattern, replacement, key, count=1)
+            name, count = re.subn(pattern, replacement, name, count=1)
             merging = "v0.9" if count and is_old else merging
-        tensors[key] = tensor
-    return tensors, merging
+        if name in tensors:
+            raise ValueError(f"{path}: found two networks, {origin[name]} and {key}, expected one")
+        tensors[name], origin[name] = tensor, key
+    return tensors, merging if merging in tuple(MERGING_ORDERS) else None
 
 
-def load_weights(module, path):
+def adapt(encoder, keys):
+    """Make a Swin one of MONAI's second version if the keys are those of one -> was it changed?"""
+    changes = encoder.merging and not encoder.use_v2 and any("layers1c." in key for key in keys)
+    if changes:
+        encoder.set_v2(True)
+    return changes
+
+
+def _differences(keys, expected, found):
+    """Those keys whose tensors differ in shape or stand on one side only, as text"""
+    def shape(tensors, key):
+        return tuple(tensors[key].shape) if key in tensors else "nothing"
+    return [f"{key}: expected {shape(expected, key)}, found {shape(found, key)}" for key in keys
+            if shape(expected, key) != shape(found, key)]
+
+
+def weights_of(network):
+    """Its state dict without the text encoder, which no file of ours holds"""
+    return {key: tensor for key, tensor in network.state_dict().items()
+            if not key.startswith("text_encoder.")}
+
+
+def restore(network, checkpoint, path):
+    """Give a network weights, blocks and merging of a checkpoint of ours. ValueError if they do not fit."""
+    weights = checkpoint["model"]
+    adapt(network.encoder, weights)
+    expected = weights_of(network)
+    if wrong := _differences(expected | weights, expected, weights):
+        raise ValueError("\n  ".join([f"{path}: other weights than its config asks for", *wrong[:5]]))
+    check_finite(path, weights)
+    network.load_state_dict(weights, strict=False)
+    network.encoder.merging = checkpoint.get("merging") or network.encoder.merging
+
+
+def load_weights(module, path, merging="auto", leave_out=()):
     """Fill a module (an encoder, or one with an `.encoder`) from a file of ours or of others.
 
     Knows `last.pt` and `encoder.pt`; the authors' Lightning checkpoints and flat dicts
-    (`vision_encoder.*`); MONAI's SwinUNETR (`swinViT.*`, `encoder1.*`); MONAI's self-supervised Swin
-    (`module.*`, `mlp.fc1`). Sets `encoder.merging` to the order of patch merging of the file.
+    (`vision_encoder.*`); MONAI's SwinUNETR (`swinViT.*`, `encoder1.*`), VoCo's files among them, and its
+    self-supervised Swin (`module.*`, `mlp.fc1`). The encoder becomes of the second version if the file is.
+    merging: what `encoder.merging` becomes; auto: the order of patch merging that the file was trained
+    with. leave_out: beginnings of names that are not filled, whatever their shape.
 
     Returns {"matched": int, "missing": [...], "unexpected": [...]}. ValueError, before anything is
-    loaded, if the file holds no dict of weights or does not fill the encoder.
+    loaded, if the file holds no dict of weights or another encoder.
     """
-    tensors, merging = read_foreign(path)
+    tensors, told = read_foreign(path)
     encoder = getattr(module, "encoder", module)
     prefix = "" if encoder is module else "encoder."
     if encoder is module:
         tensors = {key.removeprefix("encoder."): tensor for key, tensor in tensors.items()
                    if key.startswith("encoder.")}
-    expected = {k: tensor for k, tensor in module.state_dict().items() if not k.startswith("text_encoder.")}
-    matched = {key: tensor for key, tensor in tensors.items()
-               if key in expected and expected[key].shape == tensor.shape}
+    was_changed, expected = adapt(encoder, tensors), weights_of(module)
+    matched = {key: tensor for key, tensor in tensors.items() if not key.startswith(leave_out)
+               and key in expected and expected[key].shape == tensor.shape}
     missing = [key for key in expected if key not in matched]
     unexpected = [key for key in tensors if key not in matched]
-
-    optional = {"mask_token"} | {key for key, _ in encoder.named_buffers()}
-    required = {prefix + key for key in encoder.state_dict() if key not in optional}
-    if unfilled := [key for key in missing if key in required]:
-        shapes = [f"{key}: expected {tuple(expected[key].shape)}, found "
-                  f"{tuple(tensors[key].shape) if key in tensors else 'nothing'}" for key in unfilled[:5]]
+    inside = [key for key in expected | tensors
+              if key.startswith(prefix) and not BESIDE.match(key.removeprefix(prefix))]
+    if wrong := _differences(inside, expected, tensors):
+        if was_changed:
+            encoder.set_v2(False)
         raise ValueError("\n  ".join([
-            f"{path} does not fill the encoder: {len(matched)} weights match, {len(unfilled)} do not.",
-            *shapes,
+            f"{path} does not fill the encoder: {len(matched)} weights match, {len(wrong)} do not.",
+            *wrong[:5],
             f"keys in the file, as named here: {', '.join(list(tensors)[:5])} …"]))
 
     module.load_state_dict(matched, strict=False)
@@ -1039,7 +1180,23 @@ def load_weights(module, path):
              len(unexpected))
     if any("proj_head" in key for key in unexpected):
         log.info("%s: vision_encoder.proj_head is left out; the method has no such layer", path)
-    if hasattr(encoder, "merging") and merging:
-        encoder.merging = merging
-        log.info("%s: patch merging %r, as these weights were trained with", path, merging)
+    if encoder.merging:
+        encoder.merging = _choose_merging(path, merging, told, encoder.use_v2)
     return {"matched": len(matched), "missing": missing, "unexpected": unexpected}
+
+
+def _choose_merging(path, asked, told, is_v2):
+    """The order of patch merging of a file: as asked, as the file tells, or the likelier one; says which."""
+    # NOTE(compat): VoCo v2 and VoComni, the known files of the second version, are of MONAI 1.3.
+    chosen = told or ("v0.9" if is_v2 else "monai")
+    if asked != "auto":
+        if told not in (None, asked):
+            log.warning("%s: --merging %s, but these weights were trained with %s", path, asked, told)
+        chosen = asked
+    elif told:
+        log.info("%s: patch merging %r, as these weights were trained with", path, chosen)
+    else:
+        versions, other = ("before 1.5", "monai") if chosen == "v0.9" else ("from 1.5 on", "v0.9")
+        log.warning("%s does not tell its patch merging: %r is taken, as in MONAI %s; the other choice is "
+                    "--merging %s", path, chosen, versions, other)
+    return chosen

@@ -76,7 +76,9 @@ def flags():
     add = parser.add_argument_group("run").add_argument
     add("--out", default="out", help="folder for checkpoints, log and pictures")
     add("--resume", action="store_true", help="go on from OUT/last.pt, bit for bit on a CPU")
-    add("--init", help="start the encoder from encoder.pt, the authors' or MONAI's weights")
+    add("--init", help="start the encoder from encoder.pt, the authors', MONAI's or VoCo's weights")
+    add("--merging", default="auto", choices=["auto", "monai", "v0.9", "mergingv2"], help="of patches "
+        "in the file of --init, where it does not tell: v0.9 is MONAI's before 1.5, as in VoCo")
     add("--seed", type=int, default=0, help="of weights, order, masks")
     add("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
         help="auto: bf16 where the GPU has it, else fp16; fp32 on a CPU")
@@ -147,6 +149,8 @@ def start():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if dist.is_initialized():                   # by a run in this process that an error ended
+        dist.destroy_process_group()
     if world == 1:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     else:  # the others wait while the first prepares data or evaluates
@@ -166,7 +170,7 @@ def finish(stopping, step, out):
 
 
 def check_flags(args):
-    """ValueError, naming the flag, for a number out of range; for the flags of both scripts."""
+    """ValueError, naming the flag, for a value that cannot be; for the flags of both scripts."""
     for name, value in vars(args).items():
         if name in AT_LEAST_1 and value is not None and value < 1:
             raise ValueError(f"--{name} {value}: expected at least 1")
@@ -174,6 +178,8 @@ def check_flags(args):
             raise ValueError(f"--{name} {value}: expected a number above 0 and up to {ABOVE_0[name]}")
     if any(side <= 0 or side % 32 for side in args.size):
         raise ValueError(f"--size {' '.join(map(str, args.size))}: every side must be a multiple of 32")
+    if args.merging != "auto" and args.init in (None, "scratch"):
+        raise ValueError(f"--merging {args.merging}: found no --init, expected a file trained so")
 
 
 def make_folder(out):
@@ -280,8 +286,7 @@ def save_file(state, path, before=None):
 
 def network_state(network, config, step):
     """What rebuilds a network: weights less those of the text encoder, flags, order of merging"""
-    weights = {k: tensor for k, tensor in network.state_dict().items() if not k.startswith("text_encoder.")}
-    merging = getattr(network.encoder, "merging", None)
+    weights, merging = model.weights_of(network), network.encoder.merging
     return {"model": weights, "config": config, "merging": merging, "step": step}
 
 
@@ -299,6 +304,20 @@ def save_run(out, network, optimizer, scaler, config, step, **more):
         state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "world": len(rng),
                  "rng": rng, **network_state(network, config, step), **more}
         save_file(state, out / "last.pt", before=out / "previous.pt")
+
+
+def save_encoder(encoder, out):
+    """OUT/encoder.pt with MONAI's names, and beside it what MONAI needs to give the same numbers"""
+    save_file(model.export_encoder(encoder), out / "encoder.pt")
+    if isinstance(encoder, model.SwinTransformer3D):
+        settings = model.monai_settings(encoder)
+        (out / "encoder.json").write_text(json.dumps(settings, indent=1))
+        say_of_monai(out / "encoder.pt", settings["note"])
+
+
+@functools.cache                                # so that it is said once
+def say_of_monai(path, note):
+    log.info("%s: %s; its settings are in encoder.json", path, note)
 
 
 def load_last(out):
@@ -322,10 +341,8 @@ def load_last(out):
     return state
 
 
-def restore_run(checkpoint, network, optimizer, scaler):
-    """What `save_run` has saved -> the step to go on with"""
-    network.load_state_dict(checkpoint["model"], strict=False)          # all but the text encoder
-    network.encoder.merging = checkpoint["merging"]
+def restore_run(checkpoint, optimizer, scaler):
+    """What `save_run` has saved beside the network -> the step to go on with"""
     optimizer.load_state_dict(checkpoint["optimizer"])
     if checkpoint["scaler"]:                    # empty unless the run was in fp16
         scaler.load_state_dict(checkpoint["scaler"])
@@ -381,6 +398,14 @@ def choose_items(args, items):
     return [train_items[i] for i in chosen], held_out
 
 
+def fill(network, args, checkpoint):
+    """Weights of the run to go on with, or of --init for the encoder. ValueError if they do not fit."""
+    if checkpoint:
+        model.restore(network, checkpoint, Path(args.out, "last.pt"))
+    elif args.init:
+        model.load_weights(network.encoder, args.init, args.merging)
+
+
 def main(args, given):
     rank, world, device = start()
     out, checkpoint = Path(args.out), None
@@ -416,15 +441,15 @@ def main(args, given):
     torch.manual_seed(args.seed)                        # the same weights on every process
     encoder = model.build_encoder(args.encoder, use_checkpoint=args.use_checkpoint)
     text_encoder = model.TextEncoder(str(text_folder))
+    text_encoder.check_words([item.report for item in train_items[:100]], args.data)
     network = model.MG3D(encoder, text_encoder, enabled, args.embed_dim, guidance=args.guidance,
                          mim_attention=args.mim_attention, mlm_attention=args.mlm_attention,
                          sentence_values=args.sentence_values)
-    if args.init and not checkpoint:
-        model.load_weights(encoder, args.init)
+    fill(network, args, checkpoint)
     network.to(device).train()
     parallel = DistributedDataParallel(network) if world > 1 else network
     optimizer = torch.optim.AdamW(parameter_groups(network, args))
-    step = restore_run(checkpoint, network, optimizer, scaler) if checkpoint else 0
+    step = restore_run(checkpoint, optimizer, scaler) if checkpoint else 0
 
     def rate(step):
         # NOTE(paper): no schedule is given. Linear warm-up, then linear decay to 0. It follows from the
@@ -523,7 +548,7 @@ run        steps {step} to {args.steps} on {device} in {precision}, seed {args.s
         if step % args.save_every == 0 or step == args.steps or stopping:
             save_run(out, network, optimizer, scaler, config, step, ids=ids)
             if rank == 0:
-                save_file(model.export_encoder(encoder), out / "encoder.pt")
+                save_encoder(encoder, out)
                 evaluation.plot_curves(read_log(log_path), out / "curves.png")
     bar.close()
     interruption.end()

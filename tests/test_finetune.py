@@ -201,6 +201,61 @@ def test_frozen_encoder_and_fraction(run, sets):
     assert f"{round(n / 2)} items of {round(n / 2)} scans to train on" in output and "frozen" in output
 
 
+def test_a_file_of_the_second_version_makes_a_run_of_it(run):
+    voco = model.build_encoder("swin_t", use_v2=True)
+    torch.save({f"swinViT.{name}": p for name, p in voco.state_dict().items()}, "voco.pt")
+    run("stoic", "--epochs", 1, "--steps", 1, "--init", "voco.pt", "--freeze")
+    Path("voco.pt").unlink()
+    Path("out/result.json").unlink()
+    run(None, "--resume")
+    trained = evaluation.load_checkpoint("out/best.pt").network.encoder
+    assert trained.use_v2 and trained.merging == "v0.9"
+    assert all(torch.equal(p, trained.state_dict()[name]) for name, p in voco.state_dict().items())
+
+
+@pytest.fixture
+def load_init(tmp_path, text_folder):
+    """load_init(task, saved, …) -> (network after --init from a file with these flags, its network, settings)"""
+    def load(task, saved, config=(), row=None):
+        base = {"encoder": "swin_t", "use_checkpoint": False, "text_encoder": str(text_folder), "embed_dim": 24,
+                "vocabulary": ["a", "b", "c"] if task == "ctrg" else None, "task": task}
+        config = base | dict(config)
+        row = row or data.TASKS[task]
+        torch.manual_seed(1)
+        source, target = (model.build_network(row.kind, len(row.classes), config, None) for _ in range(2))
+        checkpoint = {"model": model.weights_of(source), "config": base | saved, "merging": "monai"}
+        torch.save(checkpoint | ({"task": row.settings()} if "task" in saved else {}), tmp_path / "last.pt")
+        args = finetune.flags().parse_args(["--task", task, "--init", str(tmp_path / "last.pt")])
+        finetune.load_init(args, data.TASKS[task], config, target)
+        return [name for name, p in source.named_parameters()
+                if not torch.equal(p, target.state_dict()[name]) and not name.startswith("text_encoder.")]
+    return load
+
+
+def test_outputs_are_filled_only_where_they_mean_the_same(load_init, caplog):
+    caplog.set_level(logging.INFO)
+    assert load_init("ctrg", {}) == load_init("stoic", {}) == load_init("acdc", {}) == []
+    assert "left out" not in caplog.text
+    words = ["words.weight", "norm.weight", "norm.bias", "head.weight", "head.bias"]
+    assert set(load_init("ctrg", {"vocabulary": ["a", "c", "b"]})) == set(words) - {"norm.weight", "norm.bias"}
+    assert "last.pt: left out words.weight, norm.weight, norm.bias, head.weight, head.bias" in caplog.text
+    assert load_init("acdc", {"task": "msd-lung"}) == ["out.conv.conv.weight", "out.conv.conv.bias"]
+    other = data.TASKS["stoic"]._replace(classes=("b", "a"))
+    assert load_init("stoic", {"task": "stoic"}, row=other) == ["head.weight", "head.bias"]
+
+
+def test_projections_are_filled_only_if_clip_trained_them(load_init, text_folder):
+    """last.pt of a run without --clip, or with another text encoder, has none that fit."""
+    names = {"image_proj.weight", "image_proj.bias", "text_proj.weight", "text_proj.bias"}
+    pretrained = {"task": None, "mlm_prob": 0.15}
+    for task in ("ct-rate-vocab", "ct-rate-retrieval"):
+        assert load_init(task, {}) == load_init(task, pretrained | {"clip": True}) == []
+        moved = {"text_encoder": f"elsewhere/{text_folder.name}"}
+        assert load_init(task, pretrained | {"clip": True} | moved) == []
+        for saved in ({"clip": False}, {"clip": True, "text_encoder": "StanfordAIMI/RadBERT"}):
+            assert names < set(load_init(task, pretrained | saved))
+
+
 # ---------------------------------------------------------------- cutting and augmenting scans
 
 def test_negatives_are_drawn_anew(sets, cache):
@@ -530,6 +585,7 @@ def test_two_processes_are_one_with_twice_the_batch(sets, cache, tmp_path):
     (["--steps", 0], "--steps 0: expected at least 1"),
     (["--eval_every", 0], "--eval_every 0: expected at least 1"),
     (["--init", "nowhere.pt"], "nowhere.pt: found no such file, expected weights"),
+    (["--merging", "v0.9"], "--merging v0.9: found no --init"),
     (["--spacing", 1, 1, 1],
      r"--spacing 1.0 1.0 1.0: only scans of segmentation tasks are resampled, .*ctrg"),
     (["--min_count", 1000], "ctrg: found no word that stands 1000 times in"),

@@ -1,4 +1,5 @@
 """Encoders against MONAI, fusion attention against loops, MG3D's switches, foreign weights."""
+import contextlib
 import itertools
 import os
 
@@ -82,6 +83,80 @@ def test_encoder_has_monais_numbers_and_gradients(size):
             grad = wanted[name].grad
             torch.testing.assert_close(p.grad, grad, atol=1e-4 * grad.abs().max().item(), rtol=0,
                                        msg=lambda m: f"{name}: {m}")
+
+
+def monai_swin(feature_size=12, merging="monai", **settings):
+    """MONAI's Swin and its network with random weights; v0.9 by the order that it had before 1.5"""
+    swin = pytest.importorskip("monai.networks.nets.swin_unetr", reason="MONAI is not installed")
+
+    class OldMerging(swin.PatchMergingV2):
+        def forward(self, x):
+            x = nn.functional.pad(x, (0, 0, *(side % 2 * k for side in x.shape[3:0:-1] for k in (0, 1))))
+            starts = (0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 0), (0, 0, 1), (1, 1, 1)
+            return self.reduction(self.norm(torch.cat([x[:, i::2, j::2, k::2] for i, j, k in starts], -1)))
+    torch.manual_seed(0)
+    downsample = {"monai": "merging", "mergingv2": "mergingv2", "v0.9": OldMerging}[merging]
+    return swin.SwinUNETR(1, 2, feature_size=feature_size, downsample=downsample, **settings)
+
+
+@pytest.mark.parametrize("merging", ["monai", "v0.9", "mergingv2"])
+def test_the_second_version_has_monais_numbers_and_gradients(tmp_path, merging):
+    unetr = monai_swin(merging=merging, use_v2=True)
+    theirs = unetr.swinViT
+    torch.save(unetr.state_dict(), tmp_path / "v2.pt")
+    ours = SwinTransformer3D(feature_size=12, use_checkpoint=True)
+    report = load_weights(ours, tmp_path / "v2.pt", merging)
+    assert ours.use_v2 and ours.merging == merging and report["missing"] == ["mask_token"]
+    x = torch.randn(2, 1, 46, 32, 40)
+    maps, expected = ours(x), theirs(x)
+    weights = [torch.randn_like(m) for m in maps]
+    for out in (maps, expected):
+        sum((m * w).sum() for m, w in zip(out, weights)).backward()
+    assert len(maps) == len(expected) == 5
+    for m, e in zip(maps, expected):
+        torch.testing.assert_close(m, e, atol=1e-4, rtol=0)
+    found = dict(ours.named_parameters())
+    for name, p in theirs.named_parameters():
+        scale = p.grad.abs().max().item()
+        torch.testing.assert_close(found[name].grad, p.grad, atol=1e-3 * scale, rtol=0,
+                                   msg=lambda m: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("merging, use_v2", [("monai", True), ("mergingv2", False)])
+def test_encoder_json_rebuilds_the_encoder_in_monai(merging, use_v2):
+    nets = pytest.importorskip("monai.networks.nets", reason="MONAI is not installed")
+    torch.manual_seed(0)
+    ours = SwinTransformer3D(feature_size=12, depths=(1, 2, 1, 1), num_heads=(2, 3, 6, 4), window_size=3,
+                             merging=merging, use_v2=use_v2)
+    settings = model.monai_settings(ours)
+    assert settings.pop("note") == "MONAI from 1.5 on has the same numbers"
+    unetr = nets.SwinUNETR(out_channels=2, **settings)
+    unetr.swinViT.load_state_dict(model.export_encoder(ours))
+    x = torch.randn(1, 1, 32, 32, 64)
+    for m, e in zip(ours(x)[:4], unetr.swinViT(x)):
+        torch.testing.assert_close(m, e, atol=1e-4, rtol=0)
+
+
+def test_encoder_json_says_where_monai_differs():
+    old = model.monai_settings(SwinTransformer3D(feature_size=12, merging="v0.9"))
+    assert "another network in MONAI from 1.5 on" in old["note"] and "downsample" not in old
+    assert old["merging"] == ("000", "100", "010", "001", "101", "010", "001", "111")
+    small = model.monai_settings(build_encoder("swin_t"))
+    assert small["note"] == "MONAI has no such network: its Swin has four stages"
+    assert (small["feature_size"], small["depths"], small["window_size"]) == (24, (1, 2), 4)
+
+
+def test_a_first_version_is_as_it_was():
+    """The blocks of the second draw no random numbers where they are not."""
+    torch.manual_seed(0)
+    encoder = build_encoder("swin_t")
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    second = build_encoder("swin_t", use_v2=True)
+    assert not torch.equal(after, torch.rand(1))
+    common = encoder.state_dict()
+    assert all(torch.equal(tensor, second.state_dict()[name]) for name, tensor in common.items())
+    assert {name.split(".")[0] for name in second.state_dict().keys() - common} == {"layers1c", "layers2c"}
 
 
 @pytest.mark.parametrize("depths", [(1,), (2, 1), (1, 1, 2), (2, 2, 2, 2), (1, 1, 1, 1, 1)], ids=str)
@@ -568,6 +643,92 @@ def test_any_hugging_face_encoder(tmp_path, kind):
         torch.testing.assert_close(together[i], alone, atol=1e-5, rtol=1e-4)
 
 
+def text_folder_with(folder, tokens=None, drop=(), extra_rows=0, network=None, **config):
+    """A folder of BERT with word pieces of REPORTS, spoilt -> its path"""
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    trained = BertWordPieceTokenizer()
+    trained.train_from_iterator(REPORTS, vocab_size=60, min_frequency=1)
+    names = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]",
+             "mask_token": "[MASK]"}
+    names = {name: token for name, token in names.items() if name not in drop}
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+    if tokens is None:
+        PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, **names).save_pretrained(folder)
+    rows = trained.get_vocab_size() + extra_rows
+    network = network or (lambda **settings: BertModel(BertConfig(**settings)))
+    network(**{"vocab_size": rows, **small, **config}).save_pretrained(folder)
+    return str(folder)
+
+
+def gpt2(vocab_size, **_):
+    from transformers import GPT2Config, GPT2Model
+    return GPT2Model(GPT2Config(vocab_size=vocab_size, n_embd=16, n_layer=1, n_head=2, n_positions=300,
+                                bos_token_id=0, eos_token_id=0))
+
+
+def bart(vocab_size, **_):
+    from transformers import BartConfig, BartModel
+    layers = {f"{part}_{name}": n for part in ("encoder", "decoder")
+              for name, n in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 8))}
+    special = dict.fromkeys(["pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"], 0)
+    return BartModel(BartConfig(vocab_size=vocab_size, d_model=16, **layers, **special))
+
+
+@pytest.mark.parametrize("faults, found", [
+    ({"tokens": "none"}, "knows no word.*tokenizer.json"),
+    ({"drop": ["mask_token"]}, "without mask_token"),
+    ({"drop": ["pad_token"]}, "without pad_token"),
+    ({"extra_rows": -1}, "a token [0-9]+ and an embedding of [0-9]+ rows"),
+    ({"max_position_embeddings": 249}, "cannot read 250 tokens"),
+    ({"is_decoder": True}, "do not see the words behind them"),
+    ({"network": gpt2}, "do not see the words behind them"),
+    ({"network": bart}, "BartModel, which has a decoder"),
+], ids=lambda value: " ".join(map(str, value)) if isinstance(value, dict) else "")
+def test_text_encoders_that_do_not_fit(tmp_path, faults, found):
+    folder = text_folder_with(tmp_path, **faults)
+    with pytest.raises(ValueError, match=f"text encoder {folder}: found .*{found}"):
+        model.TextEncoder(folder)
+
+
+def test_a_text_encoder_at_the_limit_fits(tmp_path):
+    text = model.TextEncoder(text_folder_with(tmp_path, max_position_embeddings=250))
+    rows = text.bert.get_input_embeddings().num_embeddings
+    assert max(text.tokenizer.get_vocab().values()) == rows - 1
+    assert (text.width, text.vocab_size) == (16, rows)
+
+
+@pytest.mark.parametrize("change, found", [
+    (lambda weights, file: file.write_bytes(file.read_bytes()[:-999]), "deserializing"),
+    (lambda weights, file: weights.pop("encoder.layer.1.output.dense.weight"),
+     "1 missing weights, such as .'encoder.layer.1.output.dense.weight'"),
+    (lambda weights, file: weights.update({"encoder.layer.2.output.dense.weight": torch.ones(16, 8)}),
+     "1 unexpected weights, such as .'encoder.layer.2.output.dense.weight'"),
+    (lambda weights, file: weights["encoder.layer.1.output.dense.weight"][0].fill_(torch.nan),
+     "encoder.layer.1.output.dense.weight with NaN"),
+    (lambda weights, file: weights.update({"cls.predictions.bias": torch.ones(3),
+                                           "embeddings.position_ids": torch.arange(3)}), None),
+    (lambda weights, file: weights.pop("pooler.dense.weight"), None),
+], ids=["torn", "missing", "more layers", "NaN", "a head", "no pooler"])
+def test_weights_of_text_encoders(tmp_path, change, found):
+    from safetensors.torch import load_file, save_file
+    folder, file = text_folder_with(tmp_path), tmp_path / "model.safetensors"
+    weights = load_file(file)
+    change(weights, file)
+    if found != "deserializing":
+        save_file(weights, file, metadata={"format": "pt"})
+    refused = pytest.raises(ValueError, match=f"text encoder {folder}: .*{found}")
+    with refused if found else contextlib.nullcontext():
+        model.TextEncoder(folder)
+
+
+def test_reports_in_words_that_the_tokenizer_does_not_know(text_folder):
+    text = model.TextEncoder(str(text_folder))
+    text.check_words([*REPORTS, "Das Herz ist normal."], "m.csv")
+    with pytest.raises(ValueError, match=f"{text_folder}: found 3 unknown words among 5 of m.csv"):
+        text.check_words(["The Herz ist gross."], "m.csv")
+
+
 def test_text_folder_without_weights(tmp_path, text_folder):
     for file in text_folder.iterdir():
         if "safetensors" not in file.name:
@@ -622,11 +783,159 @@ def test_an_encoder_inside_a_model_takes_weights(tmp_path, text_folder):
             assert name == "mask_token" or torch.equal(network.encoder.state_dict()[name], tensor), name
 
 
-def test_encoder_pt_keeps_the_order_of_merging(tmp_path):
-    torch.save(model.export_encoder(build_encoder("swin_t", merging="v0.9")), tmp_path / "encoder.pt")
+def test_encoder_pt_keeps_the_order_of_merging_and_the_version(tmp_path):
+    source = build_encoder("swin_t", merging="v0.9", use_v2=True)
+    torch.save(model.export_encoder(source), tmp_path / "encoder.pt")
     target = build_encoder("swin_t")
     load_weights(target, tmp_path / "encoder.pt")
-    assert target.merging == "v0.9"
+    assert target.merging == "v0.9" and target.use_v2
+    x = torch.rand(1, 1, 16, 16, 16)
+    assert all(torch.equal(a, b) for a, b in zip(source(x), target(x), strict=True))
+
+
+@pytest.mark.parametrize("prefix", ["swinViT.", "module.swin_vit.", "module.backbone.swinViT.",
+                                    "model._orig_mod.swinViT.", "net.swinViT."])
+@pytest.mark.parametrize("container", [None, "state_dict", "network_weights", "model_state_dict"])
+def test_files_of_voco(tmp_path, caplog, prefix, container):
+    """Of the second version, in MONAI's old order of merging; their keys do not tell the latter."""
+    source = build_encoder("swin_t", use_v2=True)
+    state = {prefix + key: p for key, p in source.state_dict().items() if key != "mask_token"}
+    state[prefix.partition("swin")[0] + "encoder1.layer.conv1.conv.weight"] = torch.ones(2)
+    torch.save({container: state, "epoch": 3} if container else state, tmp_path / "voco.pt")
+    target = build_encoder("swin_t")
+    load_weights(target, tmp_path / "voco.pt")
+    assert target.use_v2 and target.merging == "v0.9"
+    assert all(torch.equal(p, target.state_dict()[key]) for key, p in source.state_dict().items()
+               if key != "mask_token")
+    assert "voco.pt does not tell its patch merging: 'v0.9' is taken" in caplog.text
+    assert "--merging monai" in caplog.text
+
+
+def test_merging_as_asked_or_told(tmp_path, caplog):
+    encoder = build_encoder("swin_t")
+    files = {"v1": as_file(encoder.state_dict(), "MONAI, SwinUNETR"),
+             "authors": as_file(encoder.state_dict(), "the authors', flat"),
+             "ours": {"model": as_file(encoder.state_dict(), "ours, last.pt")["model"], "merging": "mergingv2"},
+             "other": as_file(encoder.state_dict(), "MONAI, SwinUNETR") | {"merging": ["mean"]}}
+    for name, state in files.items():
+        torch.save(state, tmp_path / name)
+    for name, asked, expected, said in (
+            ("v1", "auto", "monai", "the other choice is --merging v0.9"), ("v1", "v0.9", "v0.9", ""),
+            ("authors", "auto", "v0.9", ""), ("ours", "auto", "mergingv2", ""),
+            ("authors", "v0.9", "v0.9", ""), ("other", "auto", "monai", "does not tell"),
+            ("ours", "monai", "monai", "--merging monai, but these weights were trained with mergingv2")):
+        caplog.clear()
+        load_weights(encoder, tmp_path / name, asked)
+        assert encoder.merging == expected
+        assert said in caplog.text and bool(said) == bool(caplog.records), (name, asked)
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path):
+    """Whatever the file's network has inside its encoder and ours has not would change the features."""
+    settings = {"feature_size": 8, "num_heads": (1, 2, 2), "window_size": 3}
+    ours = SwinTransformer3D(depths=(2, 2), **settings)
+    before = {name: p.clone() for name, p in ours.state_dict().items()}
+    plain = as_file(before, "MONAI, SwinUNETR")
+    files = {"deeper": SwinTransformer3D(depths=(2, 4), **settings).state_dict(),
+             "more_stages": SwinTransformer3D(depths=(2, 2, 1), **settings).state_dict(),
+             "a_norm": plain | {"swinViT.patch_embed.norm.weight": torch.ones(8)},
+             "an_end": plain | {"swinViT.norm.weight": torch.ones(8)},
+             "half_v2": plain | {"swinViT.layers1c.0.layer.conv1.conv.weight": torch.ones(8, 8, 3, 3, 3)}}
+    wanted = {"deeper": r"layers2.0.blocks.2.norm1.weight: expected nothing, found \(16,\)",
+              "more_stages": r"layers3.0.blocks.0.norm1.weight: expected nothing, found \(32,\)",
+              "a_norm": "patch_embed.norm.weight: expected nothing", "an_end": "norm.weight: expected nothing",
+              "half_v2": r"layers1c.0.layer.conv2.conv.weight: expected \(8, 8, 3, 3, 3\), found nothing"}
+    for name, state in files.items():
+        torch.save(state, tmp_path / f"{name}.pt")
+        for module in (ours, model.Classifier(ours, 2)):
+            with pytest.raises(ValueError, match=rf"{name}.pt does not fill[\s\S]*{wanted[name]}"):
+                load_weights(module, tmp_path / f"{name}.pt")
+        after = ours.state_dict()
+        assert not ours.use_v2 and after.keys() == before.keys()
+        assert all(torch.equal(p, before[key]) for key, p in after.items())
+    torch.save(model.export_encoder(ours), tmp_path / "first.pt")
+    with pytest.raises(ValueError, match=r"first.pt does not fill[\s\S]*layers1c.*found nothing"):
+        load_weights(SwinTransformer3D(depths=(2, 2), use_v2=True, **settings), tmp_path / "first.pt")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, value):
+    encoder = build_encoder("swin_t")
+    state = as_file(encoder.state_dict(), "MONAI, SSL")["state_dict"]
+    torch.save(state | {"module.text.mask": torch.full((2,), -torch.inf)}, tmp_path / "good.pt")
+    load_weights(encoder, tmp_path / "good.pt")
+    spoilt = state["module.layers1.0.blocks.0.mlp.fc1.weight"].clone()
+    spoilt[3, 2] = value
+    torch.save(state | {"module.layers1.0.blocks.0.mlp.fc1.weight": spoilt}, tmp_path / "bad.pt")
+    with pytest.raises(ValueError, match="bad.pt: found module.layers1.0.blocks.0.mlp.fc1.weight with NaN or inf"):
+        load_weights(encoder, tmp_path / "bad.pt")
+    checkpoint = {"model": {f"encoder.{name}": p for name, p in encoder.state_dict().items()}}
+    checkpoint["model"]["encoder.mask_token"] = torch.full((24,), value)
+    with pytest.raises(ValueError, match="last.pt: found encoder.mask_token with NaN"):
+        model.restore(nn.ModuleDict({"encoder": encoder}), checkpoint, "last.pt")
+
+
+def test_two_networks_in_a_file_are_refused(tmp_path):
+    state = build_encoder("swin_t").state_dict()
+    torch.save({f"{name}.vision_encoder.{key}": p for name in ("student", "teacher") for key, p in state.items()},
+               tmp_path / "two.pt")
+    with pytest.raises(ValueError, match="two.pt: found two networks, student.vision.* and teacher.vision"):
+        load_weights(build_encoder("swin_t"), tmp_path / "two.pt")
+
+
+def test_a_file_of_nothing_but_settings_is_refused(tmp_path):
+    for name, state in {"none": {"state_dict": None, "epoch": 3}, "text": {"model": "swin_b"}, "list": [1]}.items():
+        torch.save(state, tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name}: found .*expected a dict of tensors"):
+            load_weights(build_encoder("swin_t"), tmp_path / name)
+
+
+def test_only_our_own_flags_are_flags():
+    ours = {"encoder": "swin_t", "size": [32, 32, 32]}
+    weights = {"encoder.mask_token": torch.zeros(2)}
+    assert model.flags_of({"model": weights, "config": ours}) == ours
+    for foreign in ({"config": None}, {"config": "swin.yaml"}, {"config": {"encoder": ["swin_t"]}},
+                    {"config": {"encoder": "resnet"}}, {"config": {"task": "segmentation", "size": 96}}, {}):
+        assert model.flags_of({"model": weights} | foreign) == {}
+    for model_of_others in ({"swinViT.mask_token": torch.zeros(2)}, "swin_b", None):
+        assert model.flags_of({"model": model_of_others, "config": ours}) == {}
+    assert model.flags_of({"state_dict": weights, "config": ours}) == {}
+
+
+@pytest.mark.parametrize("kind", ["classify", "segment", "report"])
+def test_a_checkpoint_alone_rebuilds_the_second_version(kind):
+    config = {"encoder": "swin_t", "use_checkpoint": False, "vocabulary": ["a"] * 9}
+    source = model.build_network(kind, 2, config, None)
+    source.encoder.set_v2(True)
+    source.encoder.merging = "v0.9"
+    checkpoint = {"model": model.weights_of(source), "merging": "v0.9", "config": config}
+    target = model.build_network(kind, 2, config, None)
+    model.restore(target, checkpoint, "best.pt")
+    volume = torch.rand(1, 1, 32, 32, 32)
+    inputs = (volume, torch.tensor([[1, 3]])) if kind == "report" else (volume,)
+    assert target.encoder.use_v2 and target.encoder.merging == "v0.9"
+    assert torch.equal(target.eval()(*inputs), source.eval()(*inputs))
+    del checkpoint["model"]["encoder.layers2c.0.layer.conv2.conv.weight"]
+    with pytest.raises(ValueError, match="best.pt: other weights.*\n.*layers2c.*expected .48, 48.*found nothing"):
+        model.restore(model.build_network(kind, 2, config, None), checkpoint, "best.pt")
+
+
+def test_a_unet_has_no_merging(tmp_path):
+    source, target = build_encoder("unet", feature_size=8), build_encoder("unet", feature_size=8)
+    torch.save(model.export_encoder(source), tmp_path / "encoder.pt")
+    load_weights(target, tmp_path / "encoder.pt")
+    assert target.merging is None and torch.equal(target.levels[0][0].weight, source.levels[0][0].weight)
+
+
+def test_what_is_left_out_keeps_its_weights(tmp_path):
+    source, target = (model.Classifier(build_encoder("swin_t"), 2) for _ in range(2))
+    torch.save({"model": source.state_dict()}, tmp_path / "last.pt")
+    first = target.head.weight.clone()
+    report = load_weights(target, tmp_path / "last.pt", leave_out=target.outputs)
+    left_out = ["norm.weight", "norm.bias", "head.weight", "head.bias"]
+    assert torch.equal(target.head.weight, first) and report["missing"] == report["unexpected"] == left_out
+    load_weights(target, tmp_path / "last.pt")
+    assert torch.equal(target.head.weight, source.head.weight)
 
 
 def test_encoder_pt_loads_strictly_into_monai(tmp_path):

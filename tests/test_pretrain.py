@@ -22,6 +22,7 @@ import torch.distributed as dist
 from conftest import ROOT, drawn, load, python, save_nifti, write_csv
 
 import data
+import eval as evaluation
 import model
 import pretrain
 
@@ -468,6 +469,38 @@ def test_init_starts_from_a_file(run, folder, copied):
 
     (copied / "encoder.pt").unlink()            # a start needs it, going on does not
     run("--resume --steps 2 --out init").succeeded()
+
+
+def test_init_of_the_second_version(run, folder, tmp_path):
+    """The encoder becomes what the file holds; the checkpoint alone tells, to --resume and to eval.py."""
+    torch.manual_seed(0)
+    voco = model.build_encoder("swin_t", use_v2=True)
+    torch.save({f"swinViT.{name}": p for name, p in voco.state_dict().items()}, tmp_path / "voco.pt")
+    flags = f"{SMALL} {ONLY_MIM} --lr_encoder 0 --init {tmp_path / 'voco.pt'}"
+    whole = run(f"{flags} --merging monai --steps 2 --out v2").succeeded()
+    first = run(f"{flags} --merging monai --steps 1 --out v2_1").succeeded()
+    assert "does not tell" not in first.text
+    run("--out v2_1 --resume --steps 2").succeeded()
+    assert load(folder / "v2_1" / "last.pt")["merging"] == "monai"
+    x = torch.rand(1, 1, 32, 32, 32)
+    (tmp_path / "voco.pt").unlink()
+    network, config = evaluation.load_pretrained(folder / "v2_1" / "last.pt")
+    encoder = evaluation.load_encoder(folder / "v2" / "encoder.pt", "swin_t")[0]
+    for found in (network.encoder, encoder):
+        assert all(torch.equal(a, b) for a, b in zip(found(x), voco(x), strict=True))
+    settings = json.loads((folder / "v2" / "encoder.json").read_text())
+    assert settings["use_v2"] and settings["depths"] == [1, 2] and settings["note"] in whole.text
+    assert evaluation.untrained_encoder(config) is None
+    torch.save({f"swinViT.{name}": p for name, p in voco.state_dict().items()}, tmp_path / "voco.pt")
+    untrained = evaluation.untrained_encoder(config)
+    assert untrained.use_v2 and untrained.merging == "monai"
+    run(f"{SMALL} --merging v0.9 --out none").refused("--merging v0.9: found no --init")
+
+
+def test_reports_in_an_unknown_language_are_refused(run, folder, text_folder):
+    write_manifest(folder / "german.csv", [["0.nii.gz", "Herzschatten vergrößert.", "train"]])
+    run(f"{SMALL} --data german.csv --text_encoder {text_folder} --out german").refused(
+        text_folder, "2 unknown words among 3 of german.csv")
 
 
 def test_a_poor_init_is_refused(run, folder, tmp_path):
