@@ -111,7 +111,7 @@ import os
 import signal
 import sys
 import time
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import torch
@@ -129,10 +129,7 @@ import phantoms
 log = logging.getLogger("mg3d")
 
 MAY_CHANGE = {"resume", "init", "out", "steps", "cache", "workers", "save_every", "log_every", "data"}
-AT_LEAST_1 = {"steps", "epochs", "batch_size", "accumulate", "save_every", "log_every", "eval_every",
-              "mask_size", "repeats"}
 HANDLERS = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
-ABOVE_0 = {"temperature": math.inf, "fraction": 1, "mask_ratio": 1, "mlm_prob": 1}      # and up to
 
 
 # ------------------------------------------------- what keeps a run going, here and in finetune.py
@@ -167,12 +164,8 @@ def finish(stopping, step, out):
 
 def check_flags(args):
     """ValueError, naming the flag, for a number out of range; for the flags of both scripts."""
-    for name, value in vars(args).items():
-        if name in AT_LEAST_1 and value is not None and value < 1:
-            raise ValueError(f"--{name} {value}: expected at least 1")
-        if name in ABOVE_0 and not 0 < value <= ABOVE_0[name]:
-            raise ValueError(f"--{name} {value}: expected a number above 0 and up to {ABOVE_0[name]}")
-    if any(side <= 0 or side % 32 for side in args.size):
+    data.check_numbers(args)
+    if any(side % 32 for side in args.size):
         raise ValueError(f"--size {' '.join(map(str, args.size))}: every side must be a multiple of 32")
 
 
@@ -190,6 +183,16 @@ def resume_flags(args, given, saved, may_change):
             raise ValueError(f"--resume: the run was started with --{name} {saved[name]}, now it is {value}; "
                              "leave the flag out, or start anew with another --out")
     return argparse.Namespace(**{**vars(args), **saved, **given})
+
+
+def check_newest(out, saved):
+    """ValueError if a newer run than that of the flags `saved` began in OUT, and ended before it saved."""
+    path = out / "run.json"
+    newest = json.loads(path.read_text()) if path.exists() else saved
+    if newest.get("begun") != saved.get("begun"):
+        raise ValueError(f"--resume: the run that began in {out} at {newest['begun']} saved nothing; last.pt "
+                         f"is of an older one, begun at {saved.get('begun', 'an unknown time')}. Start anew, "
+                         f"without --resume, or remove {path} to go on with the older run")
 
 
 class Interruption:
@@ -343,23 +346,29 @@ def read_log(path):
 
 
 def write_log(path, rows, mode="a"):
-    """Append rows to log.jsonl, or write it anew (mode "w"). JSON has no NaN: null."""
-    rows = json.loads(json.dumps(rows), parse_constant=lambda constant: None)
+    """Append rows to log.jsonl, or write it anew (mode "w")."""
     with open(path, mode) as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.writelines(json.dumps(row) + "\n" for row in evaluation.without_nan(rows))
 
 
 # ------------------------------------------------------------------------------------------ the run
 
-def enabled_losses(args):
-    """Their names. ValueError if there is none, or if sub-volumes to mask do not fit the volume."""
-    enabled = [name for name in model.LOSSES if getattr(args, name)]
-    if not enabled:
-        raise ValueError("every loss is switched off, expected at least one of " + ", ".join(model.LOSSES))
+def loss_weights(args):
+    """{enabled loss: λ}. ValueError if none counts, or if the sub-volumes to mask do not fit or are none."""
+    weights = {"mim": args.lambda_a, "mlm": args.lambda_a, "sfr": args.lambda_b, "cml": args.lambda_b,
+               "ssm": args.lambda_g, "dfa": args.lambda_g, "clip": 1.0}
+    weights = {name: weight for name, weight in weights.items() if getattr(args, name)}
+    if not any(weights.values()):
+        raise ValueError("every loss is switched off or has the weight 0, expected at least one of "
+                         + ", ".join(model.LOSSES))
+    size = " ".join(map(str, args.size))
     if any(side % args.mask_size for side in args.size):
-        size = " ".join(map(str, args.size))
         raise ValueError(f"--mask_size {args.mask_size}: found --size {size}, expected multiples of it")
-    return enabled
+    places = math.prod(side // args.mask_size for side in args.size)
+    if args.mim and round(args.mask_ratio * places) == 0:
+        raise ValueError(f"--mask_ratio {args.mask_ratio}: that is none of the {places} sub-volumes of "
+                         f"{args.mask_size}³ in --size {size}, expected one at least")
+    return weights
 
 
 def choose_items(args, items):
@@ -375,6 +384,28 @@ def choose_items(args, items):
     return [train_items[i] for i in chosen], held_out
 
 
+def say_what_it_teaches(args, enabled, world):
+    if args.clip:
+        log.info("clip       is no part of MG-3D; of all losses it alone needs the right report (README)")
+    if args.batch_size * world == 1 and {"cml", "ssm", "dfa", "clip"} & set(enabled):
+        log.warning("warning: in a batch of one there is no other patient: cml, ssm, dfa and clip are 0")
+    if args.permute_reports:
+        log.warning("warning: --permute_reports: every patient trains with another's report (a control)")
+
+
+def hashes_of_patients(train_items, checkpoint, init):
+    """Of all that the weights have been trained on: whoever tests them later can tell who was among them."""
+    before = checkpoint.get("patients", ()) if checkpoint else evaluation.patients_of(init) if init else ()
+    return sorted(data.patient_hashes(item.patient for item in train_items).union(before))
+
+
+def save_encoder(encoder, patients, path):
+    """The encoder with MONAI's names; the patients' hashes lie beside them, where MONAI does not look."""
+    weights = model.export_encoder(encoder)
+    weights._metadata[""]["patients"] = patients
+    save_file(weights, path)
+
+
 def main(args, given):
     rank, world, device = start()
     out, checkpoint = Path(args.out), None
@@ -382,11 +413,15 @@ def main(args, given):
         if args.init:
             raise ValueError("--resume goes on with OUT/last.pt, --init starts from other weights: give one")
         checkpoint = load_last(out)
+        check_newest(out, checkpoint["config"])
         args = resume_flags(args, given, checkpoint["config"], MAY_CHANGE)
+    else:
+        args.begun = str(datetime.now())
     if args.batch_size is None:
         args.batch_size = max(1, 24 // world)
     check_flags(args)
-    enabled, size = enabled_losses(args), tuple(args.size)
+    weight, size = loss_weights(args), tuple(args.size)
+    enabled = list(weight)
     precision, autocast, scaler = mixed_precision(args.precision, device)
     make_folder(out)
 
@@ -415,6 +450,7 @@ def main(args, given):
                          sentence_values=args.sentence_values)
     if args.init and not checkpoint:
         model.load_weights(encoder, args.init)
+    seen = hashes_of_patients(train_items, checkpoint, args.init)
     network.to(device).train()
     parallel = DistributedDataParallel(network) if world > 1 else network
     optimizer = torch.optim.AdamW(parameter_groups(network, args))
@@ -437,8 +473,6 @@ def main(args, given):
     examples = data.Examples(train_items, make_example, args.seed)
     loader = DataLoader(examples, batch_sampler=batches, collate_fn=collate,
                         num_workers=args.workers, pin_memory=device.type == "cuda")
-    weight = {"mim": args.lambda_a, "mlm": args.lambda_a, "sfr": args.lambda_b, "cml": args.lambda_b,
-              "ssm": args.lambda_g, "dfa": args.lambda_g, "clip": 1.0}
     config = {name: value for name, value in vars(args).items() if name not in ("resume", "out")}
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6
     frozen = sum(p.numel() for p in network.parameters() if not p.requires_grad) / 1e6
@@ -450,13 +484,7 @@ losses     {', '.join(f'{weight[name]:g} {name}' for name in enabled)}
 batch      {args.batch_size} volumes × {world} processes × {args.accumulate} passes; \
 {args.batch_size * world - 1} negatives for each volume
 run        steps {step} to {args.steps} on {device} in {precision}, seed {args.seed}, out in {out}""")
-    if args.clip:
-        log.info("clip       is no part of MG-3D; of all losses it alone needs the right report (README)")
-    if args.batch_size * world == 1 and {"cml", "ssm", "dfa", "clip"} & set(enabled):
-        log.warning("warning: in a batch of one there is no other patient: cml, ssm, dfa and clip are 0")
-
-    if args.permute_reports:
-        log.warning("warning: --permute_reports: every patient trains with another's report (a control)")
+    say_what_it_teaches(args, enabled, world)
 
     # ----------------------------------------------------------------------------------------- loop
     log_path, board = out / "log.jsonl", None
@@ -464,6 +492,8 @@ run        steps {step} to {args.steps} on {device} in {precision}, seed {args.s
     known = functools.partial(first_batches, examples, collate, args.batch_size, 64)
     nothing = evaluation.know_nothing(network, known(), enabled, global_batch) if step == rank == 0 else None
     if rank == 0:
+        if not checkpoint:
+            evaluation.write_result(config, out / "run.json")
         write_log(log_path, [row for row in read_log(log_path) if row["step"] < step], mode="w")
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
@@ -472,28 +502,26 @@ run        steps {step} to {args.steps} on {device} in {precision}, seed {args.s
     bad_steps, unreadable, stream = 0, set(), iter(loader)
     bar = tqdm(total=args.steps, initial=step, desc="pretrain", disable=None if rank == 0 else True)
     while step < args.steps and not stopping:
-        started, waited, volumes = time.perf_counter(), 0.0, []
+        started = time.perf_counter()
+        passes = [next(stream) for _ in range(args.accumulate)]
+        waited = time.perf_counter() - started
+        volumes = [name for batch in passes for name in batch.pop("ids")]
+        unreadable.update(*(batch.pop("skipped") for batch in passes))
+        if len(unreadable) > 0.05 * len(train_items):
+            raise ValueError(f"{len(unreadable)} of {len(train_items)} volumes cannot be read, more than "
+                             f"5 %: {sorted(unreadable)[:5]}")
         total, values = 0.0, dict.fromkeys(enabled, 0.0)
-        for micro in range(args.accumulate):
-            asked = time.perf_counter()
-            batch = next(stream)
-            waited += time.perf_counter() - asked
-            volumes += batch.pop("ids")
-            unreadable.update(batch.pop("skipped"))
-            if len(unreadable) > 0.05 * len(train_items):
-                raise ValueError(f"{len(unreadable)} of {len(train_items)} volumes cannot be read, more than "
-                                 f"5 %: {sorted(unreadable)[:5]}")
+        for batch, share in zip(passes, losses.shares(passes, enabled, device)):
+            parallel.require_backward_grad_sync = batch is passes[-1]   # only the last pass talks
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-            parallel.require_backward_grad_sync = micro == args.accumulate - 1  # only the last pass talks
             with autocast:
                 o = parallel(batch)
             terms = losses.compute(o, batch, enabled, args.temperature)
-            loss = sum(weight[name] * term for name, term in terms.items())  # Eq. (10, 14, 15)
-            loss = loss / args.accumulate
+            loss = sum(weight[name] * share[name] * term for name, term in terms.items())  # Eq. (10, 14, 15)
             scaler.scale(loss).backward()
             total += loss.item()
             for name, term in terms.items():
-                values[name] += term.item() / args.accumulate
+                values[name] += share[name] * term.item()
 
         culprits = " and ".join(name for name in enabled if not math.isfinite(values[name])) or "gradient"
         step_name = f"step {step}: {culprits} of the volumes {', '.join(volumes)}"
@@ -516,9 +544,9 @@ run        steps {step} to {args.steps} on {device} in {precision}, seed {args.s
 
         stopping = interruption.number(device)
         if step % args.save_every == 0 or step == args.steps or stopping:
-            save_run(out, network, optimizer, scaler, config, step, ids=ids)
+            save_run(out, network, optimizer, scaler, config, step, ids=ids, patients=seen)
             if rank == 0:
-                save_file(model.export_encoder(encoder), out / "encoder.pt")
+                save_encoder(encoder, seen, out / "encoder.pt")
                 evaluation.plot_curves(read_log(log_path), out / "curves.png")
     bar.close()
     interruption.end()
@@ -557,9 +585,10 @@ def moved(untrained, encoder):
 
 def print_levels(result):
     log.info("%-6s %16s %8s %8s", "loss", "knowing nothing", "first", "last")
+    said = {True: "learned", False: "not learned", None: "too few steps to say"}
     for name, row in result["levels"].items():
         log.info("%-6s %16.3f %8.3f %8.3f  %s", name, row["nothing"], row["first"], row["last"],
-                 "learned" if row["learned"] else "not learned")
+                 said[row["learned"]])
     if result["moved"] is not None:
         log.info("the encoder's weights moved by %.1f %%", 100 * result["moved"])
 

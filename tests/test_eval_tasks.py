@@ -484,7 +484,7 @@ def test_prompts_are_compared_in_pairs(constant_inputs, text_encoder, tmp_path):
     expected = [evaluation.auroc(cosine[k, j], labels[k, j]) for j, k in enumerate(known.T)]
     assert list(result["per_class"]) == list(data.LABELS) and list(result["per_class"].values()) == pytest.approx(expected)
     assert result["value"] == pytest.approx(np.mean(expected)) and result["chance"] == 0.5
-    found = evaluation.predict_prompts(towers, items_of(labels))
+    found = evaluation.predict_classes(towers, items_of(labels))
     assert np.allclose(found, 1 / (1 + np.exp(-2 * cosine / 0.1)), atol=1e-5)
     drawn(tmp_path / "roc.png")
 
