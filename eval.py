@@ -392,7 +392,7 @@ def retrieve_reports(network, items, cache, size, hu="auto", batch_size=24):
     volumes = F.normalize(torch.cat(rows), dim=-1).cpu()
     ranks = retrieval_ranks((text_features(network, [item.report for item in items]) @ volumes.T).numpy())
     k = max(1, min(50, len(items) // 10))
-    hits = (ranks <= k).astype(float)
+    hits = (ranks <= k).astype(float) if k < len(items) else np.array([math.nan])
     return {"k": k, "value": float(hits.mean()), "interval": list(bootstrap(np.mean, hits)),
             "chance": k / len(items), "n": len(items)}
 

@@ -66,7 +66,8 @@ def flags():
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=int, help="optimizer steps; the paper has 300000 for CTRG-Chest")
     add("--batch_size", type=int, default=4, help="volumes a process and pass; the demo shares 24 among all")
-    add("--accumulate", type=int, default=1, help="passes a step; they do not add negatives")
+    add("--accumulate", type=int, default=1, help="passes a step: mim, mlm and sfr are those of one large "
+        "batch, the others get no more negatives")
     add("--lr_encoder", type=float, help="learning rate of the vision encoder")
     add("--lr", type=float, help="learning rate of everything else")
     add("--warmup", type=int, help="steps of linear warm-up, before the linear decay")
@@ -185,14 +186,21 @@ def resume_flags(args, given, saved, may_change):
     return argparse.Namespace(**{**vars(args), **saved, **given})
 
 
+def begin(out, config):
+    """OUT/run.json says, from before the first checkpoint on, which run is the newest."""
+    if (out / "last.pt").exists():
+        log.warning("warning: %s holds an older run: the first checkpoint replaces it", out)
+    evaluation.write_result(config, out / "run.json")
+
+
 def check_newest(out, saved):
     """ValueError if a newer run than that of the flags `saved` began in OUT, and ended before it saved."""
     path = out / "run.json"
     newest = json.loads(path.read_text()) if path.exists() else saved
     if newest.get("begun") != saved.get("begun"):
-        raise ValueError(f"--resume: the run that began in {out} at {newest['begun']} saved nothing; last.pt "
-                         f"is of an older one, begun at {saved.get('begun', 'an unknown time')}. Start anew, "
-                         f"without --resume, or remove {path} to go on with the older run")
+        raise ValueError(f"--resume: the run that began in {out} at {newest.get('begun')} saved nothing; "
+                         f"last.pt is of an older one, begun at {saved.get('begun')}. Start anew, without "
+                         f"--resume, or remove {path} to go on with the older run")
 
 
 class Interruption:
@@ -493,7 +501,7 @@ run        steps {step} to {args.steps} on {device} in {precision}, seed {args.s
     nothing = evaluation.know_nothing(network, known(), enabled, global_batch) if step == rank == 0 else None
     if rank == 0:
         if not checkpoint:
-            evaluation.write_result(config, out / "run.json")
+            begin(out, config)
         write_log(log_path, [row for row in read_log(log_path) if row["step"] < step], mode="w")
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter

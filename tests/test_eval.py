@@ -73,6 +73,35 @@ def test_bootstrap_keeps_items_together():
     assert evaluation.bootstrap(lambda a, b: np.abs(a - b).max(), items, items) == (0, 0)
 
 
+def test_one_item_has_no_interval():
+    assert np.isnan(evaluation.bootstrap(np.mean, np.array([0.7]))).all()
+    assert np.isnan(evaluation.bootstrap(np.mean, np.array([]))).all()
+    low, high = evaluation.bootstrap(np.mean, np.array([0.0, 1.0]))
+    assert (low, high) == (0, 1)
+
+
+@pytest.mark.parametrize("flags", [("probe", "--data", "m.csv", "--checkpoint", "x", "--few", -1),
+                                   ("probe", "--data", "m.csv", "--checkpoint", "x", "--batch_size", 0),
+                                   ("embed", "--input", "a.nii", "--checkpoint", "x", "--size", 32, 0, 32),
+                                   ("pairing", "--data", "m.csv", "--checkpoint", "x", "--seed", -1),
+                                   ("--task", "acdc", "--data", "x", "--checkpoint", "x", "--fold", -1)])
+def test_numbers_out_of_range_are_refused_by_every_command(command, flags):
+    code, text = command("eval.py", *flags)
+    name, values = next((flag, flags[i + 1:]) for i, flag in enumerate(flags)
+                        if flag in ("--few", "--batch_size", "--size", "--seed", "--fold"))
+    assert code == 1 and f"error: {name} {' '.join(map(str, values))}: expected at least" in text
+
+
+@pytest.mark.parametrize("flags", [("check", "--data", "m.csv", "--limit", 0), ("check", "--data", "m.csv", "--limit", -2),
+                                   ("cache", "--data", "m.csv", "--workers", -1), ("demo", "--out", "d", "--n", 0),
+                                   ("cache", "--data", "m.csv", "--size", 0, 32, 32)])
+def test_numbers_out_of_range_are_refused_by_data(command, flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, text = command("data.py", *flags)
+    assert code == 1 and f"error: {flags[3]} {' '.join(map(str, flags[4:]))}: expected at least" in text
+    assert not list(tmp_path.iterdir())
+
+
 # ----------------------------------------------------------------------------------------------- linear probe
 
 def normal_equations(x, y, x_new, penalty):
@@ -167,6 +196,25 @@ def test_probe_command(labelled, encoder):
 
     refused = run("--data", "m.csv")
     assert refused.returncode == 1 and "--encoder" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_a_finding_that_none_has_is_not_fitted():
+    """Its scores are unknown, and its AUC is not .5."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, (60, 18)).astype(np.float32)
+    labels[:40, 3], labels[:40, 5] = 0, 1               # none and all of those to fit on
+    items = [data.Item(str(i), "x", "", "train" if i < 40 else "test", str(i), labels[i]) for i in range(60)]
+    features = [rng.normal(size=(40, 4)), rng.normal(size=(20, 4))]
+    scores, truth = evaluation.probe(features, items)
+    found = evaluation.aurocs(scores, truth)
+    assert [k for k, auc in enumerate(found) if np.isnan(auc)] == [3, 5]
+    others = [k for k in range(18) if k not in (3, 5)]
+    expected = evaluation.ridge(features[0], labels[:40].astype(float), features[1])[:, others]
+    assert np.array_equal(scores[:, others], expected)
+    few = evaluation.compare_probes(features, features, items, few=5)["few"]    # draws lack many findings
+    assert 0 < few["untrained"] == few["pretrained"] < 1
+    for few in (0, 1, 40):
+        assert "few" not in evaluation.compare_probes(features, features, items, few=few)
 
 
 def test_unlabelled_data_are_refused(labelled):
@@ -339,4 +387,7 @@ def test_a_loss_has_learned_when_its_end_lies_below_nothing():
     rows = [{"mim": 1 - 0.01 * i, "mlm": 5.0, "clip": None if i == 3 else 2.0} for i in range(40)]
     found = evaluation.levels(rows, {"mim": 0.9, "mlm": 5.0, "clip": 2.1})
     assert found["mim"] == {"nothing": 0.9, "first": pytest.approx(0.985), "last": pytest.approx(0.625), "learned": True}
-    assert not found["mlm"]["learned"] and found["clip"]["learned"] and np.isnan(found["clip"]["first"])
+    assert found["mlm"]["learned"] is False and found["clip"]["learned"] and np.isnan(found["clip"]["first"])
+    for some in (rows[:19], [*rows[:-1], {"mim": None}]):       # no standard error of one, no mean of nothing
+        assert evaluation.levels(some, {"mim": 0.9})["mim"]["learned"] is None
+    assert evaluation.levels(rows[-20:], {"mim": 0.9})["mim"]["learned"] is True
