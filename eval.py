@@ -378,6 +378,8 @@ def levels(rows, nothing):
         most = np.mean(last) + 2 * error
         result[name] = {"nothing": level, "first": float(np.mean(first)), "last": float(np.mean(last)),
                         "learned": None if math.isnan(most) else bool(most < level)}
+        if math.isnan(most):
+            result[name]["reason"] = "fewer than 20 rows" if tenth == 1 else "a value that is not finite"
     return result
 
 
@@ -452,7 +454,8 @@ def pairing(network, batches, enabled, temperature=0.1, gradients=3):
                         for p, grad in zip(weights, grads)]))
         if number < gradients:
             for name, (a, b) in gradient.items():
-                cosines[name].append(F.cosine_similarity(a, b, dim=0).item())
+                both = a.any() and b.any()      # without a gradient there is no angle
+                cosines[name].append(F.cosine_similarity(a, b, dim=0).item() if both else math.nan)
     result = {}
     for name, (own, other) in units.items():
         difference = np.array(other) - np.array(own)
@@ -462,8 +465,9 @@ def pairing(network, batches, enabled, temperature=0.1, gradients=3):
         low, high = bootstrap(np.mean, difference)
         known = len(batches) >= 8
         result[name] = {"own": float(np.mean(own)), "other": float(np.mean(other)), "interval": [low, high],
-                        "gradient_cosine": float(np.mean(cosines[name])),
-                        "uses_report": bool(low > 0) if known else None}
+                        "gradient_cosine": _mean(cosines[name]),
+                        "uses_report": bool(low > 0) if known else None,
+                        **({} if known else {"reason": f"{len(batches)} batches, fewer than 8"})}
     return result
 
 
@@ -1062,6 +1066,8 @@ def probe_command(args):
     result = {"macro_auc": value, "interval": [low, high], "n": len(truth), "chance": 0.5, "auc": per_class}
     held_out, trained_on = split_labelled(items)[1], patients_of(args.checkpoint)
     result["patients_seen_in_pretraining"] = count_seen(held_out, trained_on, args.checkpoint)
+    if math.isnan(value):
+        result["reason"] = NO_VALUE["prompt"]
     config = model.read_checkpoint(args.checkpoint).get("config", {})
     untrained = untrained_encoder(config) if "mlm_prob" in config else None     # of a run of pretrain.py
     if untrained is not None:

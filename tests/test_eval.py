@@ -213,6 +213,8 @@ def test_a_finding_that_none_has_is_not_fitted():
     assert np.array_equal(scores[:, others], expected)
     few = evaluation.compare_probes(features, features, items, few=5)["few"]    # draws lack many findings
     assert 0 < few["untrained"] == few["pretrained"] < 1
+    none = [item._replace(labels=np.zeros(18)) if item.split == "test" else item for item in items]
+    assert np.isnan(evaluation.macro_auroc(*evaluation.probe(features, none)))
     for few in (0, 1, 40):
         assert "few" not in evaluation.compare_probes(features, features, items, few=few)
 
@@ -351,7 +353,11 @@ def test_pairing_tells_a_loss_that_uses_the_report(text_folder):
     assert result["clip"]["other"] > result["clip"]["own"] and result["clip"]["gradient_cosine"] < 0.9
     assert not result["mim"]["uses_report"] and result["mim"]["gradient_cosine"] == pytest.approx(1, abs=1e-4)
     assert result["mim"]["own"] == pytest.approx(result["mim"]["other"], rel=1e-5)
-    assert evaluation.pairing(network, batches[:3], ["clip"])["clip"]["uses_report"] is None
+    few = evaluation.pairing(network, batches[:3], ["clip"])["clip"]
+    assert few["uses_report"] is None and few["reason"] == "3 batches, fewer than 8"
+    alone = [{key: value[:1] for key, value in batch.items() if not key.startswith("single")} for batch in batches[:2]]
+    alone = evaluation.pairing(network, alone, ["clip"])["clip"]    # a loss of 0 asks for nothing
+    assert alone["own"] == 0 and np.isnan(alone["gradient_cosine"])
     assert "too few batches" in evaluation.say_pairing(evaluation.pairing(network, batches[:3], ["clip"]))
 
 
@@ -388,6 +394,7 @@ def test_a_loss_has_learned_when_its_end_lies_below_nothing():
     found = evaluation.levels(rows, {"mim": 0.9, "mlm": 5.0, "clip": 2.1})
     assert found["mim"] == {"nothing": 0.9, "first": pytest.approx(0.985), "last": pytest.approx(0.625), "learned": True}
     assert found["mlm"]["learned"] is False and found["clip"]["learned"] and np.isnan(found["clip"]["first"])
-    for some in (rows[:19], [*rows[:-1], {"mim": None}]):       # no standard error of one, no mean of nothing
-        assert evaluation.levels(some, {"mim": 0.9})["mim"]["learned"] is None
+    for some, reason in ((rows[:19], "fewer than 20 rows"), ([*rows[:-1], {"mim": None}], "a value that is not finite")):
+        level = evaluation.levels(some, {"mim": 0.9})["mim"]
+        assert level["learned"] is None and level["reason"] == reason
     assert evaluation.levels(rows[-20:], {"mim": 0.9})["mim"]["learned"] is True

@@ -239,7 +239,7 @@ def test_passes_by_their_shares_are_one_batch(patients):
 
 def test_passes_without_anything_masked_count_nothing():
     empty = {"volume": torch.zeros(2, 1), "volume_mask": torch.zeros(2, 1), "mlm_labels": torch.full((2, 3), -100)}
-    masked = empty | {"volume_mask": torch.ones(2, 1)}
+    masked = empty | {"volume_mask": torch.eye(2)[:1]}      # one voxel alone
     assert losses.shares([empty, masked], COUNTED) == [{"mim": 0, "mlm": 0, "sfr": 0.5},
                                                        {"mim": 1, "mlm": 0, "sfr": 0.5}]
 
