@@ -1176,7 +1176,7 @@ def check_column(task, by_method):
     (first, reference), *others = by_method.items()
     for method, result in others:
         different = [f"{key} {str(reference[key])[:60]} and {str(result[key])[:60]}"
-                     for key in ("metric", "split", "n", "chance", "ids_sha1", "protocol")
+                     for key in ("metric", "split", "n", "ids_sha1", "protocol")
                      if key in reference and key in result and reference[key] != result[key]]
         found = f"{task}: found {'; '.join(different)} of the methods {first} and {method}"
         if reference["metric"] != result["metric"]:

@@ -267,7 +267,7 @@ def train(args, task, out, seed, rank, world, device):
     config = {name: value for name, value in vars(args).items() if name not in ("resume", "out")}
     config |= {"seed": seed, "vocabulary": vocabulary_of(args, task, train_items),
                "patients": sorted({*patients["train"], *patients["valid"]}),
-              "pretrained_on": pretrained_on(args, checkpoint)}
+               "pretrained_on": pretrained_on(args, checkpoint)}
     with_texts = task.kind in ("prompt", "retrieve")
     if rank == 0:
         if with_texts and args.text_encoder == "demo" and not checkpoint:

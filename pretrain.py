@@ -200,7 +200,7 @@ def check_newest(out, saved):
     if newest.get("begun") != saved.get("begun"):
         raise ValueError(f"--resume: the run that began in {out} at {newest.get('begun')} saved nothing; "
                          f"last.pt is of an older one, begun at {saved.get('begun')}. Start anew, without "
-                         f"--resume, or remove {path} to go on with the older run")
+                         "--resume; with --init it can begin from the older weights")
 
 
 class Interruption:
@@ -403,8 +403,12 @@ def say_what_it_teaches(args, enabled, world):
 
 def hashes_of_patients(train_items, checkpoint, init):
     """Of all that the weights have been trained on: whoever tests them later can tell who was among them."""
-    before = checkpoint.get("patients", ()) if checkpoint else evaluation.patients_of(init) if init else ()
-    return sorted(data.patient_hashes(item.patient for item in train_items).union(before))
+    hashes = data.patient_hashes(item.patient for item in train_items)
+    if checkpoint:
+        hashes.update(checkpoint.get("patients", ()))
+    elif init:
+        hashes.update(evaluation.patients_of(init))
+    return sorted(hashes)
 
 
 def save_encoder(encoder, patients, path):
@@ -525,7 +529,8 @@ run        steps {step} to {args.steps} on {device} in {precision}, seed {args.s
             with autocast:
                 o = parallel(batch)
             terms = losses.compute(o, batch, enabled, args.temperature)
-            loss = sum(weight[name] * share[name] * term for name, term in terms.items())  # Eq. (10, 14, 15)
+            # Eq. (10, 14, 15)
+            loss = sum(weight[name] * share[name] * term for name, term in terms.items())
             scaler.scale(loss).backward()
             total += loss.item()
             for name, term in terms.items():
@@ -593,10 +598,10 @@ def moved(untrained, encoder):
 
 def print_levels(result):
     log.info("%-6s %16s %8s %8s", "loss", "knowing nothing", "first", "last")
-    said = {True: "learned", False: "not learned", None: "too few steps to say"}
+    said = {True: "learned", False: "not learned"}
     for name, row in result["levels"].items():
         log.info("%-6s %16.3f %8.3f %8.3f  %s", name, row["nothing"], row["first"], row["last"],
-                 said[row["learned"]])
+                 said.get(row["learned"]) or f"cannot be told: {row['reason']}")
     if result["moved"] is not None:
         log.info("the encoder's weights moved by %.1f %%", 100 * result["moved"])
 

@@ -440,22 +440,48 @@ def test_a_broken_checkpoint_falls_back_to_the_one_before(run, copied, uninterru
 
 
 def test_an_older_run_in_the_folder_is_not_taken_for_the_new_one(run, copied):
-    """The new one is killed before its first checkpoint; later its only checkpoint is torn."""
+    """The new one is killed before its first checkpoint."""
     (copied / "log.jsonl").unlink()
     new = run(f"{SMALL} --out {copied} --steps 500 --seed 7 --save_every 500 --warmup 4")
     new.until_step(0, copied)
     new.processes[0].kill()
     new.processes[0].join()
     assert f"warning: {copied} holds an older run" in new.read("out")
-    begun = json.loads((copied / "run.json").read_text())["begun"]
-    resumed = run(f"--out {copied} --resume")
-    resumed.refused(begun, "last.pt is of an older one", load(copied / "last.pt")["config"]["begun"])
-    shutil.copy(copied / "last.pt", copied / "previous.pt")
-    (copied / "last.pt").write_bytes(b"torn")
-    run(f"--out {copied} --resume").refused(begun, "last.pt is of an older one")
-    (copied / "run.json").unlink()
-    run(f"--out {copied} --resume --steps 7").succeeded()
-    assert load(copied / "last.pt")["config"]["seed"] == 0
+    newest = json.loads((copied / "run.json").read_text())
+    older = load(copied / "last.pt")["config"]
+    assert (newest["seed"], older["seed"]) == (7, 0)
+    run(f"--out {copied} --resume").refused(newest["begun"], "last.pt is of an older one", older["begun"])
+
+
+def test_a_run_is_known_by_when_it_began(tmp_path, caplog):
+    pretrain.check_newest(tmp_path, {"begun": "a"})         # no run.json: of older code
+    pretrain.begin(tmp_path, {"begun": "b", "clip_grad": math.inf})
+    assert not caplog.text and json.loads((tmp_path / "run.json").read_text()) == {"begun": "b", "clip_grad": None}
+    pretrain.check_newest(tmp_path, {"begun": "b", "steps": 7})
+    for saved in ({"begun": "a"}, {}):
+        with pytest.raises(ValueError, match="the run that began in .* at b saved nothing; last.pt is of an older"):
+            pretrain.check_newest(tmp_path, saved)
+    (tmp_path / "last.pt").touch()
+    pretrain.begin(tmp_path, {"begun": "c"})
+    assert "holds an older run" in caplog.text
+
+
+def test_weights_of_the_losses():
+    def weights(*flags):
+        return pretrain.loss_weights(pretrain.read_flags(["--data", "m.csv", *flags])[0])
+    assert weights("--lambda_b", "0.2", "--lambda_g", "0") == {"mim": 1, "mlm": 1, "sfr": 0.2, "cml": 0.2, "ssm": 0, "dfa": 0}
+    assert weights("--clip", *ONLY_MIM.split()) == {"mim": 1, "clip": 1}
+    assert weights("--clip", "--lambda_a", "0", "--lambda_b", "0", "--lambda_g", "0")["clip"] == 1
+    none = "every loss is switched off or has the weight 0"
+    for flags in (["--no-mim", *ONLY_MIM.split()], ["--lambda_a", "0", *ONLY_MIM.split()]):
+        with pytest.raises(ValueError, match=none):
+            weights(*flags)
+    size = ["--size", "32", "32", "64"]                     # 16 sub-volumes of 16³
+    with pytest.raises(ValueError, match="--mask_ratio 0.03: that is none of the 16 sub-volumes of 16³"):
+        weights("--mask_ratio", "0.03", *size)
+    assert weights("--mask_ratio", "0.04", *size) and weights("--mask_ratio", "0.03", "--no-mim", *size)
+    with pytest.raises(ValueError, match="--mask_size 24: found --size 32 32 64, expected multiples"):
+        weights("--mask_size", "24", *size)
 
 
 def test_weights_know_the_patients_that_they_were_trained_on(run, copied, folder):
@@ -604,10 +630,7 @@ def test_bad_flags_and_files_are_refused_before_training(run, folder):
         "--embed_dim 25": ("embed_dim 25",),
         "--mask_size 24": ("--mask_size 24", "32 32 64"),
         "--mask_size 0": ("--mask_size 0",),
-        "--mask_ratio 0.03": ("--mask_ratio 0.03", "none of the 16 sub-volumes"),
-        ONLY_MIM + " --lambda_a 0": ("every loss is switched off or has the weight 0",),
         "--lambda_b nan": ("--lambda_b nan: expected at least 0",),
-        "--seed -1": ("--seed -1",),
         "--mask_ratio 1.5": ("--mask_ratio 1.5",),
         "--mlm_prob 2": ("--mlm_prob 2.0",),
         "--temperature 0": ("--temperature 0.0",),
