@@ -561,6 +561,7 @@ def test_the_summary_of_repeats(tmp_path, caplog, missing):
         (tmp_path / f"repeat_{i}").mkdir()
         (tmp_path / f"repeat_{i}" / "best.pt").write_text(f"{i}")
     args = finetune.argparse.Namespace(task="stoic", init="scratch", repeats=3)
+    caplog.set_level(logging.INFO)
 
     def summary(*results):
         finetune.summarise(args, data.TASKS["stoic"], tmp_path, results_of(*results))
@@ -568,7 +569,9 @@ def test_the_summary_of_repeats(tmp_path, caplog, missing):
     found = summary([0.5, 0.6, 0.7], [missing, 0.3, 0.3])
     assert found["value"] == pytest.approx(0.6) and found["std"] == pytest.approx(0.1) and "reason" not in found
     assert (found["n"], found["ids_sha1"], found["protocol"]) == (7, "a", "all")
-    assert (tmp_path / "best.pt").read_text() == "1" and not caplog.text        # of equals the first
+    assert (tmp_path / "best.pt").read_text() == "1"            # of equals the first
+    assert "stoic AUC of 3 repeats: 60.00 ± 10.00 (50.00, 60.00, 70.00)" in caplog.text
+    assert "warning" not in caplog.text
     found = summary([0.5, 0.6, 0.7], [0.2, 0.3, 0.4], "aba", (7, 9, 7))
     assert (found["n"], found["ids_sha1"]) == ([7, 9, 7], ["a", "b", "a"]) and found["chance"] == 0.5
     assert "every repeat has a test part of its own" in found["protocol"]
