@@ -81,6 +81,30 @@ def is_hidden(name):
     return name.startswith(".") or name in ("__MACOSX", "@eaDir")
 
 
+RANGES = (                      # of the numbers that the flags of all scripts take; NaN is in none
+    ("at least 1", lambda n: 1 <= n < math.inf,
+     {"accumulate", "batch_size", "embed_dim", "epochs", "eval_every", "limit", "log_every", "mask_size",
+      "min_count", "n", "repeats", "save_every", "size", "steps"}),
+    ("at least 0", lambda n: 0 <= n < math.inf,
+     {"few", "fold", "lambda_a", "lambda_b", "lambda_g", "lr", "lr_encoder", "warmup", "weight_decay",
+      "workers"}),
+    ("at least 0, which is no limit", lambda n: n >= 0, {"clip_grad"}),
+    ("at least 0 and below 2^63", lambda n: 0 <= n < 2 ** 63, {"seed"}),
+    ("a number above 0", lambda n: 0 < n < math.inf, {"spacing", "temperature"}),
+    ("a number above 0 and up to 1", lambda n: 0 < n <= 1, {"fraction", "mask_ratio", "mlm_prob"}),
+    ("finite numbers", math.isfinite, {"centre"}))
+
+
+def check_numbers(args):
+    """ValueError, naming the flag, for a number that is out of its range"""
+    for expected, is_good, names in RANGES:
+        for name in sorted(names & vars(args).keys()):
+            value = getattr(args, name)
+            numbers = value if isinstance(value, (list, tuple)) else [value]
+            if value is not None and not all(map(is_good, numbers)):
+                raise ValueError(f"--{name} {' '.join(map(str, numbers))}: expected {expected}")
+
+
 # --------------------------------------------------------------------------------------- volumes
 def _visible_files(folder):
     return sorted(file for file in folder.iterdir() if file.is_file() and not is_hidden(file.name))
@@ -468,6 +492,7 @@ SENTENCE_END = re.compile(
       | [;?!](?=\w) | \.(?=[A-Z][a-z])      # a forgotten blank
       | [。；？！]["”]* | [\r\n]""", re.VERBOSE)
 COMMA = re.compile(r"""((?<!\d)[,，]|[,，](?!\s*\d))["”]*""")
+CHARACTER = re.compile("[\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 LONGEST_PARENTHESIS = 300  # in 2,804 reports 280 letters; a longer one was never closed
 
 
@@ -892,6 +917,11 @@ def permute_reports(items, seed):
         raise ValueError(f"--permute_reports: found {len(patients)} patient to train on, expected two")
     other = dict(zip(patients, np.roll(patients, 1)))                   # none keeps its own
     return [item._replace(report=report_of[other[item.patient]]) for item in items]
+
+
+def patient_hashes(patients):
+    """A set of short hashes: they tell whether a patient is among these, but name none."""
+    return {hashlib.sha1(patient.encode()).hexdigest()[:12] for patient in patients}
 
 
 def shorten(names):
@@ -1680,9 +1710,15 @@ def augment(volume, mask, generator, settings):
     return volume, mask
 
 
+def space_out(text):
+    """Chinese and Japanese are written without blanks: put some around every character."""
+    return CHARACTER.sub(r" \g<0> ", text)
+
+
 def report_words(report):
-    """The words of a report in lower case; "0.5", "3-4mm" and "low-density" stay whole"""
-    return re.findall(r"\w+(?:-\w+|(?<=\d)\.\d\w*)*", report.lower())
+    """The words of a report in lower case; "0.5", "3-4mm" and "low-density" stay whole, and every Chinese
+    character is a word"""
+    return re.findall(r"\w+(?:-\w+|(?<=\d)\.\d\w*)*", space_out(report.lower()))
 
 
 def build_vocabulary(reports, min_count=3):
@@ -1760,8 +1796,8 @@ def prepare_all(items, cache="cache", workers=1, task=None, size=SIZE, hu="auto"
     task = task and task._replace(records=None)  # other processes need not know this function
     job = partial(_problem, task=task, cache=cache, size=size, hu=hu)
     try:
-        problems = process_map(job, groups.values(), max_workers=workers, chunksize=1, desc="prepare",
-                               unit="scan", disable=None)
+        problems = process_map(job, groups.values(), max_workers=max(1, workers), chunksize=1,
+                               desc="prepare", unit="scan", disable=None)
     except BrokenProcessPool:
         killed = "that one was killed, probably for want of memory"
         raise wrong(f"--workers {workers}", killed, "fewer") from None
@@ -1876,6 +1912,7 @@ def main():
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
+        check_numbers(args)
         needed = "out" if args.command == "demo" else "data"
         if getattr(args, needed) is None:
             raise wrong(args.command, f"no --{needed}", "it")

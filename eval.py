@@ -88,6 +88,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sacrebleu.metrics import BLEU
+from scipy.special import expit, logsumexp
 from scipy.stats import rankdata
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -172,7 +173,7 @@ def dice(pred, truth, num_classes):
 
 def bleu(hypotheses, references):
     """[BLEU-1, …, BLEU-4] in percent: of the corpus, cumulative, with brevity penalty, without smoothing,
-    words between blanks, one reference each, as the COCO caption tool has it"""
+    words between blanks and Chinese characters, one reference each, as the COCO caption tool has it"""
     if len(hypotheses) != len(references):
         raise ValueError(f"found {len(hypotheses)} hypotheses and {len(references)} references, "
                          "expected as many")
@@ -181,7 +182,7 @@ def bleu(hypotheses, references):
 
 def _bleu_counts(hypothesis, reference):
     """(10,): n-grams that match and those of the hypothesis, n = 1 to 4 each; words of both texts"""
-    score = SACREBLEU.sentence_score(hypothesis, [reference])
+    score = SACREBLEU.sentence_score(data.space_out(hypothesis), [data.space_out(reference)])
     return np.array([*score.counts, *score.totals, score.sys_len, score.ref_len], float)
 
 
@@ -214,10 +215,11 @@ def recall_at_k(similarity, ks):
 
 
 def bootstrap(metric, *arrays, times=1000, seed=0):
-    """95 % percentile interval of metric(*arrays) over resampled items (dim 0) -> (low, high)"""
+    """95 % percentile interval of metric(*arrays) over resampled items (dim 0) -> (low, high), nan for fewer
+    than two items, which cannot differ"""
     rng = np.random.default_rng(seed)
     n = len(arrays[0])
-    if n == 0:
+    if n < 2:
         return math.nan, math.nan
     samples = (rng.integers(0, n, n) for _ in range(times))
     draws = [metric(*(array[sample] for array in arrays)) for sample in samples]
@@ -277,10 +279,15 @@ def probe_features(encoder, items, cache, size, hu="auto", batch_size=8):
     return [global_features(encoder, group, cache, size, hu, batch_size) for group in split_labelled(items)]
 
 
+def fit_probe(x, y, x_new):
+    """`ridge`, with scores of nan for a finding that none or all have: there is nothing to fit"""
+    return np.where(y.min(0) < y.max(0), ridge(x, y, x_new), math.nan)
+
+
 def probe(features, items):
     """Scores (m, 18) of a linear probe and labels (m, 18) of the held-out items"""
     y, truth = (np.stack([item.labels for item in group]).astype(float) for group in split_labelled(items))
-    return ridge(features[0], y, features[1]), truth
+    return fit_probe(features[0], y, features[1]), truth
 
 
 def untrained_encoder(config):
@@ -294,7 +301,7 @@ def untrained_encoder(config):
     return encoder
 
 
-def compare_probes(untrained, pretrained, items, few=None):
+def compare_probes(untrained, pretrained, items, few=0):
     """Linear probes on `probe_features` of two encoders, and the paired difference on the held-out items.
 
     Returns {untrained, pretrained, difference: [low, value, high], n}; with `few` also {few: the
@@ -309,10 +316,10 @@ def compare_probes(untrained, pretrained, items, few=None):
               "difference": [low, gain(before, after, truth), high], "n": len(truth),
               "findings": how_many(aurocs(after, truth))}
     y = np.stack([item.labels for item in split_labelled(items)[0]]).astype(float)
-    if few and few < len(y):
+    if 1 < few < len(y):
         rng = np.random.default_rng(0)
         draws = [rng.choice(len(y), few, replace=False) for _ in range(10)]
-        aucs = [float(np.mean([macro_auroc(ridge(x[rows], y[rows], x_new), truth) for rows in draws]))
+        aucs = [_mean([macro_auroc(fit_probe(x[rows], y[rows], x_new), truth) for rows in draws])
                 for x, x_new in (untrained, pretrained)]
         result["few"] = {"labels": few, "untrained": aucs[0], "pretrained": aucs[1]}
     return result
@@ -371,7 +378,8 @@ def know_nothing(network, batches, enabled, global_batch):
 def levels(rows, nothing):
     """{loss: {nothing, first, last, learned}}: means of the first and the last tenth of log.jsonl's rows
 
-    A loss has learned if its last values lie below `nothing` by more than two standard errors.
+    A loss has learned if its last values lie below `nothing` by more than two standard errors; None for
+    fewer than 20 rows, or a last value that is missing: that cannot be told.
     """
     tenth = max(1, len(rows) // 10)
     result = {}
@@ -379,8 +387,11 @@ def levels(rows, nothing):
         first, last = ([math.nan if row[name] is None else row[name] for row in part]
                        for part in (rows[:tenth], rows[-tenth:]))
         error = np.std(last, ddof=1) / math.sqrt(tenth) if tenth > 1 else math.nan
+        most = np.mean(last) + 2 * error
         result[name] = {"nothing": level, "first": float(np.mean(first)), "last": float(np.mean(last)),
-                        "learned": bool(np.mean(last) + 2 * error < level)}
+                        "learned": None if math.isnan(most) else bool(most < level)}
+        if math.isnan(most):
+            result[name]["reason"] = "fewer than 20 rows" if tenth == 1 else "a value that is not finite"
     return result
 
 
@@ -395,7 +406,7 @@ def retrieve_reports(network, items, cache, size, hu="auto", batch_size=24):
     volumes = F.normalize(torch.cat(rows), dim=-1).cpu()
     ranks = retrieval_ranks((text_features(network, [item.report for item in items]) @ volumes.T).numpy())
     k = max(1, min(50, len(items) // 10))
-    hits = (ranks <= k).astype(float)
+    hits = (ranks <= k).astype(float) if k < len(items) else np.array([math.nan])
     return {"k": k, "value": float(hits.mean()), "interval": list(bootstrap(np.mean, hits)),
             "chance": k / len(items), "n": len(items)}
 
@@ -503,7 +514,8 @@ def pairing(network, batches, enabled, temperature=0.1, gradients=3):
                         for p, grad in zip(weights, grads)]))
         if number < gradients:
             for name, (a, b) in gradient.items():
-                cosines[name].append(F.cosine_similarity(a, b, dim=0).item())
+                both = a.any() and b.any()      # without a gradient there is no angle
+                cosines[name].append(F.cosine_similarity(a, b, dim=0).item() if both else math.nan)
     result = {}
     for name, (own, other) in units.items():
         difference = np.array(other) - np.array(own)
@@ -513,8 +525,9 @@ def pairing(network, batches, enabled, temperature=0.1, gradients=3):
         low, high = bootstrap(np.mean, difference)
         known = len(batches) >= 8
         result[name] = {"own": float(np.mean(own)), "other": float(np.mean(other)), "interval": [low, high],
-                        "gradient_cosine": float(np.mean(cosines[name])),
-                        "uses_report": bool(low > 0) if known else None}
+                        "gradient_cosine": _mean(cosines[name]),
+                        "uses_report": bool(low > 0) if known else None,
+                        **({} if known else {"reason": f"{len(batches)} batches, fewer than 8"})}
     return result
 
 
@@ -587,10 +600,24 @@ def _batches(run, items, progress):
 
 
 @torch.no_grad()
+def predict_log_odds(run, items, progress=False):
+    """log(p / (1 - p)) of every class, which still ranks items whose p is rounded to 1: (n, K) float64 numpy.
+    The p of a prompt is that of "{name}." against "not {name}."."""
+    if run.task.kind == "prompt":
+        texts = text_features(run.network, data.prompts(run.task.classes))      # (2K, E)
+        cosines = (predict_features(run, items, progress) @ texts.T).double().numpy()
+        return (cosines[:, ::2] - cosines[:, 1::2]) / run.config["temperature"]
+    logits = torch.cat([run.network(volume).cpu() for volume in _batches(run, items, progress)])
+    logits = logits.double().numpy()
+    if run.task.exclusive:
+        others = [logsumexp(np.delete(logits, k, 1), 1) for k in range(logits.shape[1])]
+        logits = logits - np.stack(others, 1)
+    return logits
+
+
 def predict_classes(run, items, progress=False):
-    """Probability of every class: (n, K) float32 numpy"""
-    logits = torch.cat([run.network(volume).float().cpu() for volume in _batches(run, items, progress)])
-    return (logits.softmax(1) if run.task.exclusive else logits.sigmoid()).numpy()
+    """Probability of every class: (n, K) numpy"""
+    return expit(predict_log_odds(run, items, progress))
 
 
 @torch.no_grad()
@@ -609,14 +636,6 @@ def text_features(network, texts):
         row = network.encode_text(**{name: tensor.to(device) for name, tensor in batch.items()})
         rows.append(F.normalize(row.float(), dim=-1).cpu())
     return torch.cat(rows)
-
-
-def predict_prompts(run, items, progress=False):
-    """Probability of "{name}." against "not {name}." for every class: (n, K) float32 numpy"""
-    texts = text_features(run.network, data.prompts(run.task.classes))  # (2K, E)
-    similarity = predict_features(run, items, progress) @ texts.T  # (n, 2K)
-    pairs = similarity.unflatten(1, (-1, 2)) / run.config["temperature"]  # (n, K, 2)
-    return pairs.softmax(-1)[..., 0].numpy()
 
 
 @torch.no_grad()
@@ -673,7 +692,8 @@ def sliding_window(network, volume, size, overlap, batch_size=2, device="cpu", p
 # Each gives the part of the result that differs by kind, and the metric with the arrays it is taken of.
 
 def score_classes(run, items, scores, out, train_items):
-    """Accuracy of exclusive classes, mean AUC of prompts, otherwise the AUC of the last class"""
+    """Accuracy of exclusive classes, mean AUC of prompts, otherwise the AUC of the last class. scores: log
+    odds (n, K)"""
     task = run.task
     truth = np.stack([item.labels for item in items]).astype(float)  # (n, K), NaN = unknown
     per_class = dict(zip(task.classes, aurocs(scores, truth)))
@@ -681,7 +701,7 @@ def score_classes(run, items, scores, out, train_items):
     result = {"chance": 0.5, "per_class": per_class, "positives": positives, "more": {}}
     if out:
         columns = [*task.classes, *(f"true {name}" for name in task.classes)]
-        rows = [[item.id, *row] for item, row in zip(items, np.hstack([scores, truth]).tolist())]
+        rows = [[item.id, *row] for item, row in zip(items, np.hstack([expit(scores), truth]).tolist())]
         _write_csv(out / "predictions.csv", ["id", *columns], rows)
         plot_roc(scores, truth, task.classes, out / "roc.png")
     if task.exclusive:
@@ -763,9 +783,10 @@ def score_reports(run, items, reports, out, train_items):
     constant = bleu([best] * len(truth), truth)
     counts = np.stack([_bleu_counts(*pair) for pair in zip(reports, truth)])  # (n, 10)
     source = "training" if train_items else "same"
+    words = "Chinese characters" if any(map(data.CHARACTER.search, truth)) else "words"
     per_class = {f"BLEU-{n}": score for n, score in enumerate(_bleu(counts), 1)}
     result = {"chance": constant[3], "per_class": per_class,
-              "protocol": f"whole references; chance: a constant report of the {source} part",
+              "protocol": f"{words} of whole references; chance: a constant report of the {source} part",
               "more": {"bleu_released": bleu(reports, released), "bleu_constant": constant,
                        "distinct_reports": len(set(reports)) / len(reports),
                        "distinct_true_reports": len(set(truth)) / len(truth)}}
@@ -774,8 +795,9 @@ def score_reports(run, items, reports, out, train_items):
 
 def score_retrieval(run, items, volumes, out, train_items):
     """Recall@K of reports that look for their volume. volumes: features (n, E)"""
-    ks = (5, 10, 50, 100)
-    similarity = (text_features(run.network, [item.report for item in items]) @ volumes.T).numpy()  # rows: reports
+    ks = (1, 5, 10, 50, 100)
+    reports = text_features(run.network, [item.report for item in items])
+    similarity = (reports @ volumes.T).numpy()          # rows: reports
     ranks = retrieval_ranks(similarity)
     if out:
         nearest = (-similarity).argsort(1, kind="stable")[:, :5]
@@ -788,29 +810,35 @@ def score_retrieval(run, items, volumes, out, train_items):
     protocols = {}
     for name, chosen in (("volumes", range(len(items))), ("scans", sorted(first.values()))):
         square = similarity[np.ix_(chosen, chosen)]
-        protocols[name] = {"n": len(chosen), "ids_sha1": _hash(items[i] for i in chosen),
+        n = len(chosen)
+        recalls = zip(ks, recall_at_k(square, ks))
+        protocols[name] = {"n": n, "ids_sha1": _hash(items[i] for i in chosen),
                            "median_rank": float(np.median(retrieval_ranks(square))),
-                           **{f"Recall@{k}": recall for k, recall in zip(ks, recall_at_k(square, ks))},
-                           **{f"chance of Recall@{k}": min(1.0, k / len(chosen)) for k in ks}}
-    # With few volumes Recall@50 is trivial: report the largest K up to n / 10, at least 5.
+                           **{f"Recall@{k}": recall if k < n else math.nan for k, recall in recalls},
+                           **{f"chance of Recall@{k}": min(1.0, k / n) for k in ks}}
+    # With few volumes Recall@50 is trivial: report the largest K up to n / 10; 5, or 1 for fewer than 10.
     largest = max(5, min(len(items) / 10, int(run.task.metric.split("@")[1])))
-    k = max(k for k in ks if k <= largest)
+    k = max((k for k in ks if k <= largest and 2 * k <= len(items)), default=1)
     result = {"metric": f"Recall@{k}", "chance": min(1.0, k / len(items)),
               "per_class": {f"Recall@{k}": protocols["volumes"][f"Recall@{k}"] for k in ks},
               "protocol": "volumes: a report finds its own among all volumes; ties count against it",
               "more": {"protocols": protocols}}
-    return result, lambda drawn: float((drawn <= k).mean()), ranks
+    return result, lambda drawn: float((drawn <= k).mean()) if k < len(items) else math.nan, ranks
 
 
-KINDS = {"classify": (predict_classes, score_classes), "prompt": (predict_prompts, score_classes),
+KINDS = {"classify": (predict_log_odds, score_classes), "prompt": (predict_log_odds, score_classes),
          "segment": (predict_masks, score_masks), "report": (predict_reports, score_reports),
          "retrieve": (predict_features, score_retrieval)}
+NO_VALUE = {"classify": "the items that count have not both classes", "segment": "no scan has any class",
+            "prompt": "no finding that some items have and some have not", "report": "no report",
+            "retrieve": "an item that is alone always finds itself"}
 
 
 def evaluate(run, items, out=None, progress=True, train_items=()):
     """The number of a task as a dict: task, metric, value, its 95 % interval, n, chance, protocol, split,
-    ids_sha1, per_class and positives by name, `more` that its kind adds. Pictures and predictions go to
-    the folder `out`; one of train_items becomes the constant report.
+    ids_sha1, per_class and positives by name, `more` that its kind adds. A value that cannot be computed is
+    nan, and `reason` says why. Pictures and predictions go to the folder `out`; one of train_items becomes
+    the constant report.
     """
     run.network.eval()
     if out:
@@ -821,6 +849,9 @@ def evaluate(run, items, out=None, progress=True, train_items=()):
     result = {"task": run.config["task"], "metric": run.task.metric, "value": metric(*arrays),
               "interval": bootstrap(metric, *arrays), "n": len(items), "positives": {},
               "split": "+".join(sorted({item.split for item in items})), "ids_sha1": _hash(items)}
+    if math.isnan(result["value"]):
+        known = np.isfinite(arrays[0]).all()
+        result["reason"] = NO_VALUE[run.task.kind] if known else "predictions that are not finite"
     return result | scores  # scores may name another metric and n
 
 
@@ -828,7 +859,8 @@ def predict_scan(run, item, out, index=()):
     """Print and write to `out`: a mask, probabilities, a report, or the nearest reports of `index` (items)"""
     out.mkdir(parents=True, exist_ok=True)
     kind, classes = run.task.kind, run.task.classes
-    [prediction] = KINDS[kind][0](run, [item], progress=True)
+    predict = predict_classes if kind in ("classify", "prompt") else KINDS[kind][0]
+    [prediction] = predict(run, [item], progress=True)
     if kind == "segment":
         labels, affine = prediction
         path = _own_path(out, f"{_file_name(item)}_mask.nii.gz", item)
@@ -894,16 +926,20 @@ def _own_path(out, name, item):
     return out / name
 
 
+def without_nan(content):
+    """JSON has no NaN and no infinity: null"""
+    return json.loads(json.dumps(content), parse_constant=lambda name: None)
+
+
 def write_result(result, path):
-    """A result as JSON, which has no NaN: null"""
-    result = json.loads(json.dumps(result), parse_constant=lambda name: None)
-    Path(path).write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+    Path(path).write_text(json.dumps(without_nan(result), indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def summary(result):
     """The number of a task in one line"""
     low, high = result["interval"]
-    return (f"{result['task']}: {result['metric']} {result['value']:.3f} [{low:.3f}, {high:.3f}], "
+    reason = f", for {result['reason']}" if "reason" in result else ""
+    return (f"{result['task']}: {result['metric']} {result['value']:.3f} [{low:.3f}, {high:.3f}]{reason}, "
             f"n = {result['n']} ({result['split']}), chance {result['chance']:.3f}")
 
 
@@ -1083,6 +1119,25 @@ def _encoder_of(args):
     return encoder.to(DEVICE), tuple(size), args.hu or config.get("hu", "auto")
 
 
+def patients_of(path):
+    """Hashes of the patients that a file of weights was trained on, as far as it tells"""
+    state = model.read_checkpoint(path)
+    config = state.get("config", {})
+    noted = getattr(state, "_metadata", {}).get("", {}).get("patients", ())     # in encoder.pt
+    return {*noted, *state.get("patients", ()), *config.get("pretrained_on", ()),
+            *data.patient_hashes(config.get("patients", ()))}
+
+
+def count_seen(items, hashes, source):
+    """How many patients of items to test on were pre-trained on; a warning if any"""
+    patients = {item.patient for item in items}
+    seen = data.patient_hashes(patients) & set(hashes)
+    if seen:
+        log.warning("warning: %d of %d patients of the test part bear names of patients that %s was trained "
+                    "on: the number may be too good", len(seen), len(patients), source)
+    return len(seen)
+
+
 def probe_command(args):
     encoder, size, hu = _encoder_of(args)
     items = data.load_items(args.data, args.cache)
@@ -1099,6 +1154,10 @@ def probe_command(args):
     print(f"macro AUC of {how_many(per_class.values())} {value:.3f} [{low:.3f}, {high:.3f}], "
           f"n = {len(truth)}, chance 0.500")
     result = {"macro_auc": value, "interval": [low, high], "n": len(truth), "chance": 0.5, "auc": per_class}
+    held_out, trained_on = split_labelled(items)[1], patients_of(args.checkpoint)
+    result["patients_seen_in_pretraining"] = count_seen(held_out, trained_on, args.checkpoint)
+    if math.isnan(value):
+        result["reason"] = NO_VALUE["prompt"]
     config = model.flags_of(model.read_checkpoint(args.checkpoint))
     untrained = untrained_encoder(config) if "mlm_prob" in config else None     # of a run of pretrain.py
     if untrained is not None:
@@ -1132,6 +1191,7 @@ def pairing_command(args):
     if len(items) < 2 or args.batch_size < 2:
         raise ValueError(f"{args.data}: found {len(items)} held-out patients and --batch_size "
                          f"{args.batch_size}, expected at least two of each")
+    count_seen(items, patients_of(args.checkpoint), args.checkpoint)
     tokenizer = network.text_encoder.tokenizer
     make = functools.partial(data.pretraining_example, tokenizer=tokenizer, cache=args.cache,
                              **{name: config[name] for name in ("hu", "mask_size", "mask_ratio", "mlm_prob")},
@@ -1212,9 +1272,24 @@ def comparison_table(results, methods):
         for task, by_method in results.items():
             scale = 1 if data.TASKS[task].kind == "report" else 100  # BLEU comes in percent
             result = by_method.get(method, {})
-            numbers = [f"{result[name] * scale:.2f}" for name in ("value", "std") if name in result]
+            numbers = [result[name] for name in ("value", "std") if result.get(name) is not None]
+            numbers = [f"{number * scale:.2f}" for number in numbers]
             rows[-1].append("±".join(numbers))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def check_column(task, by_method):
+    """Results that stand in one column: ValueError for different metrics, a warning for different tests."""
+    (first, reference), *others = by_method.items()
+    for method, result in others:
+        different = [f"{key} {str(reference[key])[:60]} and {str(result[key])[:60]}"
+                     for key in ("metric", "split", "n", "ids_sha1", "protocol")
+                     if key in reference and key in result and reference[key] != result[key]]
+        found = f"{task}: found {'; '.join(different)} of the methods {first} and {method}"
+        if reference["metric"] != result["metric"]:
+            raise ValueError(f"{found}, expected one metric")
+        if different:
+            log.warning("warning: %s: these numbers cannot be compared", found)
 
 
 def radar_command(args):
@@ -1222,7 +1297,11 @@ def radar_command(args):
     for path in args.results:
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
-            task, _ = result["task"], float(result["value"]) + float(result["chance"])
+            task = result["task"]
+            if result["value"] is None:
+                log.warning("%s: left out, its value is null: %s", path, result.get("reason", "unknown why"))
+                continue
+            float(result["value"]) + float(result["chance"]) + len(result["metric"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: found {error!r}, expected a result.json with task, metric, value and "
                              "chance") from None
@@ -1234,6 +1313,10 @@ def radar_command(args):
         results[task][method] = result
         methods.setdefault(method)
     results = {task: by_method for task, by_method in results.items() if by_method}
+    if not results:
+        raise ValueError("found no result with a value, expected one at least")
+    for task, by_method in results.items():
+        check_column(task, by_method)
     print(comparison_table(results, methods))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     plot_radar(results, list(methods), args.out)
@@ -1278,10 +1361,13 @@ def task_command(args):
         log.warning("%s: %d patients of the test part, %s among them, are those %s was trained on: the set "
                     "or its split differs from that of the training",
                     args.data, len(seen), min(seen), args.checkpoint)
-    chosen = data.prepare_all(chosen, args.cache, max(1, config["workers"]), task=run.task)
+    hashes = config.get("pretrained_on", ()) if args.split == "test" else ()
+    seen_before = count_seen(chosen, hashes, config.get("init"))
+    chosen = data.prepare_all(chosen, args.cache, config["workers"], task=run.task)
     train_items = [item for item in items if item.split == "train"]
     result = evaluate(run, chosen, out, train_items=train_items)
     result["more"]["patients_seen_in_training"] = len(seen)
+    result["more"]["patients_seen_in_pretraining"] = seen_before
     print_result(result)
     write_result(result, out / "result.json")
     print(f"wrote {out / 'result.json'}")
@@ -1293,6 +1379,7 @@ COMMANDS = {None: task_command, "probe": probe_command, "pairing": pairing_comma
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
+        data.check_numbers(args)
         COMMANDS[args.command](args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

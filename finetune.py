@@ -215,6 +215,29 @@ def load_init(args, task, config, network):
                  args.init, ", ".join(left_out))
 
 
+def pretrained_on(args, checkpoint):
+    """Hashes of the patients that the file of --init was trained on"""
+    if checkpoint:
+        return checkpoint["config"].get("pretrained_on", [])
+    return [] if args.init == "scratch" else sorted(evaluation.patients_of(args.init))
+
+
+def still_good(parts, good, source):
+    """The items of each part whose id is in `good`. ValueError if a part has none left."""
+    kept = [[item for item in part if item.id in good] for part in parts]
+    for split, before, after in zip(data.SPLITS, parts, kept):
+        if before and not after:
+            raise data.wrong(source, f"no scan of the part {split} that can be read", "one at least")
+    return kept
+
+
+def forget_older_run(args, out):
+    """Delete what an older run in this folder, of one repeat or of several, could be taken up from."""
+    for name in ("last.pt", "previous.pt", "best.pt", "result.json"):
+        for file in (Path(args.out, name), out / name, *Path(args.out).glob(f"repeat_*/{name}")):
+            file.unlink(missing_ok=True)
+
+
 # -------------------------------------------------------------------------------------- one training
 
 def loss_of(task, network, batch, prompts, temperature):
@@ -238,6 +261,19 @@ def loss_of(task, network, batch, prompts, temperature):
     return F.binary_cross_entropy_with_logits(logits.float(), batch["label"])
 
 
+def test_best(run, out, best, train_items, test_items):
+    """The result of the best epoch, or of the last where the validation part gives no number"""
+    result = evaluation.evaluate(run, test_items, out=out / "predictions", train_items=train_items)
+    result |= {"valid": best["value"], "epoch": best["epoch"]}
+    if "reason" in best:
+        result["valid_reason"] = best["reason"]
+        log.warning("warning: no epoch has a validation %s, for %s: the last one is taken", best["metric"],
+                    best["reason"])
+    log.info("best epoch %d (validation %s %.4f); on %d unseen items: %s", best["epoch"], best["metric"],
+             best["value"], result["n"], evaluation.summary(result))
+    return result
+
+
 def train(args, task, out, seed, rank, world, device):
     """One run: train, validate, test the best epoch -> the result of the test on rank 0, else None."""
     precision, autocast, scaler = pretrain.mixed_precision(args.precision, device)
@@ -253,7 +289,8 @@ def train(args, task, out, seed, rank, world, device):
     patients = {split: sorted({item.patient for item in part}) for split, part in zip(data.SPLITS, parts)}
     config = {name: value for name, value in vars(args).items() if name not in ("resume", "out")}
     config |= {"seed": seed, "vocabulary": vocabulary_of(args, task, train_items),
-               "patients": sorted({*patients["train"], *patients["valid"]})}
+               "patients": sorted({*patients["train"], *patients["valid"]}),
+               "pretrained_on": pretrained_on(args, checkpoint)}
     with_texts = args.task in WITH_TEXTS
     if rank == 0:
         if with_texts and args.text_encoder == "demo" and not checkpoint:
@@ -284,10 +321,11 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}, \
     # ------------------------------------------------------------------------------- scans, batches
     good = [None]
     if rank == 0:
-        items, workers = [item for part in parts for item in part], max(1, args.workers) * world
-        good = [{item.id for item in data.prepare_all(items, args.cache, workers, task)}]
+        items = [item for part in parts for item in part]
+        seen = evaluation.count_seen(test_items, config["pretrained_on"], args.init)
+        good = [{item.id for item in data.prepare_all(items, args.cache, args.workers * world, task)}]
     dist.broadcast_object_list(good)
-    train_items, valid_items, test_items = ([item for item in part if item.id in good[0]] for part in parts)
+    train_items, valid_items, test_items = still_good(parts, good[0], args.data)
     ids = hashlib.sha1("\n".join(item.id for item in train_items + valid_items).encode()).hexdigest()
     if checkpoint and checkpoint["ids"] != ids:
         raise ValueError(f"--resume: {args.data} holds other items than those the run in {out} began with")
@@ -334,16 +372,16 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}, \
              f"{device} in {precision}, seed {seed}, out in {out}")
     if batch_size < args.batch_size:
         log.warning("--batch_size %d is more than there are: %d", args.batch_size, batch_size)
+    if task.kind == "retrieve" and batch_size * world == 1:
+        log.warning("warning: in a batch of one there is no other patient: the loss is 0, nothing is learned")
 
     # ----------------------------------------------------------------------------------------- loop
     log_path = out / "log.jsonl"
     if rank == 0:
-        if not checkpoint and seed == args.seed:  # all is checked: delete the files of an older run
-            for name in ("last.pt", "previous.pt", "best.pt", "result.json"):
-                for file in (out / name, *Path(args.out).glob(f"repeat_*/{name}")):
-                    file.unlink(missing_ok=True)
-        Path(args.out, "run.json").write_text(json.dumps(vars(args) | {"resume": False}, indent=1))
-        (out / "split.json").write_text(json.dumps(patients, indent=1))
+        if not checkpoint and seed == args.seed:        # all is checked
+            forget_older_run(args, out)
+        evaluation.write_result(vars(args) | {"resume": False}, Path(args.out, "run.json"))
+        evaluation.write_result(patients, out / "split.json")
         rows = [row for row in pretrain.read_log(log_path) if row["step"] < step]
         pretrain.write_log(log_path, rows, mode="w")
     run = evaluation.Run(network, task, config, args.cache, device)
@@ -377,7 +415,8 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}, \
                 network.train()
                 row["valid"] = result["value"]
                 if math.isnan(best["value"]) or result["value"] > best["value"]:    # of equals the first
-                    best = {"value": result["value"], "epoch": epoch, "metric": result["metric"]}
+                    best = {name: result[name] for name in ("value", "metric", "reason") if name in result}
+                    best["epoch"] = epoch
                     state = pretrain.network_state(network, config, step)
                     pretrain.save_file(state | {"task": task.settings()}, out / "best.pt")
             dist.barrier()
@@ -396,30 +435,39 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}, \
     if rank == 0:
         evaluation.plot_curves(pretrain.read_log(log_path), out / "curves.png")
         run = evaluation.load_checkpoint(out / "best.pt", args.cache, device)
-        result = evaluation.evaluate(run, test_items, out=out / "predictions", train_items=train_items)
-        result |= {"valid": best["value"], "epoch": best["epoch"], "seed": seed, "init": args.init}
+        result = test_best(run, out, best, train_items, test_items)
+        result |= {"seed": seed, "init": args.init}
+        result["more"]["patients_seen_in_pretraining"] = seen
         evaluation.write_result(result, out / "result.json")
-        log.info("best epoch %d (validation %s %.4f); on %d unseen items: %s", best["epoch"], best["metric"],
-                 best["value"], result["n"], evaluation.summary(result))
     dist.barrier()
     return result
 
 
 def summarise(args, task, out, results):
     """result.json of several repeats, and best.pt of the one with the best validation"""
-    values = [math.nan if result["value"] is None else result["value"] for result in results]
-    std, mean = torch.std_mean(torch.tensor(values, dtype=torch.float64))
-    validations = [-math.inf if result["valid"] is None else result["valid"] for result in results]
-    chosen = out / f"repeat_{validations.index(max(validations))}"
+    numbers = {key: torch.tensor([math.nan if result[key] is None else result[key] for result in results],
+                                 dtype=torch.float64) for key in ("value", "valid", "chance")}
+    std, mean = torch.std_mean(numbers["value"])
+    chosen = out / f"repeat_{numbers['valid'].nan_to_num(-math.inf).argmax()}"      # of equals the first
     shutil.copy(chosen / "best.pt", out / "best.pt")
     if (chosen / "text_encoder").exists():
         shutil.copytree(chosen / "text_encoder", out / "text_encoder", dirs_exist_ok=True)
-    summary = {key: results[0][key] for key in ("task", "metric", "chance", "n", "protocol")}
+    keys = ("task", "metric", "chance", "n", "protocol", "split", "ids_sha1")
+    summary = {key: results[0][key] for key in keys}
+    tests = [result["ids_sha1"] for result in results]
+    if len(set(tests)) > 1:                             # the seed draws the split, too
+        log.warning("warning: the repeats have test parts of their own: ± is not that of training alone")
+        summary |= {"n": [result["n"] for result in results], "ids_sha1": tests,
+                    "chance": numbers["chance"].mean().item(),
+                    "protocol": f"{summary['protocol']}; every repeat has a test part of its own"}
     summary |= {"value": mean.item(), "std": std.item(), "init": args.init, "repeats": results}
+    reasons = [result["reason"] for result in results if "reason" in result]
+    if reasons:
+        summary["reason"] = f"{len(reasons)} repeats have no value: {reasons[0]}"
     evaluation.write_result(summary, out / "result.json")
     percent = 1 if task.kind == "report" else 100       # BLEU is in percent
     log.info("%s %s of %d repeats: %.2f ± %.2f (%s)", args.task, summary["metric"], args.repeats,
-             mean * percent, std * percent, ", ".join(f"{value * percent:.2f}" for value in values))
+             mean * percent, std * percent, ", ".join(f"{value * percent:.2f}" for value in numbers["value"]))
 
 
 def main(args, given):
@@ -429,6 +477,7 @@ def main(args, given):
         raise ValueError("--resume: found no --out, expected the folder of the run to go on with")
     if args.resume:
         args = pretrain.resume_flags(args, given, read_json(out / "run.json"), MAY_CHANGE)
+        pretrain.check_flags(args)
     else:
         args = complete(args, given)
     args.out = str(out)

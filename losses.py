@@ -160,6 +160,23 @@ def ssm_loss(text_sentences, visual_sentences, sentence_mask):
     return (per_pair * pairs).sum() / pairs.sum().clamp(min=1)                      # Eq. (12)
 
 
+def shares(batches, enabled, device="cpu"):
+    """How much each of the passes that make a step counts in every loss: a dict for each pass, sums of 1.
+
+    By masked voxels, masked words and patients, of all processes: so weighed, mim, mlm and sfr are those
+    of one large batch. The others compare the patients of a pass: means.
+    """
+    counts = [[batch["volume_mask"].sum(), (batch["mlm_labels"] != -100).sum(), len(batch["volume"])]
+              for batch in batches]
+    counts = torch.tensor(counts, dtype=torch.float64, device=device)               # (passes, 3)
+    if dist.is_initialized():
+        dist.all_reduce(counts)
+    equal = dict.fromkeys(enabled, 1 / len(batches))
+    parts = (counts / counts.sum(0).clamp(min=1)).tolist()
+    counted = [dict(zip(("mim", "mlm", "sfr"), part)) for part in parts]
+    return [{name: part.get(name, equal[name]) for name in enabled} for part in counted]
+
+
 def compute(outputs, batch, enabled, temperature=0.1):
     """The enabled losses of a pre-training step, {name: scalar}, from what `MG3D.forward` returns."""
     o, mask = outputs, batch["sentence_mask"]

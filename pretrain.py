@@ -66,7 +66,8 @@ def flags():
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=int, help="optimizer steps; the paper has 300000 for CTRG-Chest")
     add("--batch_size", type=int, default=4, help="volumes a process and pass; the demo shares 24 among all")
-    add("--accumulate", type=int, default=1, help="passes a step; they do not add negatives")
+    add("--accumulate", type=int, default=1, help="passes a step: mim, mlm and sfr are those of one large "
+        "batch, the others get no more negatives")
     add("--lr_encoder", type=float, help="learning rate of the vision encoder")
     add("--lr", type=float, help="learning rate of everything else")
     add("--warmup", type=int, help="steps of linear warm-up, before the linear decay")
@@ -113,7 +114,7 @@ import os
 import signal
 import sys
 import time
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import torch
@@ -131,10 +132,7 @@ import phantoms
 log = logging.getLogger("mg3d")
 
 MAY_CHANGE = {"resume", "init", "out", "steps", "cache", "workers", "save_every", "log_every", "data"}
-AT_LEAST_1 = {"steps", "epochs", "batch_size", "accumulate", "save_every", "log_every", "eval_every",
-              "mask_size", "repeats"}
 HANDLERS = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
-ABOVE_0 = {"temperature": math.inf, "fraction": 1, "mask_ratio": 1, "mlm_prob": 1}      # and up to
 
 
 # ------------------------------------------------- what keeps a run going, here and in finetune.py
@@ -171,12 +169,8 @@ def finish(stopping, step, out):
 
 def check_flags(args):
     """ValueError, naming the flag, for a value that cannot be; for the flags of both scripts."""
-    for name, value in vars(args).items():
-        if name in AT_LEAST_1 and value is not None and value < 1:
-            raise ValueError(f"--{name} {value}: expected at least 1")
-        if name in ABOVE_0 and not 0 < value <= ABOVE_0[name]:
-            raise ValueError(f"--{name} {value}: expected a number above 0 and up to {ABOVE_0[name]}")
-    if any(side <= 0 or side % 32 for side in args.size):
+    data.check_numbers(args)
+    if any(side % 32 for side in args.size):
         raise ValueError(f"--size {' '.join(map(str, args.size))}: every side must be a multiple of 32")
     if args.merging != "auto" and args.init in (None, "scratch"):
         raise ValueError(f"--merging {args.merging}: found no --init, expected a file trained so")
@@ -196,6 +190,23 @@ def resume_flags(args, given, saved, may_change):
             raise ValueError(f"--resume: the run was started with --{name} {saved[name]}, now it is {value}; "
                              "leave the flag out, or start anew with another --out")
     return argparse.Namespace(**{**vars(args), **saved, **given})
+
+
+def begin(out, config):
+    """OUT/run.json says, from before the first checkpoint on, which run is the newest."""
+    if (out / "last.pt").exists():
+        log.warning("warning: %s holds an older run: the first checkpoint replaces it", out)
+    evaluation.write_result(config, out / "run.json")
+
+
+def check_newest(out, saved):
+    """ValueError if a newer run than that of the flags `saved` began in OUT, and ended before it saved."""
+    path = out / "run.json"
+    newest = json.loads(path.read_text()) if path.exists() else saved
+    if newest.get("begun") != saved.get("begun"):
+        raise ValueError(f"--resume: the run that began in {out} at {newest.get('begun')} saved nothing; "
+                         f"last.pt is of an older one, begun at {saved.get('begun')}. Start anew, without "
+                         "--resume; with --init it can begin from the older weights")
 
 
 class Interruption:
@@ -306,9 +317,14 @@ def save_run(out, network, optimizer, scaler, config, step, **more):
         save_file(state, out / "last.pt", before=out / "previous.pt")
 
 
-def save_encoder(encoder, out):
-    """OUT/encoder.pt with MONAI's names, and beside it what MONAI needs to give the same numbers"""
-    save_file(model.export_encoder(encoder), out / "encoder.pt")
+def save_encoder(encoder, patients, out):
+    """OUT/encoder.pt with MONAI's names, and beside it what MONAI needs to give the same numbers.
+
+    The patients' hashes lie in it where MONAI does not look.
+    """
+    weights = model.export_encoder(encoder)
+    weights._metadata[""]["patients"] = patients
+    save_file(weights, out / "encoder.pt")
     if isinstance(encoder, model.SwinTransformer3D):
         settings = model.monai_settings(encoder)
         (out / "encoder.json").write_text(json.dumps(settings, indent=1))
@@ -360,29 +376,33 @@ def read_log(path):
 
 
 def write_log(path, rows, mode="a"):
-    """Append rows to log.jsonl, or write it anew (mode "w"). JSON has no NaN: null."""
-    rows = json.loads(json.dumps(rows), parse_constant=lambda constant: None)
+    """Append rows to log.jsonl, or write it anew (mode "w")."""
     with open(path, mode) as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.writelines(json.dumps(row) + "\n" for row in evaluation.without_nan(rows))
 
 
 # ------------------------------------------------------------------------------------------ the run
 
-def enabled_losses(args):
-    """Their names. ValueError if there is none, or if sub-volumes to mask do not fit the volume."""
-    enabled = [name for name in model.LOSSES if getattr(args, name)]
-    if not enabled:
-        raise ValueError("every loss is switched off, expected at least one of " + ", ".join(model.LOSSES))
-    if any(side % args.mask_size for side in args.size):
-        size = " ".join(map(str, args.size))
-        raise ValueError(f"--mask_size {args.mask_size}: found --size {size}, expected multiples of it")
-    return enabled
+def loss_weights(args):
+    """{enabled loss: λ of Eq. (10, 14, 15)}; 1 for a loss that the paper does not have.
 
-
-def loss_weights(args, enabled):
-    """The λ of Eq. (10, 14, 15) for each loss; 1 for those that the paper does not have"""
+    ValueError if none counts, or if the sub-volumes to mask do not fit or are none.
+    """
     a, b, g = args.lambda_a, args.lambda_b, args.lambda_g
-    return dict.fromkeys(enabled, 1.0) | {"mim": a, "mlm": a, "sfr": b, "cml": b, "ssm": g, "dfa": g}
+    weights = dict.fromkeys(model.LOSSES, 1.0)
+    weights |= {"mim": a, "mlm": a, "sfr": b, "cml": b, "ssm": g, "dfa": g}
+    weights = {name: weight for name, weight in weights.items() if getattr(args, name)}
+    if not any(weights.values()):
+        raise ValueError("every loss is switched off or has the weight 0, expected at least one of "
+                         + ", ".join(model.LOSSES))
+    size = " ".join(map(str, args.size))
+    if any(side % args.mask_size for side in args.size):
+        raise ValueError(f"--mask_size {args.mask_size}: found --size {size}, expected multiples of it")
+    places = math.prod(side // args.mask_size for side in args.size)
+    if args.mim and round(args.mask_ratio * places) == 0:
+        raise ValueError(f"--mask_ratio {args.mask_ratio}: that is none of the {places} sub-volumes of "
+                         f"{args.mask_size}³ in --size {size}, expected one at least")
+    return weights
 
 
 def choose_items(args, items):
@@ -406,6 +426,25 @@ def fill(network, args, checkpoint):
         model.load_weights(network.encoder, args.init, args.merging)
 
 
+def say_what_it_teaches(args, enabled, world):
+    if args.clip:
+        log.info("clip       is no part of MG-3D; of all losses it alone needs the right report (README)")
+    if args.batch_size * world == 1 and {"cml", "ssm", "dfa", "clip"} & set(enabled):
+        log.warning("warning: in a batch of one there is no other patient: cml, ssm, dfa and clip are 0")
+    if args.permute_reports:
+        log.warning("warning: --permute_reports: every patient trains with another's report (a control)")
+
+
+def hashes_of_patients(train_items, checkpoint, init):
+    """Of all that the weights have been trained on: whoever tests them later can tell who was among them."""
+    hashes = data.patient_hashes(item.patient for item in train_items)
+    if checkpoint:
+        hashes.update(checkpoint.get("patients", ()))
+    elif init:
+        hashes.update(evaluation.patients_of(init))
+    return sorted(hashes)
+
+
 def main(args, given):
     rank, world, device = start()
     out, checkpoint = Path(args.out), None
@@ -413,11 +452,15 @@ def main(args, given):
         if args.init:
             raise ValueError("--resume goes on with OUT/last.pt, --init starts from other weights: give one")
         checkpoint = load_last(out)
+        check_newest(out, checkpoint["config"])
         args = resume_flags(args, given, checkpoint["config"], MAY_CHANGE)
+    else:
+        args.begun = str(datetime.now())
     if args.batch_size is None:
         args.batch_size = max(1, 24 // world)
     check_flags(args)
-    enabled, size = enabled_losses(args), tuple(args.size)
+    weight, size = loss_weights(args), tuple(args.size)
+    enabled = list(weight)
     precision, autocast, scaler = mixed_precision(args.precision, device)
     make_folder(out)
 
@@ -446,6 +489,7 @@ def main(args, given):
                          mim_attention=args.mim_attention, mlm_attention=args.mlm_attention,
                          sentence_values=args.sentence_values)
     fill(network, args, checkpoint)
+    seen = hashes_of_patients(train_items, checkpoint, args.init)
     network.to(device).train()
     parallel = DistributedDataParallel(network) if world > 1 else network
     optimizer = torch.optim.AdamW(parameter_groups(network, args))
@@ -468,7 +512,6 @@ def main(args, given):
     examples = data.Examples(train_items, make_example, args.seed)
     loader = DataLoader(examples, batch_sampler=batches, collate_fn=collate,
                         num_workers=args.workers, pin_memory=device.type == "cuda")
-    weight = loss_weights(args, enabled)
     config = {name: value for name, value in vars(args).items() if name not in ("resume", "out")}
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6
     frozen = sum(p.numel() for p in network.parameters() if not p.requires_grad) / 1e6
@@ -480,13 +523,7 @@ losses     {', '.join(f'{weight[name]:g} {name}' for name in enabled)}
 batch      {args.batch_size} volumes × {world} processes × {args.accumulate} passes; \
 {args.batch_size * world - 1} negatives for each volume
 run        steps {step} to {args.steps} on {device} in {precision}, seed {args.seed}, out in {out}""")
-    if args.clip:
-        log.info("clip       is no part of MG-3D; of all losses it alone needs the right report (README)")
-    if args.batch_size * world == 1 and {"cml", "ssm", "dfa", "clip"} & set(enabled):
-        log.warning("warning: in a batch of one there is no other patient: cml, ssm, dfa and clip are 0")
-
-    if args.permute_reports:
-        log.warning("warning: --permute_reports: every patient trains with another's report (a control)")
+    say_what_it_teaches(args, enabled, world)
 
     # ----------------------------------------------------------------------------------------- loop
     log_path, board = out / "log.jsonl", None
@@ -494,6 +531,8 @@ run        steps {step} to {args.steps} on {device} in {precision}, seed {args.s
     known = functools.partial(first_batches, examples, collate, args.batch_size, 64)
     nothing = evaluation.know_nothing(network, known(), enabled, global_batch) if step == rank == 0 else None
     if rank == 0:
+        if not checkpoint:
+            begin(out, config)
         write_log(log_path, [row for row in read_log(log_path) if row["step"] < step], mode="w")
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
@@ -502,28 +541,27 @@ run        steps {step} to {args.steps} on {device} in {precision}, seed {args.s
     bad_steps, unreadable, stream = 0, set(), iter(loader)
     bar = tqdm(total=args.steps, initial=step, desc="pretrain", disable=None if rank == 0 else True)
     while step < args.steps and not stopping:
-        started, waited, volumes = time.perf_counter(), 0.0, []
+        started = time.perf_counter()
+        passes = [next(stream) for _ in range(args.accumulate)]
+        waited = time.perf_counter() - started
+        volumes = [name for batch in passes for name in batch.pop("ids")]
+        unreadable.update(*(batch.pop("skipped") for batch in passes))
+        if len(unreadable) > 0.05 * len(train_items):
+            raise ValueError(f"{len(unreadable)} of {len(train_items)} volumes cannot be read, more than "
+                             f"5 %: {sorted(unreadable)[:5]}")
         total, values = 0.0, dict.fromkeys(enabled, 0.0)
-        for micro in range(args.accumulate):
-            asked = time.perf_counter()
-            batch = next(stream)
-            waited += time.perf_counter() - asked
-            volumes += batch.pop("ids")
-            unreadable.update(batch.pop("skipped"))
-            if len(unreadable) > 0.05 * len(train_items):
-                raise ValueError(f"{len(unreadable)} of {len(train_items)} volumes cannot be read, more than "
-                                 f"5 %: {sorted(unreadable)[:5]}")
+        for batch, share in zip(passes, losses.shares(passes, enabled, device)):
+            parallel.require_backward_grad_sync = batch is passes[-1]   # only the last pass talks
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-            parallel.require_backward_grad_sync = micro == args.accumulate - 1  # only the last pass talks
             with autocast:
                 o = parallel(batch)
             terms = losses.compute(o, batch, enabled, args.temperature)
-            loss = sum(weight[name] * term for name, term in terms.items())  # Eq. (10, 14, 15)
-            loss = loss / args.accumulate
+            # Eq. (10, 14, 15)
+            loss = sum(weight[name] * share[name] * term for name, term in terms.items())
             scaler.scale(loss).backward()
             total += loss.item()
             for name, term in terms.items():
-                values[name] += term.item() / args.accumulate
+                values[name] += share[name] * term.item()
 
         culprits = " and ".join(name for name in enabled if not math.isfinite(values[name])) or "gradient"
         step_name = f"step {step}: {culprits} of the volumes {', '.join(volumes)}"
@@ -546,9 +584,9 @@ run        steps {step} to {args.steps} on {device} in {precision}, seed {args.s
 
         stopping = interruption.number(device)
         if step % args.save_every == 0 or step == args.steps or stopping:
-            save_run(out, network, optimizer, scaler, config, step, ids=ids)
+            save_run(out, network, optimizer, scaler, config, step, ids=ids, patients=seen)
             if rank == 0:
-                save_encoder(encoder, out)
+                save_encoder(encoder, seen, out)
                 evaluation.plot_curves(read_log(log_path), out / "curves.png")
     bar.close()
     interruption.end()
@@ -587,9 +625,10 @@ def moved(untrained, encoder):
 
 def print_levels(result):
     log.info("%-6s %16s %8s %8s", "loss", "knowing nothing", "first", "last")
+    said = {True: "learned", False: "not learned"}
     for name, row in result["levels"].items():
         log.info("%-6s %16.3f %8.3f %8.3f  %s", name, row["nothing"], row["first"], row["last"],
-                 "learned" if row["learned"] else "not learned")
+                 said.get(row["learned"]) or f"cannot be told: {row['reason']}")
     if result["moved"] is not None:
         log.info("the encoder's weights moved by %.1f %%", 100 * result["moved"])
 

@@ -87,6 +87,35 @@ def test_bootstrap_keeps_items_together():
     assert evaluation.bootstrap(lambda a, b: np.abs(a - b).max(), items, items) == (0, 0)
 
 
+def test_one_item_has_no_interval():
+    assert np.isnan(evaluation.bootstrap(np.mean, np.array([0.7]))).all()
+    assert np.isnan(evaluation.bootstrap(np.mean, np.array([]))).all()
+    low, high = evaluation.bootstrap(np.mean, np.array([0.0, 1.0]))
+    assert (low, high) == (0, 1)
+
+
+@pytest.mark.parametrize("flags", [("probe", "--data", "m.csv", "--checkpoint", "x", "--few", -1),
+                                   ("probe", "--data", "m.csv", "--checkpoint", "x", "--batch_size", 0),
+                                   ("embed", "--input", "a.nii", "--checkpoint", "x", "--size", 32, 0, 32),
+                                   ("pairing", "--data", "m.csv", "--checkpoint", "x", "--seed", -1),
+                                   ("--task", "acdc", "--data", "x", "--checkpoint", "x", "--fold", -1)])
+def test_numbers_out_of_range_are_refused_by_every_command(command, flags):
+    code, text = command("eval.py", *flags)
+    name, values = next((flag, flags[i + 1:]) for i, flag in enumerate(flags)
+                        if flag in ("--few", "--batch_size", "--size", "--seed", "--fold"))
+    assert code == 1 and f"error: {name} {' '.join(map(str, values))}: expected at least" in text
+
+
+@pytest.mark.parametrize("flags", [("check", "--data", "m.csv", "--limit", 0), ("check", "--data", "m.csv", "--limit", -2),
+                                   ("cache", "--data", "m.csv", "--workers", -1), ("demo", "--out", "d", "--n", 0),
+                                   ("cache", "--data", "m.csv", "--size", 0, 32, 32)])
+def test_numbers_out_of_range_are_refused_by_data(command, flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, text = command("data.py", *flags)
+    assert code == 1 and f"error: {flags[3]} {' '.join(map(str, flags[4:]))}: expected at least" in text
+    assert not list(tmp_path.iterdir())
+
+
 # ----------------------------------------------------------------------------------------------- linear probe
 
 def normal_equations(x, y, x_new, penalty):
@@ -191,6 +220,27 @@ def test_probe_command(labelled, encoder):
     assert "some.csv: left out 1 of 40 volumes without all 18 labels" in done.stderr
     refused = run("--data", "m.csv")
     assert refused.returncode == 1 and "--encoder" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_a_finding_that_none_has_is_not_fitted():
+    """Its scores are unknown, and its AUC is not .5."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, (60, 18)).astype(np.float32)
+    labels[:40, 3], labels[:40, 5] = 0, 1               # none and all of those to fit on
+    items = [data.Item(str(i), "x", "", "train" if i < 40 else "test", str(i), labels[i]) for i in range(60)]
+    features = [rng.normal(size=(40, 4)), rng.normal(size=(20, 4))]
+    scores, truth = evaluation.probe(features, items)
+    found = evaluation.aurocs(scores, truth)
+    assert [k for k, auc in enumerate(found) if np.isnan(auc)] == [3, 5]
+    others = [k for k in range(18) if k not in (3, 5)]
+    expected = evaluation.ridge(features[0], labels[:40].astype(float), features[1])[:, others]
+    assert np.array_equal(scores[:, others], expected)
+    few = evaluation.compare_probes(features, features, items, few=5)["few"]    # draws lack many findings
+    assert 0 < few["untrained"] == few["pretrained"] < 1
+    none = [item._replace(labels=np.zeros(18)) if item.split == "test" else item for item in items]
+    assert np.isnan(evaluation.macro_auroc(*evaluation.probe(features, none)))
+    for few in (0, 1, 40):
+        assert "few" not in evaluation.compare_probes(features, features, items, few=few)
 
 
 def test_unlabelled_data_are_refused(labelled):
@@ -396,7 +446,11 @@ def test_pairing_tells_a_loss_that_uses_the_report(text_folder):
     assert result["clip"]["other"] > result["clip"]["own"] and result["clip"]["gradient_cosine"] < 0.9
     assert not result["mim"]["uses_report"] and result["mim"]["gradient_cosine"] == pytest.approx(1, abs=1e-4)
     assert result["mim"]["own"] == pytest.approx(result["mim"]["other"], rel=1e-5)
-    assert evaluation.pairing(network, batches[:3], ["clip"])["clip"]["uses_report"] is None
+    few = evaluation.pairing(network, batches[:3], ["clip"])["clip"]
+    assert few["uses_report"] is None and few["reason"] == "3 batches, fewer than 8"
+    alone = [{key: value[:1] for key, value in batch.items() if not key.startswith("single")} for batch in batches[:2]]
+    alone = evaluation.pairing(network, alone, ["clip"])["clip"]    # a loss of 0 asks for nothing
+    assert alone["own"] == 0 and np.isnan(alone["gradient_cosine"])
     assert "too few batches" in evaluation.say_pairing(evaluation.pairing(network, batches[:3], ["clip"]))
 
 
@@ -432,4 +486,8 @@ def test_a_loss_has_learned_when_its_end_lies_below_nothing():
     rows = [{"mim": 1 - 0.01 * i, "mlm": 5.0, "clip": None if i == 3 else 2.0} for i in range(40)]
     found = evaluation.levels(rows, {"mim": 0.9, "mlm": 5.0, "clip": 2.1})
     assert found["mim"] == {"nothing": 0.9, "first": pytest.approx(0.985), "last": pytest.approx(0.625), "learned": True}
-    assert not found["mlm"]["learned"] and found["clip"]["learned"] and np.isnan(found["clip"]["first"])
+    assert found["mlm"]["learned"] is False and found["clip"]["learned"] and np.isnan(found["clip"]["first"])
+    for some, reason in ((rows[:19], "fewer than 20 rows"), ([*rows[:-1], {"mim": None}], "a value that is not finite")):
+        level = evaluation.levels(some, {"mim": 0.9})["mim"]
+        assert level["learned"] is None and level["reason"] == reason
+    assert evaluation.levels(rows[-20:], {"mim": 0.9})["mim"]["learned"] is True

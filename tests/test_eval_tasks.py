@@ -164,6 +164,18 @@ def test_bleu_by_hand():
         evaluation.bleu(["a", "b"], ["a"])
 
 
+def test_bleu_counts_chinese_characters():
+    """With and without blanks; "6mm" and English words stay whole."""
+    hypothesis, reference = "两肺纹理清晰，大小约6mm lung", "两肺纹理增多，大小约6mm lung"
+    spaced = [" ".join("两肺纹理清晰，大小约") + " 6mm lung", " ".join("两肺纹理增多，大小约") + " 6mm lung"]
+    expected = bleu_by_loops(spaced[:1], spaced[1:])
+    assert expected[0] == pytest.approx(100 * 10 / 12) and expected[3] > 0
+    assert evaluation.bleu([hypothesis], [reference]) == pytest.approx(expected)
+    assert evaluation.bleu(spaced[:1], spaced[1:]) == pytest.approx(expected)
+    assert data.report_words("心影不大，约0.5cm。CT-guided") == [*"心影不大约", "0.5cm", "ct-guided"]
+    assert data.report_words("カテーテル 々〇") == [*"カテーテル々〇"]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_recall_counts_ties_against_the_query(seed):
     rng = np.random.default_rng(seed)
@@ -320,14 +332,45 @@ def test_auc_over_all_candidates(constant_inputs):
     assert result["protocol"] == "nodule among all items"
 
 
+def test_saturated_probabilities_are_still_ranked(constant_inputs, tmp_path):
+    """In float32 the sigmoids of 20 to 45 and the softmaxes of such logits are all 1.0."""
+    logits = [20, 45, 30, 25, 40, 38]
+    items = items_of([(1, i % 2) for i in range(6)])
+    result = evaluation.evaluate(run_of(Table([[0, z] for z in logits]), "stoic"), items)
+    assert result["value"] == pytest.approx(pairs_won(logits, [0, 1, 0, 1, 0, 1])) == 6 / 9
+    rows = [[0, 0, z] for z in logits]
+    rows[0] = [90, 0, 91]                               # the largest logit, the smallest probability
+    items = items_of(np.eye(3)[[2, 1, 2, 1, 2, 1]])
+    run = run_of(Table(rows), "cc-ccii")
+    result = evaluation.evaluate(run, items, tmp_path)
+    assert result["more"]["auc"]["COVID-19"] == pytest.approx(pairs_won([1, *logits[1:]], [1, 0, 1, 0, 1, 0]))
+    found = evaluation.predict_classes(run, items)
+    assert np.allclose(found, torch.tensor(rows).double().softmax(1).numpy(), atol=1e-9)
+    written = list(csv.DictReader((tmp_path / "predictions.csv").open()))
+    assert float(written[0]["COVID-19"]) == pytest.approx(1 / (1 + math.exp(-1)), abs=1e-6)
+
+
+def pairs_won(scores, labels):
+    pairs = [(a, b) for a, x in zip(scores, labels) for b, y in zip(scores, labels) if x and not y]
+    return sum(a > b for a, b in pairs) / len(pairs)
+
+
 def test_an_absent_class_is_null_in_the_file(constant_inputs, tmp_path):
     network, items = Table([[0], [1]]), items_of([[1], [1]])
     with pytest.warns(RuntimeWarning):
         result = evaluation.evaluate(run_of(network, "luna16"), items, tmp_path)
     assert math.isnan(result["value"])
     evaluation.write_result(result, tmp_path / "result.json")
-    assert json.loads((tmp_path / "result.json").read_text())["value"] is None
+    written = json.loads((tmp_path / "result.json").read_text(), parse_constant=pytest.fail)
+    assert written["value"] is None and written["interval"] == [None, None]
+    assert written["reason"] == "the items that count have not both classes"
     evaluation.print_result(result)
+    assert "for the items that count have not both classes, n = 2" in evaluation.summary(result)
+
+
+def test_predictions_that_are_not_finite_are_the_reason(constant_inputs):
+    result = evaluation.evaluate(run_of(Table([[0], [math.nan], [1]]), "luna16"), items_of([[1], [0], [0]]))
+    assert math.isnan(result["value"]) and result["reason"] == "predictions that are not finite"
 
 
 # segmentation: scans of 12³ voxels on disk in different orientations, "networks" that know where the truth is
@@ -415,6 +458,14 @@ def test_scans_of_one_name_do_not_overwrite_each_other(scans):
         assert nib.load(folder / "one" / f"{name}_mask.nii.gz").get_fdata().max() == label
 
 
+def test_scans_without_any_truth_have_no_dice(scans):
+    items, task, folder = scans
+    result = evaluation.evaluate(run_of(ByGrey(), "acdc", folder / "cache", task), items[2:])
+    assert math.isnan(result["value"]) and result["reason"] == "no scan has any class" and result["n"] == 0
+    one = evaluation.evaluate(run_of(ByGrey(), "acdc", folder / "cache", task), items[:1])
+    assert one["value"] == 1 and "reason" not in one and np.isnan(one["interval"]).all()
+
+
 def test_overlay_shows_correct_wrong_and_missing(tmp_path):
     pred, truth = np.zeros((2, 40, 40), int)
     pred[:20, :20], truth[:20, 20:] = 1, 1                      # wrong and missing, one beside the other
@@ -468,10 +519,20 @@ def test_reports_under_both_protocols(constant_inputs, tmp_path):
     assert more["bleu_constant"] == pytest.approx(bleu_by_loops(["the lung is clear no effusion"] * 4, whole))
     assert result["chance"] == more["bleu_constant"][3] and "training part" in result["protocol"]
     assert more["distinct_reports"] == 1
+    assert result["protocol"].startswith("words of whole references")
     rows = json.loads((tmp_path / "reports.json").read_text())
     assert rows[1] == {"id": "case_1", "generated": said[1], "truth": whole[1]}
     page = (tmp_path / "reports.html").read_text()
     assert "case_2" in page and "case_3" not in page and all(f">{word}<" in page for word in whole[1].split())
+
+
+def test_chinese_reports_are_compared_by_characters(constant_inputs):
+    vocabulary = ["<pad>", "<bos>", "<eos>", "<unk>", *"两肺纹理清晰心影不大"]
+    said = [" ".join("两肺纹理清晰"), " ".join("心影不大")]
+    result = evaluation.evaluate(run_of(Writer(said, vocabulary), "ctrg", vocabulary=vocabulary),
+                                 items_of(reports=["两肺纹理清晰。", "心影增大。"]))
+    assert result["protocol"].startswith("Chinese characters of whole references")
+    assert result["per_class"]["BLEU-1"] == pytest.approx(100 * 9 / 10)
 
 
 # prompts and retrieval: a volume's feature is a row of a table, a text's is told from its first words
@@ -514,7 +575,7 @@ def test_prompts_are_compared_in_pairs(constant_inputs, text_encoder, tmp_path):
     expected = [evaluation.auroc(cosine[k, j], labels[k, j]) for j, k in enumerate(known.T)]
     assert list(result["per_class"]) == list(data.LABELS) and list(result["per_class"].values()) == pytest.approx(expected)
     assert result["value"] == pytest.approx(np.mean(expected)) and result["chance"] == 0.5
-    found = evaluation.predict_prompts(towers, items_of(labels))
+    found = evaluation.predict_classes(towers, items_of(labels))
     assert np.allclose(found, 1 / (1 + np.exp(-2 * cosine / 0.1)), atol=1e-5)
     drawn(tmp_path / "roc.png")
 
@@ -558,6 +619,24 @@ def test_retrieval_under_both_protocols(constant_inputs, text_encoder, tmp_path)
     evaluation.print_result(result)
     rows = list(csv.reader((tmp_path / "ranks.csv").open()))
     assert rows[0][:2] == ["id", "rank"] and rows[1][0] == "valid_1_a_1" and int(rows[1][1]) == 3
+
+
+@pytest.mark.parametrize("n, k", [(1, None), (2, 1), (5, 1), (9, 1), (10, 5), (12, 5)])
+def test_recall_among_few_is_of_a_k_that_can_differ(constant_inputs, text_encoder, n, k):
+    def texts(text):
+        return np.eye(12)[WORDS.index(text.split()[0].strip(".").lower())]
+    images = np.eye(12)[np.roll(np.arange(n), 1 if n < 10 else 0)]          # few find another's volume
+    items = items_of(reports=[f"{word} lung." for word in WORDS[:n]])
+    result = evaluation.evaluate(run_of(TwoTowers(text_encoder, images, texts), "ct-rate-retrieval"), items)
+    volumes = result["more"]["protocols"]["volumes"]
+    if k is None:
+        assert math.isnan(result["value"]) and "always finds itself" in result["reason"]
+    else:
+        assert result["metric"] == f"Recall@{k}" and result["chance"] == pytest.approx(k / n)
+        assert result["value"] == volumes[f"Recall@{k}"] == (0 if n < 10 else 1) and "reason" not in result
+    for other in (1, 5, 10, 50, 100):
+        assert math.isnan(volumes[f"Recall@{other}"]) == (other >= n)
+        assert volumes[f"chance of Recall@{other}"] == min(1, other / n)
 
 
 def test_the_nearest_reports_of_one_scan(constant_inputs, text_encoder, tmp_path, capsys):
@@ -699,6 +778,31 @@ def test_radar(tmp_path):
     assert done.returncode == 1 and "other.json" in done.stderr
 
 
+def test_radar_tells_what_cannot_be_compared(tmp_path, caplog):
+    same = {"task": "ct-rate-retrieval", "metric": "Recall@5", "chance": 0.25, "n": 20, "ids_sha1": "a", "split": "test"}
+    cases = {"ours": same | {"value": 0.5}, "same": same | {"value": 0.25}, "older": same | {"value": 0.3, "more": {}},
+             "fold": same | {"value": 0.4, "ids_sha1": "b", "n": 21}, "metric": same | {"value": 0.4, "metric": "Recall@50"},
+             "null": same | {"value": None, "reason": "no report"}}
+    del cases["older"]["ids_sha1"]
+    for name, result in cases.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps(result))
+
+    def radar(*names):
+        caplog.clear()
+        return here("radar", *(f"{name}/result.json" for name in names), cwd=tmp_path)
+    done = radar("ours", "same", "older")
+    assert done.returncode == 0 and "warning" not in caplog.text
+    done = radar("ours", "fold")
+    assert "| fold | 40.00 |" in done.stdout and "n 20 and 21; ids_sha1 a and b of the methods ours and fold" in caplog.text
+    assert "these numbers cannot be compared" in caplog.text
+    done = radar("ours", "metric")
+    assert done.returncode == 1 and "metric Recall@5 and Recall@50" in done.stderr and "expected one metric" in done.stderr
+    done = radar("ours", "null")
+    assert done.returncode == 0 and "null" not in done.stdout and "its value is null: no report" in caplog.text
+    assert radar("null").returncode == 1
+
+
 # -------------------------------------------------------------------------- checkpoints and the nine command lines
 
 def save_checkpoint(path, task, **more):
@@ -803,6 +907,18 @@ def test_patients_of_the_training_in_the_test_part_are_told(stoic, caplog):
         assert done.returncode == 0, done.stderr
         assert f"patients seen in training: {n}" in done.stdout and (f"{n} patients of the test part" in caplog.text) == bool(n)
         assert json.loads((stoic / "seen" / "result.json").read_text())["more"]["patients_seen_in_training"] == n
+
+
+def test_patients_of_the_pretraining_in_the_test_part_are_told(stoic, caplog):
+    tested = [item.patient for item in data.load_task("stoic", stoic / "set") if item.split == "test"]
+    (stoic / "pre").mkdir()
+    save_checkpoint(stoic / "pre" / "best.pt", "stoic", init="last.pt",
+                    pretrained_on=sorted(data.patient_hashes([*tested[:3], "somebody else"])))
+    done = here("--task", "stoic", "--data", "set", "--checkpoint", "pre/best.pt", "--out", "pre", cwd=stoic)
+    assert "3 of 12 patients of the test part bear names of patients that last.pt was trained on" in caplog.text
+    assert "patients seen in pretraining: 3" in done.stdout
+    here("--task", "stoic", "--data", "set", "--split", "train", "--checkpoint", "pre/best.pt", "--out", "pre", cwd=stoic)
+    assert json.loads((stoic / "pre" / "result.json").read_text())["more"]["patients_seen_in_pretraining"] == 0
 
 
 def test_one_scan_has_the_probabilities_of_the_set(stoic):

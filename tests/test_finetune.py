@@ -515,6 +515,58 @@ def test_the_validation_part_picks_the_epoch(run, monkeypatch):
     assert read_json("out/result.json")["epoch"] == 2
 
 
+def test_a_validation_part_without_a_number_picks_no_epoch(run, monkeypatch):
+    """The last one is taken, and the run says so; an epoch with a number is better than any without."""
+    original = evaluation.evaluate
+
+    def evaluate(*args, out=None, **more):
+        if out:
+            return original(*args, out=out, **more)
+        return {"value": next(values), "metric": "AUC", "reason": "one class alone"}
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    for numbers, epoch in (([math.nan] * 3, 3), ([math.nan, 0.1, math.nan], 2)):
+        values = iter(numbers)
+        output = run("stoic", "--epochs", 3, "--eval_every", 1, "--batch_size", 16, "--lr", 0.01)
+        best, last = (load(f"out/{name}.pt") for name in ("best", "last"))
+        result = read_json("out/result.json")
+        assert result["epoch"] == epoch and best["step"] == epoch * last["step"] / 3
+        if epoch == 3:
+            assert result["valid"] is None and result["valid_reason"] == "one class alone"
+            assert "no epoch has a validation AUC, for one class alone: the last one is taken" in output
+
+
+def test_a_part_of_which_nothing_can_be_read_is_refused():
+    items = [data.Item(str(i), Path(str(i)), "", split, str(i)) for i, split in enumerate(data.SPLITS)]
+    parts = [[item] for item in items]
+    assert finetune.still_good(parts, {"0", "1", "2"}, "x") == parts
+    assert finetune.still_good([*parts[:2], []], {"0", "1"}, "x") == [*parts[:2], []]
+    with pytest.raises(ValueError, match="x: found no scan of the part valid that can be read"):
+        finetune.still_good(parts, {"0", "2"}, "x")
+
+
+def test_a_batch_of_one_pair_warns(run):
+    output = run("ct-rate-retrieval", "--epochs", 1, "--steps", 2, "--batch_size", 1)
+    assert "warning: in a batch of one there is no other patient" in output
+    assert [row["loss"] for row in read_log("out")] == [0, 0]
+
+
+def test_patients_of_the_pretraining_in_the_test_part(run, sets):
+    tested = [item.patient for item in data.load_task("stoic", sets("stoic")) if item.split == "test"]
+    weights_alone = model.export_encoder(model.build_encoder("swin_t"))
+    weights_alone._metadata[""]["patients"] = sorted(data.patient_hashes(tested[:2]))
+    torch.save(weights_alone, "encoder.pt")
+    output = run("stoic", "--steps", 1, "--init", "encoder.pt")
+    assert f"2 of {len(tested)} patients of the test part bear names of patients that encoder.pt" in output
+    assert read_json("out/result.json")["more"]["patients_seen_in_pretraining"] == 2
+    trained = {item.patient for item in data.load_task("stoic", sets("stoic")) if item.split != "test"}
+    # A run that starts from this one knows those that it was trained on, too.
+    assert evaluation.patients_of("out/best.pt") == data.patient_hashes([*trained, *tested[:2]])
+    Path("encoder.pt").unlink()
+    Path("out/result.json").unlink()
+    run(None, "--resume")
+    assert read_json("out/result.json")["more"]["patients_seen_in_pretraining"] == 2
+
+
 @pytest.mark.parametrize("decay", ["cosine", "step"])
 def test_rates_follow_the_recipe(run, decay):
     run("stoic", "--epochs", 4, "--warmup", 1, "--decay", decay, "--batch_size", 8, "--lr", 0.01,
@@ -551,6 +603,49 @@ def test_repeats_go_on_where_they_were_stopped(run, interrupt):
     assert Path("whole/result.json").read_text() == Path("broken/result.json").read_text()
 
 
+def results_of(values, valid, tests="aaa", n=(7, 7, 7)):
+    """Three repeats, as `train` gives them or as they were read"""
+    return [{"task": "stoic", "metric": "AUC", "value": value, "valid": number, "chance": 0.5, "n": count,
+             "protocol": "all", "split": "test", "ids_sha1": ids} | ({} if value and value > 0 else {"reason": "one class"})
+            for value, number, ids, count in zip(values, valid, tests, n)]
+
+
+@pytest.mark.parametrize("missing", [None, math.nan])
+def test_the_summary_of_repeats(tmp_path, caplog, missing):
+    for i in range(3):
+        (tmp_path / f"repeat_{i}").mkdir()
+        (tmp_path / f"repeat_{i}" / "best.pt").write_text(f"{i}")
+    args = finetune.argparse.Namespace(task="stoic", init="scratch", repeats=3)
+    caplog.set_level(logging.INFO)
+
+    def summary(*results):
+        finetune.summarise(args, data.TASKS["stoic"], tmp_path, results_of(*results))
+        return read_json(tmp_path / "result.json")
+    found = summary([0.5, 0.6, 0.7], [missing, 0.3, 0.3])
+    assert found["value"] == pytest.approx(0.6) and found["std"] == pytest.approx(0.1) and "reason" not in found
+    assert (found["n"], found["ids_sha1"], found["protocol"]) == (7, "a", "all")
+    assert (tmp_path / "best.pt").read_text() == "1"            # of equals the first
+    assert "stoic AUC of 3 repeats: 60.00 ± 10.00 (50.00, 60.00, 70.00)" in caplog.text
+    assert "warning" not in caplog.text
+    found = summary([0.5, 0.6, 0.7], [0.2, 0.3, 0.4], "aba", (7, 9, 7))
+    assert (found["n"], found["ids_sha1"]) == ([7, 9, 7], ["a", "b", "a"]) and found["chance"] == 0.5
+    assert "every repeat has a test part of its own" in found["protocol"]
+    assert "test parts of their own" in caplog.text
+    found = summary([0.5, missing, 0.7], [0.2, 0.3, 0.1])
+    assert found["value"] is found["std"] is None and found["reason"] == "1 repeats have no value: one class"
+
+
+def test_a_new_run_of_repeats_forgets_an_older_one_without(run, tmp_path):
+    names = ("last.pt", "previous.pt", "best.pt", "result.json")
+    for folder in (tmp_path / "out", tmp_path / "out" / "repeat_1"):
+        folder.mkdir()
+        for name in (*names, "notes.txt"):
+            (folder / name).write_text("old")
+    args = finetune.argparse.Namespace(out=str(tmp_path / "out"))
+    finetune.forget_older_run(args, tmp_path / "out" / "repeat_0")
+    assert [path.name for path in sorted(tmp_path.rglob("*.*"))] == ["notes.txt"] * 2
+
+
 def test_half_precision(run):
     output = run("stoic", "--epochs", 1, "--steps", 2, "--batch_size", 4, "--precision", "bf16")
     assert "in bf16" in output and all(math.isfinite(row["loss"]) for row in read_log("out"))
@@ -582,6 +677,8 @@ def test_two_processes_are_one_with_twice_the_batch(sets, cache, tmp_path):
     (["--size", 30, 32, 32], "--size 30 32 32: every side must be a multiple of 32"),
     (["--fraction", 0], "--fraction 0.0: expected a number above 0"),
     (["--epochs", 0], "--epochs 0: expected at least 1"),
+    (["--clip_grad", -1], "--clip_grad -1.0: expected at least 0"),
+    (["--temperature", "nan"], "--temperature nan: expected a number above 0"),
     (["--steps", 0], "--steps 0: expected at least 1"),
     (["--eval_every", 0], "--eval_every 0: expected at least 1"),
     (["--init", "nowhere.pt"], "nowhere.pt: found no such file, expected weights"),
@@ -594,6 +691,15 @@ def test_two_processes_are_one_with_twice_the_batch(sets, cache, tmp_path):
 def test_bad_flags(run, flags, message):
     with pytest.raises(ValueError, match=message):
         run("ctrg", *flags)
+
+
+def test_run_json_is_json(run):
+    run("ctrg", "--epochs", 1, "--steps", 1, "--clip_grad", "inf")
+    assert read_json("out/run.json")["clip_grad"] is None       # no limit, as a resumed run has it
+    with pytest.raises(ValueError, match="--workers -1: expected at least 0"):
+        run(None, "--resume", "--workers", -1)
+    Path("out/result.json").unlink()
+    run(None, "--resume")
 
 
 def test_wrong_weights_are_refused(run):

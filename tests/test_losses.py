@@ -204,6 +204,66 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path):
             torch.testing.assert_close(its_leaf_grad, wanted, msg=lambda m: f"{name}: {m}")
 
 
+# ------------------------------------------------------------------------- a step of several passes
+
+COUNTED = ("mim", "mlm", "sfr")
+
+
+def one_after_the_other(arguments, patients):
+    """{loss: (value, gradient of its first argument)} of passes of so many patients, weighed by their shares"""
+    leaves = {name: arguments[f"{name}_loss"][0].detach().requires_grad_() for name in COUNTED}
+    inputs = {name: (leaves[name], *arguments[f"{name}_loss"][1:]) for name in COUNTED}
+    passes = [{name: part for name, part in zip(COUNTED, parts)} for parts in zip(
+        *(list(zip(*(a.split(patients) for a in inputs[name]))) for name in COUNTED))]
+    batches = [{"volume": one["mim"][0], "volume_mask": one["mim"][2], "mlm_labels": one["mlm"][1]}
+               for one in passes]
+    values = dict.fromkeys(COUNTED, 0.0)
+    for one, share in zip(passes, losses.shares(batches, (*COUNTED, "dfa"))):
+        assert share["dfa"] == 1 / len(passes)
+        for name in COUNTED:
+            term = share[name] * getattr(losses, f"{name}_loss")(*one[name])
+            term.backward()
+            values[name] += term.item()
+    return {name: (values[name], leaves[name].grad) for name in COUNTED}
+
+
+@pytest.mark.parametrize("patients", [[2, 2], [1, 3], [1, 1, 1, 1]])
+def test_passes_by_their_shares_are_one_batch(patients):
+    arguments = example()
+    found = one_after_the_other(arguments, patients)
+    for name in COUNTED:
+        value, gradients = value_and_gradients(getattr(losses, f"{name}_loss"), arguments[f"{name}_loss"])
+        assert math.isclose(found[name][0], value.item(), rel_tol=1e-12), name
+        torch.testing.assert_close(found[name][1], gradients[0])
+
+
+def test_passes_without_anything_masked_count_nothing():
+    empty = {"volume": torch.zeros(2, 1), "volume_mask": torch.zeros(2, 1), "mlm_labels": torch.full((2, 3), -100)}
+    masked = empty | {"volume_mask": torch.eye(2)[:1]}      # one voxel alone
+    assert losses.shares([empty, masked], COUNTED) == [{"mim": 0, "mlm": 0, "sfr": 0.5},
+                                                       {"mim": 1, "mlm": 0, "sfr": 0.5}]
+
+
+def _passes_of_a_process(rank, world, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    mine = {name: [a.detach().chunk(world)[rank].clone() for a in arguments]
+            for name, arguments in example().items()}
+    torch.save(one_after_the_other(mine, [1, 1]), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_of_two_passes_are_one_batch(tmp_path):
+    mp.spawn(_passes_of_a_process, (2, str(tmp_path)), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    arguments = example()
+    for name in COUNTED:
+        value, gradients = value_and_gradients(getattr(losses, f"{name}_loss"), arguments[f"{name}_loss"])
+        for rank, found in enumerate(ranks):
+            assert math.isclose(found[name][0], value.item(), rel_tol=1e-12), name
+            wanted = gradients[0].chunk(2)[rank] * 2        # DistributedDataParallel takes the mean
+            torch.testing.assert_close(found[name][1], wanted)
+
+
 # ------------------------------------------------------------------------ losses of fine-tuning
 
 def naive_dice_ce(logits, mask):

@@ -1,6 +1,8 @@
 """pretrain.py as a user runs it: what it writes, what it survives and what it refuses."""
+import argparse
 import csv
 import faulthandler
+import hashlib
 import json
 import math
 import multiprocessing
@@ -23,6 +25,7 @@ from conftest import ROOT, drawn, load, python, save_nifti, write_csv
 
 import data
 import eval as evaluation
+import finetune
 import model
 import pretrain
 
@@ -57,6 +60,16 @@ def third_mim_is_nan():
         calls.append(1)
         return honest(*args) * (math.nan if len(calls) == 3 else 1)
     losses.mim_loss = mim_loss
+
+
+def all_words_are_masked():
+    """And half of every volume: no chance"""
+    no_pictures()
+
+    def mask_words(ids, words, tokenizer, generator, prob):
+        return np.where(words >= 0, tokenizer.mask_token_id, ids), np.where(words >= 0, ids, -100)
+    data.mask_words = mask_words
+    data.mask_volume = lambda size, *_: (torch.arange(size[0]) < 16)[None, :, None, None].expand(1, *size)
 
 
 def mim_is_always_nan():
@@ -356,6 +369,21 @@ def test_accumulation(run, folder):
     assert distance(a) <= 0.02 * distance(start)
 
 
+def test_accumulated_mim_mlm_and_sfr_are_those_of_one_large_batch(run, folder):
+    """Reports of 3 to 60 words, on one process and on two; a mean of means is 4 % off in the gradient."""
+    rows = [[f"{i}.nii.gz", "Normal heart." + " There is no effusion." * (i * i), "train"] for i in range(4)]
+    write_manifest(folder / "lengths.csv", rows)
+    flags = f"{SMALL} --data lengths.csv --no-cml --no-ssm --no-dfa --steps 1 --out"
+    runs = [run(f"{flags} large --batch_size 4", prepare=all_words_are_masked),
+            run(f"{flags} passes --batch_size 2 --accumulate 2", prepare=all_words_are_masked),
+            run(f"{flags} both --batch_size 1 --accumulate 2", world=2, prepare=all_words_are_masked)]
+    for started in runs:
+        started.succeeded()
+    large, *others = (read_log(folder / name)[0] for name in ("large", "passes", "both"))
+    for row in others:
+        assert row == pytest.approx(large, rel=1e-5)
+
+
 def test_different_parameters_on_two_processes_stop_the_run(run, folder):
     flags = f"{SMALL} {ONLY_SSM_DFA} --steps 1 --out apart"
     started = run(flags, world=2, prepare=another_step_on_the_second_process)
@@ -409,6 +437,68 @@ def test_a_broken_checkpoint_falls_back_to_the_one_before(run, copied, uninterru
         (copied / name).write_bytes(b"no checkpoint")
     again = run(f"--out {copied} --resume")
     again.refused(last, copied / "previous.pt", "no checkpoint to go on from")
+
+
+def test_an_older_run_in_the_folder_is_not_taken_for_the_new_one(run, copied):
+    """The new one is killed before its first checkpoint."""
+    (copied / "log.jsonl").unlink()
+    new = run(f"{SMALL} --out {copied} --steps 500 --seed 7 --save_every 500 --warmup 4")
+    new.until_step(0, copied)
+    new.processes[0].kill()
+    new.processes[0].join()
+    assert f"warning: {copied} holds an older run" in new.read("out")
+    newest = json.loads((copied / "run.json").read_text())
+    older = load(copied / "last.pt")["config"]
+    assert (newest["seed"], older["seed"]) == (7, 0)
+    run(f"--out {copied} --resume").refused(newest["begun"], "last.pt is of an older one", older["begun"])
+
+
+def test_a_run_is_known_by_when_it_began(tmp_path, caplog):
+    pretrain.check_newest(tmp_path, {"begun": "a"})         # no run.json: of older code
+    pretrain.begin(tmp_path, {"begun": "b", "clip_grad": math.inf})
+    assert not caplog.text and json.loads((tmp_path / "run.json").read_text()) == {"begun": "b", "clip_grad": None}
+    pretrain.check_newest(tmp_path, {"begun": "b", "steps": 7})
+    for saved in ({"begun": "a"}, {}):
+        with pytest.raises(ValueError, match="the run that began in .* at b saved nothing; last.pt is of an older"):
+            pretrain.check_newest(tmp_path, saved)
+    (tmp_path / "last.pt").touch()
+    pretrain.begin(tmp_path, {"begun": "c"})
+    assert "holds an older run" in caplog.text
+
+
+def test_weights_of_the_losses():
+    def weights(*flags):
+        return pretrain.loss_weights(pretrain.read_flags(["--data", "m.csv", *flags])[0])
+    assert weights("--lambda_b", "0.2", "--lambda_g", "0") == {"mim": 1, "mlm": 1, "sfr": 0.2, "cml": 0.2, "ssm": 0, "dfa": 0}
+    assert weights("--clip", *ONLY_MIM.split()) == {"mim": 1, "clip": 1}
+    assert weights("--clip", "--lambda_a", "0", "--lambda_b", "0", "--lambda_g", "0")["clip"] == 1
+    none = "every loss is switched off or has the weight 0"
+    for flags in (["--no-mim", *ONLY_MIM.split()], ["--lambda_a", "0", *ONLY_MIM.split()]):
+        with pytest.raises(ValueError, match=none):
+            weights(*flags)
+    size = ["--size", "32", "32", "64"]                     # 16 sub-volumes of 16³
+    with pytest.raises(ValueError, match="--mask_ratio 0.03: that is none of the 16 sub-volumes of 16³"):
+        weights("--mask_ratio", "0.03", *size)
+    assert weights("--mask_ratio", "0.04", *size) and weights("--mask_ratio", "0.03", "--no-mim", *size)
+    with pytest.raises(ValueError, match="--mask_size 24: found --size 32 32 64, expected multiples"):
+        weights("--mask_size", "24", *size)
+
+
+def test_weights_know_the_patients_that_they_were_trained_on(run, copied, folder):
+    """As hashes, also of a run that starts from them."""
+    trained = {f"{i}.nii.gz" for i in range(TRAINED_ON)}
+    hashes = {hashlib.sha1(name.encode()).hexdigest()[:12] for name in trained}
+    assert len(hashes) == TRAINED_ON
+    for name in ("last.pt", "encoder.pt"):
+        assert evaluation.patients_of(copied / name) == hashes
+    assert not any(b"0.nii.gz" in (copied / name).read_bytes() for name in ("last.pt", "encoder.pt"))
+    rows = [[f"{i}.nii.gz", "Normal.", "train"] for i in range(20, 22)]
+    write_manifest(folder / "two.csv", rows)
+    run(f"{SMALL} {ONLY_MIM} --data two.csv --steps 1 --out chain --init {copied / 'encoder.pt'}").succeeded()
+    both = hashes | data.patient_hashes(["20.nii.gz", "21.nii.gz"])
+    assert evaluation.patients_of(folder / "chain" / "last.pt") == both
+    run("--steps 2 --out chain --resume").succeeded()
+    assert evaluation.patients_of(folder / "chain" / "encoder.pt") == both
 
 
 class Code:
@@ -572,6 +662,7 @@ def test_bad_flags_and_files_are_refused_before_training(run, folder):
         "--embed_dim 25": ("embed_dim 25",),
         "--mask_size 24": ("--mask_size 24", "32 32 64"),
         "--mask_size 0": ("--mask_size 0",),
+        "--lambda_b nan": ("--lambda_b nan: expected at least 0",),
         "--mask_ratio 1.5": ("--mask_ratio 1.5",),
         "--mlm_prob 2": ("--mlm_prob 2.0",),
         "--temperature 0": ("--temperature 0.0",),
@@ -597,6 +688,37 @@ def test_bad_flags_and_files_are_refused_before_training(run, folder):
         started = run(f"{SMALL} --out refused {flags}")
         assert started.wait() == 2 and "usage:" in started.errors
     assert not list(folder.glob("refused/*.pt")) and not (folder / "refused" / "log.jsonl").exists()
+
+
+NUMBERS = {                                     # of the flags: the least or most that is good, and bad ones
+    "clip_grad": ([0.0, math.inf], [-1.0, math.nan]), "lambda_a": ([0.0], [-0.1, math.nan, math.inf]),
+    "lr": ([0.0], [-1e-4, math.nan, math.inf]), "weight_decay": ([0.0], [-0.01, math.nan]),
+    "temperature": ([1e-3, 10.0], [0.0, -0.1, math.nan, math.inf]), "warmup": ([0, 0.5], [-1, math.nan]),
+    "mask_ratio": ([1e-3, 1.0], [0.0, 1.01, math.nan]), "mlm_prob": ([1.0], [0.0, 1.5, math.nan]),
+    "fraction": ([1.0], [0.0, 1.1]), "steps": ([1, None], [0, -3]), "embed_dim": ([1], [0, -12]),
+    "workers": ([0], [-1]), "fold": ([0, None], [-1]), "seed": ([0, 2 ** 63 - 1], [-1, 2 ** 63]),
+    "size": ([[32, 1, 32]], [[32, 0, 32], [-32, 32, 32]]), "limit": ([1, None], [0, -1]), "n": ([1], [0]),
+    "spacing": ([(1.5, 1.5, 0.1), None], [(1.5, 0.0, 1.5), (math.nan, 1.0, 1.0)]), "few": ([0], [-1]),
+    "centre": ([(-9.0, 0.0, 3.0)], [(0.0, math.inf, 0.0)]), "repeats": ([1], [0]), "min_count": ([1], [0]),
+    "text_encoder": (["demo", ""], [])}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_have_ranges(name):
+    good, bad = NUMBERS[name]
+    for value in good:
+        data.check_numbers(argparse.Namespace(**{name: value}))
+    for value in bad:
+        text = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+        with pytest.raises(ValueError, match=f"--{name} {text}: expected "):
+            data.check_numbers(argparse.Namespace(**{name: value}))
+
+
+def test_every_number_has_a_range():
+    ranged = set().union(*(names for _, _, names in data.RANGES))
+    for parser in (pretrain.flags(), finetune.flags()):
+        numbers = {action.dest for action in parser._actions if action.type in (int, float)}
+        assert numbers <= ranged
 
 
 def test_a_text_encoder_without_weights_is_refused(run, uninterrupted, tmp_path):
