@@ -34,6 +34,7 @@ from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import SimpleITK as sitk
 import torch
 import torch.nn.functional as F
@@ -199,64 +200,54 @@ def _read_itk(path):
 
 
 UNIT = r'(?im)^(?:(?:space )?units: *"|DistanceUnits *= *)(m|cm|um|microns?)\b'  # other than mm
-# (0020,0032), (0020,0037) and (0028,0030) as bytes, and how many numbers they hold
-FRAME_TAGS = {"position": (b"\x20\0\x32\0", 3), "orientation": (b"\x20\0\x37\0", 6),
-              "spacing": (b"\x28\0\x30\0", 2)}
+# What tells where a slice lies, and the group of tags in which a DICOM file of many frames has it
+PLACE_TAGS = {"ImagePositionPatient": "PlanePositionSequence",
+              "ImageOrientationPatient": "PlaneOrientationSequence",
+              "PixelSpacing": "PixelMeasuresSequence"}
 
 
 class Slice(NamedTuple):
     """A slice of a DICOM file; the lengths are millimetres, the axes LPS"""
     series: str
-    size: tuple         # voxels (x, y)
+    size: tuple         # rows, columns
     position: tuple     # of its first voxel
     orientation: tuple  # two unit vectors: to the next column and to the next row
-    spacing: tuple      # (x, y)
+    spacing: tuple      # of rows, of columns
     file: Path
     frame: int          # its place in the file
 
-    def stack(self):
-        """What the slices of one stack share"""
-        return self.series, self.size, *np.round(self.orientation, 2), *np.round(self.spacing, 4)
 
-
-def _frame_geometry(file, n):
-    """Position, orientation and spacing (x, y) of each of the n frames of a DICOM file"""
-    content = file.read_bytes()  # GDCM tells neither where a frame lies nor whether they are regular
-    columns = []
-    for name, (tag, k) in FRAME_TAGS.items():
-        value = rb"(?s:.{4})((?:[-+.\deE ]+\\){%d}[-+.\deE ]+)" % (k - 1)  # behind type and length
-        texts = re.findall(re.escape(tag) + value, content)
-        values = [tuple(map(float, text.split(b"\\"))) for text in texts]
-        if len(set(values)) == 1:
-            values = values[:1] * n  # one for all
-        if len(values) != n:
-            raise ValueError(f"{n} frames, but {len(values)} times their {name}")
-        columns.append(values)
-    return [(position, orientation, spacing[::-1]) for position, orientation, spacing in zip(*columns)]
+def _place(header, own):
+    """The numbers of PLACE_TAGS; own: the groups of one frame, which come before those that all share"""
+    numbers = []
+    for tag, sequence in PLACE_TAGS.items():
+        groups = [own, *header.get("SharedFunctionalGroupsSequence", [])]
+        place = next((group[sequence][0] for group in groups if sequence in group), header)
+        numbers.append(tuple(map(float, place[tag].value)))
+    return numbers
 
 
 def _dicom_slices(file):
     """The slices of a DICOM file but localisers; none in another file, ValueError in a broken one"""
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(file))
-    reader.SetImageIO("GDCMImageIO")
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError:
-        with open(file, "rb") as stream:  # structures, reports and a DICOMDIR lie beside slices, too
-            other = re.search(rb"10008\.(1\.3|5\.1\.4\.1\.1\.(?!2\b|4\b|128\b))", stream.read(1024))
-        if _is_dicom(file) and not other:
-            raise ValueError(f"{file.name} is broken") from None
+    header = pydicom.dcmread(file, force=True, defer_size=1024)  # leaves the pixels in the file
+    kind = header.file_meta.get("MediaStorageSOPClassUID", header.get("SOPClassUID", ""))
+    # Structures, reports, screenshots and a DICOMDIR lie beside slices, too
+    is_scan = re.search("(CT|MR|Emission Tomography) Image", pydicom.uid.UID(kind).name)
+    is_cut = len(header) == 0 or not (header.preamble or kind)  # so early that its kind may be lost
+    if "PixelData" not in header and (is_scan or is_cut) and _is_dicom(file):
+        raise ValueError(f"{file.name} is broken")
+    is_grey = "MONOCHROME" in header.get("PhotometricInterpretation", "")
+    if "PixelData" not in header or not is_grey or "LOCALIZER" in header.get("ImageType", ""):
         return []
-    tags = {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys()}
-    if reader.GetNumberOfComponents() > 1 or "LOCALIZER" in tags.get("0008|0008", ""):
-        return []
-    direction, size = reader.GetDirection(), reader.GetSize()
-    geometry = [(reader.GetOrigin(), direction[::3] + direction[1::3], reader.GetSpacing()[:2])]
-    if size[2] > 1:
-        geometry = _frame_geometry(file, size[2])
-    return [Slice(tags.get("0020|000e", ""), size[:2], *numbers, file, frame)
-            for frame, numbers in enumerate(geometry)]
+    n = int(header.get("NumberOfFrames") or 1)
+    series, size = header.get("SeriesInstanceUID", ""), (header.Rows, header.Columns)
+    slices = []
+    for frame, own in enumerate(header.get("PerFrameFunctionalGroupsSequence", [header] * n)):
+        with contextlib.suppress(LookupError, TypeError, ValueError):  # a tag lacks, is empty or no number
+            slices.append(Slice(series, size, *_place(header, own), file, frame))
+    if len(slices) != n and is_scan:
+        raise ValueError(f"{file.name}: {n} frames, but {len(slices)} times their position and axes")
+    return slices
 
 
 def _regular_stack(slices):
@@ -278,13 +269,19 @@ def _read_dicom(path):
     stacks = defaultdict(list)
     for file in _visible_files(path) if path.is_dir() else [path]:
         for one in _dicom_slices(file):
-            stacks[one.stack()].append(one)
+            shared = one.series, one.size, *np.round(one.orientation, 2), *np.round(one.spacing, 4)
+            stacks[shared].append(one)
     if not stacks:
         raise ValueError("neither DICOM slices, localisers aside, nor PNG or JPEG here")
     stack = max(stacks.values(), key=len)  # the first of equal ones
-    right, down = np.reshape(stack[0].orientation, (2, 3))
-    pixels = {one.file: sitk.GetArrayFromImage(sitk.ReadImage(str(one.file), sitk.sitkFloat32))
-              for one in stack}
+    axes = np.reshape(stack[0].orientation, (2, 3))
+    right, down = axes / np.linalg.norm(axes, axis=1, keepdims=True)  # they may be rounded
+    pixels = {}
+    for file in sorted({one.file for one in stack}):
+        try:
+            pixels[file] = sitk.GetArrayFromImage(sitk.ReadImage(str(file), sitk.sitkFloat32))
+        except RuntimeError:
+            raise ValueError(f"{file.name} is broken") from None
     slices = []
     for one in sorted(stack, key=lambda one: np.dot(one.position, np.cross(right, down))):
         last = slices[-1] if slices else None
@@ -300,7 +297,7 @@ def _read_dicom(path):
         _warn_once(f"{path}: took {len(stack)} slices of the series {stack[0].series}, not "
                    f"{shorten(others)}")
     affine = np.eye(4)
-    affine[:3] = np.c_[right * stack[0].spacing[0], down * stack[0].spacing[1], step, first]
+    affine[:3] = np.c_[right * stack[0].spacing[1], down * stack[0].spacing[0], step, first]
     xyz = np.stack([pixels[one.file][one.frame] for one in slices]).T
     return xyz, np.diag([-1, -1, 1, 1]) @ affine  # LPS -> RAS
 
