@@ -1,6 +1,7 @@
 """Encoders against MONAI, fusion attention against loops, MG3D's switches, foreign weights."""
 import contextlib
 import itertools
+import json
 import os
 
 import numpy as np
@@ -698,6 +699,18 @@ def test_a_text_encoder_at_the_limit_fits(tmp_path):
     assert (text.width, text.vocab_size) == (16, rows)
 
 
+def test_numbers_of_words_may_have_gaps(tmp_path):
+    """As where vocab.txt has a line twice: fewer words than the largest number says"""
+    folder = text_folder_with(tmp_path, extra_rows=3)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary[max(vocabulary, key=vocabulary.get)] += 2
+    file.write_text(json.dumps(content))
+    text = model.TextEncoder(folder)
+    assert text.vocab_size == len(text.tokenizer) + 2 == text.bert.config.vocab_size - 1
+
+
 @pytest.mark.parametrize("change, found", [
     (lambda weights, file: file.write_bytes(file.read_bytes()[:-999]), "deserializing"),
     (lambda weights, file: weights.pop("encoder.layer.1.output.dense.weight"),
@@ -708,8 +721,9 @@ def test_a_text_encoder_at_the_limit_fits(tmp_path):
      "encoder.layer.1.output.dense.weight with NaN"),
     (lambda weights, file: weights.update({"cls.predictions.bias": torch.ones(3),
                                            "embeddings.position_ids": torch.arange(3)}), None),
+    (lambda weights, file: weights.update({"embeddings.word_embeddings._weight": torch.ones(3)}), None),
     (lambda weights, file: weights.pop("pooler.dense.weight"), None),
-], ids=["torn", "missing", "more layers", "NaN", "a head", "no pooler"])
+], ids=["torn", "missing", "more layers", "NaN", "a head", "as DeBERTa has it", "no pooler"])
 def test_weights_of_text_encoders(tmp_path, change, found):
     from safetensors.torch import load_file, save_file
     folder, file = text_folder_with(tmp_path), tmp_path / "model.safetensors"
