@@ -861,19 +861,19 @@ def predict_scan(run, item, out, index=()):
     kind, classes = run.task.kind, run.task.classes
     predict = predict_classes if kind in ("classify", "prompt") else KINDS[kind][0]
     [prediction] = predict(run, [item], progress=True)
+    mask = f"{_file_name(item)}_mask.nii.gz"
+    names = {"segment": mask, "report": "report.txt", "retrieve": "retrieved.csv"}
+    path = _own_path(out, names.get(kind, "probabilities.csv"), item)
     if kind == "segment":
         labels, affine = prediction
-        path = _own_path(out, f"{_file_name(item)}_mask.nii.gz", item)
         nib.save(nib.Nifti1Image(labels, affine), path)
         for k, name in enumerate(classes, 1):
             millilitres = (labels == k).sum() * abs(np.linalg.det(affine[:3, :3])) / 1000
             print(f"{name:40s} {millilitres:10.2f} ml")
     elif kind == "report":
-        path = _own_path(out, "report.txt", item)
         path.write_text(prediction + "\n", encoding="utf-8")
         print(prediction)
     elif kind == "retrieve":
-        path = _own_path(out, "retrieved.csv", item)
         ids = {other.report: other.id for other in index}  # two reconstructions, one report
         similarity = (text_features(run.network, list(ids)) @ prediction).tolist()
         ranked = sorted(zip(similarity, ids.items()), reverse=True)[:10]
@@ -882,7 +882,6 @@ def predict_scan(run, item, out, index=()):
         for rank, name, score, report in rows[:5]:
             print(f"{rank:3d}  {score:.3f}  {name}  {textwrap.shorten(report, 160)}")
     else:
-        path = _own_path(out, "probabilities.csv", item)
         rows = list(zip(classes, prediction.tolist()))
         _write_csv(path, ["class", "probability"], rows)
         for name, probability in rows:
@@ -1215,9 +1214,8 @@ def find_scans(folder):
     scans, unknown = [], []
     for root, _, files in data.walk(folder):
         volumes = [root / name for name in files if data.ENDING.search(name)]
-        others = [root / name for name in files
-                  if not re.search(r"\.(csv|json|txt)$|^DICOMDIR$", name, re.IGNORECASE)]
-        others = [path for path in others if path not in volumes]
+        notes = re.compile(r".*\.(csv|json|txt)|DICOMDIR", re.IGNORECASE)
+        others = [root / name for name in files if not data.ENDING.search(name) and not notes.fullmatch(name)]
         has_pictures = any(path.suffix.lower() in (".png", ".jpg", ".jpeg") for path in others)
         if any(map(data._is_dicom, others)) or (has_pictures and not volumes):
             scans.append(root)

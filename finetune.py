@@ -374,8 +374,7 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}, \
             forget_older_run(Path(args.out))
         evaluation.write_result(vars(args) | {"resume": False}, Path(args.out, "run.json"))
         evaluation.write_result(patients, out / "split.json")
-        rows = [row for row in pretrain.read_log(log_path) if row["step"] < step]
-        pretrain.write_log(log_path, rows, mode="w")
+        pretrain.write_log(log_path, [row for row in pretrain.read_log(log_path) if row["step"] < step], "w")
     run = evaluation.Run(network, task, config, args.cache, device)
     interruption, stopping, bad_steps, stream = pretrain.Interruption(), 0, 0, iter(loader)
     bar = tqdm(total=steps, initial=step, desc=args.task, disable=None if rank == 0 else True)
@@ -427,8 +426,7 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}, \
     if rank == 0:
         evaluation.plot_curves(pretrain.read_log(log_path), out / "curves.png")
         run = evaluation.load_checkpoint(out / "best.pt", args.cache, device)
-        result = test_best(run, out, best, train_items, test_items)
-        result |= {"seed": seed, "init": args.init}
+        result = test_best(run, out, best, train_items, test_items) | {"seed": seed, "init": args.init}
         result["more"]["patients_seen_in_pretraining"] = seen
         evaluation.write_result(result, out / "result.json")
     dist.barrier()

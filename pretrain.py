@@ -422,11 +422,17 @@ def choose_items(args, items):
 
 
 def fill(network, args, checkpoint):
-    """Weights of the run to go on with, or of --init for the encoder. ValueError if they do not fit."""
+    """Weights of the run to go on with, or of --init for the encoder. ValueError if they do not fit.
+
+    Returns hashes of the patients that they were trained on, so that tests can tell who was among them.
+    """
     if checkpoint:
         model.restore(network, checkpoint, Path(args.out, "last.pt"))
-    elif args.init:
+        return checkpoint.get("patients", [])   # older files do not tell
+    if args.init:
         model.load_weights(network.encoder, args.init, args.merging)
+        return evaluation.patients_of(args.init)
+    return []
 
 
 def say_what_it_teaches(args, enabled, world):
@@ -436,16 +442,6 @@ def say_what_it_teaches(args, enabled, world):
         log.warning("warning: in a batch of one there is no other patient: cml, ssm, dfa and clip are 0")
     if args.permute_reports:
         log.warning("warning: --permute_reports: every patient trains with another's report (a control)")
-
-
-def hashes_of_patients(train_items, checkpoint, init):
-    """Of all that the weights have been trained on: whoever tests them later can tell who was among them."""
-    hashes = data.patient_hashes(item.patient for item in train_items)
-    if checkpoint:
-        hashes.update(checkpoint.get("patients", ()))
-    elif init:
-        hashes.update(evaluation.patients_of(init))
-    return sorted(hashes)
 
 
 def main(args, given):
@@ -488,8 +484,8 @@ def main(args, given):
     network = model.build_network("pretrain", 0, vars(args), out)
     encoder, text_encoder = network.encoder, network.text_encoder
     text_encoder.check_words([item.report for item in train_items[:100]], args.data)
-    fill(network, args, checkpoint)
-    seen = hashes_of_patients(train_items, checkpoint, args.init)
+    seen = sorted({*fill(network, args, checkpoint),
+                   *data.patient_hashes(item.patient for item in train_items)})
     network.to(device).train()
     parallel = DistributedDataParallel(network) if world > 1 else network
     optimizer = torch.optim.AdamW(parameter_groups(network, args))
