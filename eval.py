@@ -432,7 +432,7 @@ def sentence_maps(network, volume, report):
 
 
 def lesion_attention(network, items, finding_of, cache, size, hu="auto"):
-    """Do sentences look at the lesion that they state? Share of their attention in the tokens that it touches.
+    """Do sentences look at the lesion that they state? Share of their attention in the tokens it touches.
 
     finding_of(sentence): the number of the finding that it states, or None; `item.mask` has its place.
     Returns {inside, random, others, interval, interval_to_others, n}: means over n patients, and intervals
@@ -974,7 +974,7 @@ def _show(ax, picture, title="", **options):
 
 
 def _coronal(volume, y=None):
-    """(1, D, H, W) -> a coronal slice (D, W), else the middle one: head up, the patient's right on the left"""
+    """(1, D, H, W) -> a coronal slice (D, W), else the middle: head up, the patient's right on the left"""
     y = volume.shape[2] // 2 if y is None else y
     return volume[0, :, y].flip(0, 1).float().cpu().numpy()
 

@@ -45,10 +45,8 @@ def window_plan(batch, size, window, shift, device):
     """Which tokens share a window, for maps of `size` tokens; size, window and shift are (d, h, w).
 
     Returns (order, inverse, groups, pairs). `order` (B·d·h·w,) sorts tokens by group and window,
-    `inverse` undoes it. A group holds windows of one shape: (number of windows, n real and p padding
-    tokens).
-    `pairs` (2, P): its n × (n + p) queries and keys, group by group, as places in the raster of the uncut
-    window.
+    `inverse` undoes it. A group holds windows of one shape: (how many, n real and p padding tokens).
+    `pairs` (2, P): its n × (n + p) queries and keys, group by group, in the raster of the uncut window.
     """
     padded = [-(-side // w) * w for side, w in zip(size, window)]
     token = np.full(padded, -1)                                         # -1 = padding
