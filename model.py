@@ -1028,8 +1028,8 @@ RENAMES = ((r"^((module|model|net|backbone|_orig_mod)\.)+", "", False),  # wrapp
            (r"^swin(ViT|_vit)\.", "encoder.", False),                   # MONAI's SwinUNETR
            (r"^(?=patch_embed\.|layers|levels\.|mask_token)", "encoder.", False))   # encoder.pt
 CONTAINERS = "state_dict", "model_state_dict", "model", "network_weights", "net"
-# What may stand among the weights of an encoder without changing it: the authors' proj_head, a decoder
-BESIDE = re.compile(r"mask_token$|.*relative_position_index$|proj_head\.|(en|de)coder\d+\.|out\.")
+# What may stand among the weights of an encoder without changing it: heads of the authors, of SSL; decoders
+BESIDE = re.compile(r"mask_token$|.*relative_position_index$|\w+_(head|pre)\.|(en|de)coder\d+\.|out\.")
 
 
 def export_encoder(encoder):

@@ -889,6 +889,15 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path, value):
         model.restore(nn.ModuleDict({"encoder": encoder}), checkpoint, "last.pt")
 
 
+def test_heads_behind_an_encoder_are_left_out(tmp_path):
+    source, target = build_encoder("swin_t"), build_encoder("swin_t")
+    state = {f"vision_encoder.swinViT.{key}": p for key, p in source.state_dict().items()}
+    heads = ["rotation_pre.weight", "rotation_head.weight", "contrastive_head.bias"]
+    torch.save(state | {f"vision_encoder.{name}": torch.ones(2) for name in heads}, tmp_path / "authors.pt")
+    assert load_weights(target, tmp_path / "authors.pt")["unexpected"] == heads
+    assert all(torch.equal(p, target.state_dict()[key]) for key, p in source.state_dict().items())
+
+
 def test_two_networks_in_a_file_are_refused(tmp_path):
     state = build_encoder("swin_t").state_dict()
     torch.save({f"{name}.vision_encoder.{key}": p for name in ("student", "teacher") for key, p in state.items()},
