@@ -432,7 +432,7 @@ def sentence_maps(network, volume, report):
 
 
 def lesion_attention(network, items, finding_of, cache, size, hu="auto"):
-    """Do sentences look at the lesion that they state? Share of their attention in the tokens that it touches.
+    """Do sentences look at the lesion that they state? Share of their attention in the tokens it touches.
 
     finding_of(sentence): the number of the finding that it states, or None; `item.mask` has its place.
     Returns {inside, random, others, interval, interval_to_others, n}: means over n patients, and intervals
@@ -861,19 +861,19 @@ def predict_scan(run, item, out, index=()):
     kind, classes = run.task.kind, run.task.classes
     predict = predict_classes if kind in ("classify", "prompt") else KINDS[kind][0]
     [prediction] = predict(run, [item], progress=True)
+    mask = f"{_file_name(item)}_mask.nii.gz"
+    names = {"segment": mask, "report": "report.txt", "retrieve": "retrieved.csv"}
+    path = _own_path(out, names.get(kind, "probabilities.csv"), item)
     if kind == "segment":
         labels, affine = prediction
-        path = _own_path(out, f"{_file_name(item)}_mask.nii.gz", item)
         nib.save(nib.Nifti1Image(labels, affine), path)
         for k, name in enumerate(classes, 1):
             millilitres = (labels == k).sum() * abs(np.linalg.det(affine[:3, :3])) / 1000
             print(f"{name:40s} {millilitres:10.2f} ml")
     elif kind == "report":
-        path = _own_path(out, "report.txt", item)
         path.write_text(prediction + "\n", encoding="utf-8")
         print(prediction)
     elif kind == "retrieve":
-        path = _own_path(out, "retrieved.csv", item)
         ids = {other.report: other.id for other in index}  # two reconstructions, one report
         similarity = (text_features(run.network, list(ids)) @ prediction).tolist()
         ranked = sorted(zip(similarity, ids.items()), reverse=True)[:10]
@@ -882,7 +882,6 @@ def predict_scan(run, item, out, index=()):
         for rank, name, score, report in rows[:5]:
             print(f"{rank:3d}  {score:.3f}  {name}  {textwrap.shorten(report, 160)}")
     else:
-        path = _own_path(out, "probabilities.csv", item)
         rows = list(zip(classes, prediction.tolist()))
         _write_csv(path, ["class", "probability"], rows)
         for name, probability in rows:
@@ -975,7 +974,7 @@ def _show(ax, picture, title="", **options):
 
 
 def _coronal(volume, y=None):
-    """(1, D, H, W) -> a coronal slice (D, W), else the middle one: head up, the patient's right on the left"""
+    """(1, D, H, W) -> a coronal slice (D, W), else the middle: head up, the patient's right on the left"""
     y = volume.shape[2] // 2 if y is None else y
     return volume[0, :, y].flip(0, 1).float().cpu().numpy()
 
@@ -1112,19 +1111,19 @@ def load_encoder(checkpoint, name=None, merging="auto"):
 
 
 def _encoder_of(args):
-    """The encoder of probe and embed, in eval mode on its device, its input size and source of HU"""
+    """The encoder of probe and embed on its device, its input size, source of HU, config of its run or {}"""
     encoder, config = load_encoder(args.checkpoint, args.encoder, args.merging)
     whole = "task" not in config or data.TASKS[config["task"]].view == "whole"  # else the size of a patch
     size = args.size or whole and config.get("size") or data.SIZE
-    return encoder.to(DEVICE), tuple(size), args.hu or config.get("hu", "auto")
+    return encoder.to(DEVICE), tuple(size), args.hu or config.get("hu", "auto"), config
 
 
 def patients_of(path):
     """Hashes of the patients that a file of weights was trained on, as far as it tells"""
     state = model.read_checkpoint(path)
-    config = state.get("config", {})
-    noted = getattr(state, "_metadata", {}).get("", {}).get("patients", ())     # in encoder.pt
-    return {*noted, *state.get("patients", ()), *config.get("pretrained_on", ()),
+    config = model.flags_of(state)
+    noted = state if config else getattr(state, "_metadata", {}).get("", {})    # last.pt or encoder.pt
+    return {*noted.get("patients", ()), *config.get("pretrained_on", ()),
             *data.patient_hashes(config.get("patients", ()))}
 
 
@@ -1139,7 +1138,7 @@ def count_seen(items, hashes, source):
 
 
 def probe_command(args):
-    encoder, size, hu = _encoder_of(args)
+    encoder, size, hu, config = _encoder_of(args)
     items = data.load_items(args.data, args.cache)
     features = probe_features(encoder, items, args.cache, size, hu, args.batch_size)
     left_out = len(items) - sum(map(len, features))
@@ -1158,7 +1157,6 @@ def probe_command(args):
     result["patients_seen_in_pretraining"] = count_seen(held_out, trained_on, args.checkpoint)
     if math.isnan(value):
         result["reason"] = NO_VALUE["prompt"]
-    config = model.flags_of(model.read_checkpoint(args.checkpoint))
     untrained = untrained_encoder(config) if "mlm_prob" in config else None     # of a run of pretrain.py
     if untrained is not None:
         before = probe_features(untrained.to(DEVICE), items, args.cache, size, hu, args.batch_size)
@@ -1174,12 +1172,7 @@ def load_pretrained(path, device="cpu"):
     config = model.flags_of(checkpoint)
     if "task" in config or "mlm_prob" not in config:
         raise ValueError(f"{path}: found no text side, expected last.pt of pretrain.py")
-    enabled = [name for name in model.LOSSES if config[name]]
-    settings = {name: config[name] for name in ("guidance", "mim_attention", "mlm_attention",
-                                                "sentence_values") if name in config}
-    text = Path(path).parent / "text_encoder" if config["text_encoder"] == "demo" else config["text_encoder"]
-    network = model.MG3D(model.build_encoder(config["encoder"]), model.TextEncoder(str(text)), enabled,
-                         config["embed_dim"], **settings)
+    network = model.build_network("pretrain", 0, config, Path(path).parent)
     model.restore(network, checkpoint, path)
     return network.to(device).eval(), config
 
@@ -1215,21 +1208,16 @@ def pairing_command(args):
     print(f"wrote {out / 'pairing.json'} and pairing.png")
 
 
-def _is_dicom(path):
-    with open(path, "rb") as file:
-        return path.name != "DICOMDIR" and file.read(132)[128:] == b"DICM"
-
-
 def find_scans(folder):
     """What a folder holds at any depth: volume files, folders of DICOM, and folders of pictures that have no
     volume beside them; if there is nothing of these, every folder of files that may be slices"""
     scans, unknown = [], []
     for root, _, files in data.walk(folder):
         volumes = [root / name for name in files if data.ENDING.search(name)]
-        others = [root / name for name in files if not re.search(r"\.(csv|json|txt)$", name, re.IGNORECASE)]
-        others = [path for path in others if path not in volumes]
+        notes = re.compile(r".*\.(csv|json|txt)|DICOMDIR", re.IGNORECASE)
+        others = [root / name for name in files if not data.ENDING.search(name) and not notes.fullmatch(name)]
         has_pictures = any(path.suffix.lower() in (".png", ".jpg", ".jpeg") for path in others)
-        if any(map(_is_dicom, others)) or (has_pictures and not volumes):
+        if any(map(data._is_dicom, others)) or (has_pictures and not volumes):
             scans.append(root)
         if others:
             unknown.append(root)
@@ -1239,7 +1227,7 @@ def find_scans(folder):
 
 def embed_command(args):
     """Features of every scan of a folder; a scan that cannot be read is named and left out."""
-    encoder, size, hu = _encoder_of(args)
+    encoder, size, hu, _ = _encoder_of(args)
     is_folder = args.input.is_dir()
     scans = find_scans(args.input) if is_folder else [args.input]
     ids, rows, failures = [], [], []
@@ -1355,18 +1343,13 @@ def task_command(args):
         return predict_scan(run, _scan_item(args.input, args.input.name, centre), out, chosen)
     if not chosen:
         raise ValueError(f"{args.data}: found nothing for the part {args.split}, expected another --split")
-    trained_on = config["patients"] if args.split == "test" else ()
-    seen = {item.patient for item in chosen}.intersection(trained_on)
-    if seen:
-        log.warning("%s: %d patients of the test part, %s among them, are those %s was trained on: the set "
-                    "or its split differs from that of the training",
-                    args.data, len(seen), min(seen), args.checkpoint)
-    hashes = config.get("pretrained_on", ()) if args.split == "test" else ()
-    seen_before = count_seen(chosen, hashes, config.get("init"))
+    tested = chosen if args.split == "test" else []
+    seen = count_seen(tested, data.patient_hashes(config["patients"]), args.checkpoint)
+    seen_before = count_seen(tested, config.get("pretrained_on", ()), config.get("init"))
     chosen = data.prepare_all(chosen, args.cache, config["workers"], task=run.task)
     train_items = [item for item in items if item.split == "train"]
     result = evaluate(run, chosen, out, train_items=train_items)
-    result["more"]["patients_seen_in_training"] = len(seen)
+    result["more"]["patients_seen_in_training"] = seen
     result["more"]["patients_seen_in_pretraining"] = seen_before
     print_result(result)
     write_result(result, out / "result.json")

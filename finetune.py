@@ -79,7 +79,6 @@ if __name__ == "__main__":                      # before torch is imported: --he
 
 import functools
 import hashlib
-import json
 import logging
 import math
 import shutil
@@ -108,13 +107,6 @@ WITH_TEXTS = [name for name, task in data.TASKS.items() if task.kind in ("prompt
 
 
 # ---------------------------------------------------------------------------------------- settings
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}; expected JSON") from None
-
 
 def settings_of_init(path, kind):
     """What a file to start from says of its encoder and, for tasks with texts, of its projections"""
@@ -205,9 +197,9 @@ def load_init(args, task, config, network):
         text_encoders = {Path(flags.get("text_encoder", "")).name for flags in (saved, config)}
         fits = saved.get("clip", "task" in saved) and len(text_encoders) == 1
     else:
-        classes = tuple(checkpoint.get("task", {}).get("classes", task.classes))
-        same = (saved.get(name) == config[name] for name in ("task", "vocabulary"))
-        fits = classes == task.classes and all(same)
+        fits = all(saved.get(name) == config[name] for name in ("task", "vocabulary"))
+        if fits:                                # older files do not tell the classes
+            fits = tuple(checkpoint.get("task", {}).get("classes", task.classes)) == task.classes
     report = model.load_weights(network, args.init, args.merging, () if fits else network.outputs)
     left_out = [key for key in report["unexpected"] if key.startswith(network.outputs)]
     if left_out:
@@ -231,10 +223,10 @@ def still_good(parts, good, source):
     return kept
 
 
-def forget_older_run(args, out):
+def forget_older_run(out):
     """Delete what an older run in this folder, of one repeat or of several, could be taken up from."""
     for name in ("last.pt", "previous.pt", "best.pt", "result.json"):
-        for file in (Path(args.out, name), out / name, *Path(args.out).glob(f"repeat_*/{name}")):
+        for file in (out / name, *out.glob(f"repeat_*/{name}")):
             file.unlink(missing_ok=True)
 
 
@@ -379,11 +371,10 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}, \
     log_path = out / "log.jsonl"
     if rank == 0:
         if not checkpoint and seed == args.seed:        # all is checked
-            forget_older_run(args, out)
+            forget_older_run(Path(args.out))
         evaluation.write_result(vars(args) | {"resume": False}, Path(args.out, "run.json"))
         evaluation.write_result(patients, out / "split.json")
-        rows = [row for row in pretrain.read_log(log_path) if row["step"] < step]
-        pretrain.write_log(log_path, rows, mode="w")
+        pretrain.write_log(log_path, [row for row in pretrain.read_log(log_path) if row["step"] < step], "w")
     run = evaluation.Run(network, task, config, args.cache, device)
     interruption, stopping, bad_steps, stream = pretrain.Interruption(), 0, 0, iter(loader)
     bar = tqdm(total=steps, initial=step, desc=args.task, disable=None if rank == 0 else True)
@@ -435,8 +426,7 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}, \
     if rank == 0:
         evaluation.plot_curves(pretrain.read_log(log_path), out / "curves.png")
         run = evaluation.load_checkpoint(out / "best.pt", args.cache, device)
-        result = test_best(run, out, best, train_items, test_items)
-        result |= {"seed": seed, "init": args.init}
+        result = test_best(run, out, best, train_items, test_items) | {"seed": seed, "init": args.init}
         result["more"]["patients_seen_in_pretraining"] = seen
         evaluation.write_result(result, out / "result.json")
     dist.barrier()
@@ -476,7 +466,7 @@ def main(args, given):
     if args.resume and not (given.keys() & {"out", "task"}):
         raise ValueError("--resume: found no --out, expected the folder of the run to go on with")
     if args.resume:
-        args = pretrain.resume_flags(args, given, read_json(out / "run.json"), MAY_CHANGE)
+        args = pretrain.resume_flags(args, given, pretrain.read_json(out / "run.json"), MAY_CHANGE)
         pretrain.check_flags(args)
     else:
         args = complete(args, given)
@@ -488,7 +478,7 @@ def main(args, given):
         folder = out / f"repeat_{repeat}" if args.repeats > 1 else out
         pretrain.make_folder(folder)
         if args.resume and (folder / "result.json").exists():
-            results.append(read_json(folder / "result.json"))
+            results.append(pretrain.read_json(folder / "result.json"))
         else:
             results.append(train(args, task, folder, args.seed + repeat, rank, world, device))
     if rank == 0 and args.repeats > 1:

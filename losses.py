@@ -166,15 +166,14 @@ def shares(batches, enabled, device="cpu"):
     By masked voxels, masked words and patients, of all processes: so weighed, mim, mlm and sfr are those
     of one large batch. The others compare the patients of a pass: means.
     """
-    counts = [[batch["volume_mask"].sum(), (batch["mlm_labels"] != -100).sum(), len(batch["volume"])]
+    counts = [[1, batch["volume_mask"].sum(), (batch["mlm_labels"] != -100).sum(), len(batch["volume"])]
               for batch in batches]
-    counts = torch.tensor(counts, dtype=torch.float64, device=device)               # (passes, 3)
+    counts = torch.tensor(counts, dtype=torch.float64, device=device)               # (passes, 4)
     if dist.is_initialized():
         dist.all_reduce(counts)
-    equal = dict.fromkeys(enabled, 1 / len(batches))
+    column = {"mim": 1, "mlm": 2, "sfr": 3}
     parts = (counts / counts.sum(0).clamp(min=1)).tolist()
-    counted = [dict(zip(("mim", "mlm", "sfr"), part)) for part in parts]
-    return [{name: part.get(name, equal[name]) for name in enabled} for part in counted]
+    return [{name: part[column.get(name, 0)] for name in enabled} for part in parts]
 
 
 def compute(outputs, batch, enabled, temperature=0.1):

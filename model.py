@@ -45,10 +45,8 @@ def window_plan(batch, size, window, shift, device):
     """Which tokens share a window, for maps of `size` tokens; size, window and shift are (d, h, w).
 
     Returns (order, inverse, groups, pairs). `order` (B·d·h·w,) sorts tokens by group and window,
-    `inverse` undoes it. A group holds windows of one shape: (number of windows, n real and p padding
-    tokens).
-    `pairs` (2, P): its n × (n + p) queries and keys, group by group, as places in the raster of the uncut
-    window.
+    `inverse` undoes it. A group holds windows of one shape: (how many, n real and p padding tokens).
+    `pairs` (2, P): its n × (n + p) queries and keys, group by group, in the raster of the uncut window.
     """
     padded = [-(-side // w) * w for side, w in zip(size, window)]
     token = np.full(padded, -1)                                         # -1 = padding
@@ -401,7 +399,6 @@ class TextEncoder(nn.Module):
         self.check_tokenizer()
         self.check_model(info)
         self.width = self.bert.config.hidden_size
-        self.vocab_size = len(self.tokenizer)
         special = {self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, self.tokenizer.pad_token_id}
         self.register_buffer("special_ids", torch.tensor(sorted(special - {None})))
 
@@ -423,16 +420,17 @@ class TextEncoder(nn.Module):
     def check_model(self, info):
         """ValueError unless it is an encoder, filled by its file, that reads every token of a report."""
         parts = {key.split(".")[0] for key in self.bert.state_dict()} - {"pooler"}      # which is not used
-        for kind in ("missing", "unexpected"):  # unexpected: of layers that config.json leaves out
-            keys = [key for key in sorted(info[f"{kind}_keys"]) if parts.intersection(key.split(".")[:2])
-                    and not key.endswith("position_ids")]               # a buffer of old files
+        for kind, pattern in (("missing", ""), ("unexpected", r"\.\d+\.")):     # layers have numbers
+            keys = [key for key in sorted(info[f"{kind}_keys"])
+                    if parts.intersection(key.split(".")[:2]) and re.search(pattern, key)]
             if keys:
                 self.refuse(f"{len(keys)} {kind} weights, such as {keys[:3]}", "those of its config.json")
         check_finite(f"text encoder {self.name}", self.bert.state_dict())
         rows = self.bert.get_input_embeddings().num_embeddings
-        largest = max(self.tokenizer.get_vocab().values())
-        if largest >= rows:
-            self.refuse(f"a token {largest} and an embedding of {rows} rows", "a row for every token")
+        self.vocab_size = 1 + max(self.tokenizer.get_vocab().values())  # some numbers may have no token
+        if self.vocab_size > rows:
+            self.refuse(f"a token {self.vocab_size - 1} and an embedding of {rows} rows",
+                        "a row for every token")
         if self.bert.config.is_encoder_decoder:
             self.refuse(f"{type(self.bert).__name__}, which has a decoder", "an encoder alone")
         ids = torch.full((2, 1, self.max_tokens), self.tokenizer.mask_token_id)
@@ -1005,7 +1003,7 @@ class ReportGenerator(nn.Module):
 
 
 def build_network(kind, num_classes, config, folder):
-    """The network of a fine-tuning run: kind of `data.Task`, flags in `config`, folder of text_encoder/"""
+    """The network of a run with the flags `config`; kind: of `data.Task`, or "pretrain"; folder: its --out"""
     encoder = build_encoder(config["encoder"], use_checkpoint=config["use_checkpoint"])
     if kind == "classify":
         return Classifier(encoder, num_classes)
@@ -1014,7 +1012,10 @@ def build_network(kind, num_classes, config, folder):
     if kind == "report":
         return ReportGenerator(encoder, len(config["vocabulary"]))
     text = Path(folder, "text_encoder") if config["text_encoder"] == "demo" else config["text_encoder"]
-    return MG3D(encoder, TextEncoder(str(text)), losses=("clip",), embed_dim=config["embed_dim"])
+    names = "embed_dim", "guidance", "mim_attention", "mlm_attention", "sentence_values"
+    settings = {name: config[name] for name in names if name in config}         # older files lack some
+    losses = [name for name in LOSSES if config.get(name)] if kind == "pretrain" else ["clip"]
+    return MG3D(encoder, TextEncoder(str(text)), losses, **settings)
 
 
 # -------------------------------------------------------------------------------- files of weights
@@ -1027,8 +1028,8 @@ RENAMES = ((r"^((module|model|net|backbone|_orig_mod)\.)+", "", False),  # wrapp
            (r"^swin(ViT|_vit)\.", "encoder.", False),                   # MONAI's SwinUNETR
            (r"^(?=patch_embed\.|layers|levels\.|mask_token)", "encoder.", False))   # encoder.pt
 CONTAINERS = "state_dict", "model_state_dict", "model", "network_weights", "net"
-# What may stand among the weights of an encoder without changing it: the authors' proj_head, a decoder
-BESIDE = re.compile(r"mask_token$|.*relative_position_index$|proj_head\.|(en|de)coder\d+\.|out\.")
+# What may stand among the weights of an encoder without changing it: heads of the authors, of SSL; decoders
+BESIDE = re.compile(r"mask_token$|.*relative_position_index$|\w+_(head|pre)\.|(en|de)coder\d+\.|out\.")
 
 
 def export_encoder(encoder):

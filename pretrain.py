@@ -176,6 +176,13 @@ def check_flags(args):
         raise ValueError(f"--merging {args.merging}: found no --init, expected a file trained so")
 
 
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}; expected JSON") from None
+
+
 def make_folder(out):
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -202,7 +209,7 @@ def begin(out, config):
 def check_newest(out, saved):
     """ValueError if a newer run than that of the flags `saved` began in OUT, and ended before it saved."""
     path = out / "run.json"
-    newest = json.loads(path.read_text()) if path.exists() else saved
+    newest = read_json(path) if path.exists() else saved
     if newest.get("begun") != saved.get("begun"):
         raise ValueError(f"--resume: the run that began in {out} at {newest.get('begun')} saved nothing; "
                          f"last.pt is of an older one, begun at {saved.get('begun')}. Start anew, without "
@@ -326,14 +333,10 @@ def save_encoder(encoder, patients, out):
     weights._metadata[""]["patients"] = patients
     save_file(weights, out / "encoder.pt")
     if isinstance(encoder, model.SwinTransformer3D):
-        settings = model.monai_settings(encoder)
-        (out / "encoder.json").write_text(json.dumps(settings, indent=1))
-        say_of_monai(out / "encoder.pt", settings["note"])
-
-
-@functools.cache                                # so that it is said once
-def say_of_monai(path, note):
-    log.info("%s: %s; its settings are in encoder.json", path, note)
+        settings, path = model.monai_settings(encoder), out / "encoder.json"
+        if not path.exists():                   # said once
+            log.info("%s: %s; its settings are in encoder.json", out / "encoder.pt", settings["note"])
+        evaluation.write_result(settings, path)
 
 
 def load_last(out):
@@ -419,11 +422,17 @@ def choose_items(args, items):
 
 
 def fill(network, args, checkpoint):
-    """Weights of the run to go on with, or of --init for the encoder. ValueError if they do not fit."""
+    """Weights of the run to go on with, or of --init for the encoder. ValueError if they do not fit.
+
+    Returns hashes of the patients that they were trained on, so that tests can tell who was among them.
+    """
     if checkpoint:
         model.restore(network, checkpoint, Path(args.out, "last.pt"))
-    elif args.init:
+        return checkpoint.get("patients", [])   # older files do not tell
+    if args.init:
         model.load_weights(network.encoder, args.init, args.merging)
+        return evaluation.patients_of(args.init)
+    return []
 
 
 def say_what_it_teaches(args, enabled, world):
@@ -433,16 +442,6 @@ def say_what_it_teaches(args, enabled, world):
         log.warning("warning: in a batch of one there is no other patient: cml, ssm, dfa and clip are 0")
     if args.permute_reports:
         log.warning("warning: --permute_reports: every patient trains with another's report (a control)")
-
-
-def hashes_of_patients(train_items, checkpoint, init):
-    """Of all that the weights have been trained on: whoever tests them later can tell who was among them."""
-    hashes = data.patient_hashes(item.patient for item in train_items)
-    if checkpoint:
-        hashes.update(checkpoint.get("patients", ()))
-    elif init:
-        hashes.update(evaluation.patients_of(init))
-    return sorted(hashes)
 
 
 def main(args, given):
@@ -482,14 +481,11 @@ def main(args, given):
 
     # ---------------------------------------------------------------------------------------- model
     torch.manual_seed(args.seed)                        # the same weights on every process
-    encoder = model.build_encoder(args.encoder, use_checkpoint=args.use_checkpoint)
-    text_encoder = model.TextEncoder(str(text_folder))
+    network = model.build_network("pretrain", 0, vars(args), out)
+    encoder, text_encoder = network.encoder, network.text_encoder
     text_encoder.check_words([item.report for item in train_items[:100]], args.data)
-    network = model.MG3D(encoder, text_encoder, enabled, args.embed_dim, guidance=args.guidance,
-                         mim_attention=args.mim_attention, mlm_attention=args.mlm_attention,
-                         sentence_values=args.sentence_values)
-    fill(network, args, checkpoint)
-    seen = hashes_of_patients(train_items, checkpoint, args.init)
+    seen = sorted({*fill(network, args, checkpoint),
+                   *data.patient_hashes(item.patient for item in train_items)})
     network.to(device).train()
     parallel = DistributedDataParallel(network) if world > 1 else network
     optimizer = torch.optim.AdamW(parameter_groups(network, args))

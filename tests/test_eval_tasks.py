@@ -731,12 +731,14 @@ def test_what_a_mixed_folder_holds(tmp_path):
     for name in others:
         (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "in" / name).write_bytes(b"x")
+    (tmp_path / "in" / "bare").mkdir()
+    (tmp_path / "in" / "bare" / "1.dcm").write_bytes(b"no preamble")
     for name in ("series/IM1", "series/IM2", "with/1.2.3", "with/i.nii", "DICOMDIR"):
         (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "in" / name).write_bytes(bytes(128) + b"DICM")
     (tmp_path / "in" / "link").symlink_to(tmp_path / "in" / "deep")
     found = [path.relative_to(tmp_path / "in").as_posix() for path in evaluation.find_scans(tmp_path / "in")]
-    assert found == ["B.NII.GZ", "a.nii", *(f"deep/{name}" for name in ("c.mhd", "d.nhdr", "e.nrrd", "f.mha", "g.npz", "h.npy")),
+    assert found == ["B.NII.GZ", "a.nii", "bare", *(f"deep/{name}" for name in ("c.mhd", "d.nhdr", "e.nrrd", "f.mha", "g.npz", "h.npy")),
                      "series", "slices", "with", "with/i.nii"]
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "IM1").write_bytes(b"no preamble")

@@ -550,6 +550,18 @@ def test_a_batch_of_one_pair_warns(run):
     assert [row["loss"] for row in read_log("out")] == [0, 0]
 
 
+@pytest.mark.parametrize("config", [None, "swin.yaml", ["swin_t"], {"patients": 3}])
+def test_a_file_of_others_may_hold_any_config_and_task(tmp_path, config):
+    encoder = model.build_encoder("swin_t")
+    weights = {f"swinViT.{key}": p for key, p in encoder.state_dict().items() if key != "mask_token"}
+    torch.save({"state_dict": weights, "config": config, "task": "segmentation", "patients": 7}, tmp_path / "x.pt")
+    network = model.Classifier(model.build_encoder("swin_t"), 2)
+    args = finetune.argparse.Namespace(task="stoic", init=tmp_path / "x.pt", merging="monai")
+    finetune.load_init(args, data.TASKS["stoic"], {"task": "stoic", "vocabulary": None}, network)
+    assert all(torch.equal(p, network.encoder.state_dict()[key.removeprefix("swinViT.")]) for key, p in weights.items())
+    assert evaluation.patients_of(tmp_path / "x.pt") == set()
+
+
 def test_patients_of_the_pretraining_in_the_test_part(run, sets):
     tested = [item.patient for item in data.load_task("stoic", sets("stoic")) if item.split == "test"]
     weights_alone = model.export_encoder(model.build_encoder("swin_t"))
@@ -641,8 +653,7 @@ def test_a_new_run_of_repeats_forgets_an_older_one_without(run, tmp_path):
         folder.mkdir()
         for name in (*names, "notes.txt"):
             (folder / name).write_text("old")
-    args = finetune.argparse.Namespace(out=str(tmp_path / "out"))
-    finetune.forget_older_run(args, tmp_path / "out" / "repeat_0")
+    finetune.forget_older_run(tmp_path / "out")
     assert [path.name for path in sorted(tmp_path.rglob("*.*"))] == ["notes.txt"] * 2
 
 

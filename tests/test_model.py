@@ -1,6 +1,7 @@
 """Encoders against MONAI, fusion attention against loops, MG3D's switches, foreign weights."""
 import contextlib
 import itertools
+import json
 import os
 
 import numpy as np
@@ -698,6 +699,18 @@ def test_a_text_encoder_at_the_limit_fits(tmp_path):
     assert (text.width, text.vocab_size) == (16, rows)
 
 
+def test_numbers_of_words_may_have_gaps(tmp_path):
+    """As where vocab.txt has a line twice: fewer words than the largest number says"""
+    folder = text_folder_with(tmp_path, extra_rows=3)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary[max(vocabulary, key=vocabulary.get)] += 2
+    file.write_text(json.dumps(content))
+    text = model.TextEncoder(folder)
+    assert text.vocab_size == len(text.tokenizer) + 2 == text.bert.config.vocab_size - 1
+
+
 @pytest.mark.parametrize("change, found", [
     (lambda weights, file: file.write_bytes(file.read_bytes()[:-999]), "deserializing"),
     (lambda weights, file: weights.pop("encoder.layer.1.output.dense.weight"),
@@ -708,8 +721,9 @@ def test_a_text_encoder_at_the_limit_fits(tmp_path):
      "encoder.layer.1.output.dense.weight with NaN"),
     (lambda weights, file: weights.update({"cls.predictions.bias": torch.ones(3),
                                            "embeddings.position_ids": torch.arange(3)}), None),
+    (lambda weights, file: weights.update({"embeddings.word_embeddings._weight": torch.ones(3)}), None),
     (lambda weights, file: weights.pop("pooler.dense.weight"), None),
-], ids=["torn", "missing", "more layers", "NaN", "a head", "no pooler"])
+], ids=["torn", "missing", "more layers", "NaN", "a head", "as DeBERTa has it", "no pooler"])
 def test_weights_of_text_encoders(tmp_path, change, found):
     from safetensors.torch import load_file, save_file
     folder, file = text_folder_with(tmp_path), tmp_path / "model.safetensors"
@@ -873,6 +887,15 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path, value):
     checkpoint["model"]["encoder.mask_token"] = torch.full((24,), value)
     with pytest.raises(ValueError, match="last.pt: found encoder.mask_token with NaN"):
         model.restore(nn.ModuleDict({"encoder": encoder}), checkpoint, "last.pt")
+
+
+def test_heads_behind_an_encoder_are_left_out(tmp_path):
+    source, target = build_encoder("swin_t"), build_encoder("swin_t")
+    state = {f"vision_encoder.swinViT.{key}": p for key, p in source.state_dict().items()}
+    heads = ["rotation_pre.weight", "rotation_head.weight", "contrastive_head.bias"]
+    torch.save(state | {f"vision_encoder.{name}": torch.ones(2) for name in heads}, tmp_path / "authors.pt")
+    assert load_weights(target, tmp_path / "authors.pt")["unexpected"] == heads
+    assert all(torch.equal(p, target.state_dict()[key]) for key, p in source.state_dict().items())
 
 
 def test_two_networks_in_a_file_are_refused(tmp_path):
