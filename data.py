@@ -361,9 +361,9 @@ def to_ras(path, xyz, affine, is_mask=False):
     return array, tuple(np.linalg.norm(affine[:3, 2::-1], axis=0).tolist()), affine
 
 
-def read_volume(path):
+def read_volume(path, is_mask=False):
     """Any volume in RAS -> array (z, y, x) float32 in file units, spacing (z, y, x) mm, affine 4×4"""
-    return to_ras(path, *read_stored(path))
+    return to_ras(path, *read_stored(path), is_mask)
 
 
 def _metadata_affine(path, geometry):
@@ -718,8 +718,8 @@ def _number(where, name, text, is_needed):
         value = {"true": 1., "false": 0., **unknown}.get(text.lower(), math.inf)
     is_good = value in (0, 1, -1) if name in LABELS else math.isfinite(value)
     if not is_good and (is_needed or not math.isnan(value)):
-        expected = "a number" + (": 0, 1 or, where it is unknown, -1 or nothing" if name in LABELS else "")
-        raise wrong(where, f"{name} {text!r}", expected)
+        choice = ": 0, 1 or, where it is unknown, -1 or nothing" if name in LABELS else ""
+        raise wrong(where, f"{name} {text!r}", f"a number{choice}")
     return value
 
 
@@ -900,10 +900,8 @@ def read_items(data, cache="cache"):
 
 
 def permute_reports(items, seed):
-    """The control of pre-training: all scans of a patient get the report of one other patient.
-
-    ValueError with fewer than two patients.
-    """
+    """The control of pre-training: all scans of a patient get the report of one other patient. ValueError
+    with fewer than two patients."""
     report_of = {item.patient: item.report for item in items}
     patients = np.random.default_rng(seed).permutation(sorted(report_of))
     if len(patients) < 2:
@@ -1031,7 +1029,7 @@ def load_volume(item, cache=None, size=SIZE, hu="auto"):
 def lesions(item, size):
     """Where the findings of `item.mask` lie in the preprocessed volume: bool (18, D, H, W) of any `size`.
     A place holds a finding if any voxel there does."""
-    mask = torch.from_numpy(centre_crop(to_ras(item.mask, *read_stored(item.mask), is_mask=True)[0]))
+    mask = torch.from_numpy(centre_crop(read_volume(item.mask, is_mask=True)[0]))
     return torch.stack([F.adaptive_max_pool3d((mask == number).float()[None], size)[0].bool()
                         for number in range(1, len(LABELS) + 1)])
 
@@ -1209,8 +1207,8 @@ def _luna16_items(folder, fold):
     absent = [name for name in series if name not in scans]
     if absent:
         empty = sorted(set(range(10)) - set(subsets.values()))  # subsets that were not downloaded
-        found = f"no .mhd for {len(absent)} of {len(series)} series: {shorten(absent)}"
-        found += f"; no file in the subsets {empty}"
+        found = (f"no .mhd for {len(absent)} of {len(series)} series: {shorten(absent)}; no file in the "
+                 f"subsets {empty}")
         if len(absent) > (0.05 + len(empty) / 10) * len(series):
             raise wrong(table, found, "at most 5 % to be missing from the other subsets")
         log.warning("%s: found %s: their candidates are left out", table, found)
@@ -1252,10 +1250,8 @@ def _case_list(folder, fold):
                     continue  # the Decathlon keeps these masks
                 if not {"image", "label"} <= row.keys():
                     raise KeyError(f"no image or no label in {row}")
-                split = part
-                if folds:
-                    split = "test" if int(row["fold"]) == fold else "train"
-                cases.append((_path(row["image"]), _path(row["label"]), split))
+                is_tested = folds and int(row["fold"]) == fold
+                cases.append((_path(row["image"]), _path(row["label"]), "test" if is_tested else part))
     return path, cases
 
 
@@ -1269,13 +1265,10 @@ def _listed_cases(folder, fold):
 
     def locate(name):
         """Where the JSON says, seen from it or from the folder; else the file whose name ends like that"""
-        places = path.parent / name, folder / name
-        for place in places:
-            if place.exists():
-                return place
+        there = [place for place in (path.parent / name, folder / name) if place.exists()]
         ending = "/".join(Path(name).with_name(stem(Path(name))).parts[-2:])
-        found = files[ending] or files[ending + "_0000"]  # as nnU-Net names the first channel
-        return only(found or [places[1]], f"{name} of {path}")
+        found = there[:1] or files[ending] or files[ending + "_0000"]  # nnU-Net's name of the first channel
+        return only(found or [folder / name], f"{name} of {path}")
     return [(locate(image), locate(label), split) for image, label, split in cases]
 
 
@@ -1552,7 +1545,7 @@ def load_task(name, folder, fold=0, seed=0, cache="cache"):
 
 def read_mask(item, task, shape, affine):
     """The mask of a case, uint8 (z, y, x) in RAS, on the grid of its scan"""
-    mask, _, mask_affine = to_ras(item.mask, *read_stored(item.mask), is_mask=True)
+    mask, _, mask_affine = read_volume(item.mask, is_mask=True)
     if mask.shape != shape or not np.allclose(mask_affine, affine, atol=0.05):
         raise wrong(item.mask, f"a mask of {mask.shape} voxels, {mask_affine[:3].round(3).tolist()}",
                     f"the grid of {item.volume}: {shape}, {affine[:3].round(3).tolist()}")
