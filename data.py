@@ -108,7 +108,8 @@ def check_numbers(args):
 
 # --------------------------------------------------------------------------------------- volumes
 def _visible_files(folder):
-    return sorted(file for file in folder.iterdir() if file.is_file() and not is_hidden(file.name))
+    entries = os.scandir(folder)  # unlike Path.is_file it need not ask the disk for every slice
+    return sorted(Path(entry) for entry in entries if entry.is_file() and not is_hidden(entry.name))
 
 
 def _is_dicom(file):
@@ -129,7 +130,7 @@ def _pictures(folder):
 
 def _is_grey(path):
     """Does it hold grey values of pictures, not measured ones?"""
-    return path.suffix == ".npy" or path.is_dir() and bool(_pictures(path))
+    return path.suffix.lower() == ".npy" or path.is_dir() and bool(_pictures(path))
 
 
 def _read_grey(path):
@@ -357,50 +358,38 @@ def to_ras(path, xyz, affine, is_mask=False):
     return array, tuple(np.linalg.norm(affine[:3, 2::-1], axis=0).tolist()), affine
 
 
-def read_volume(path):
+def read_volume(path, is_mask=False):
     """Any volume in RAS -> array (z, y, x) float32 in file units, spacing (z, y, x) mm, affine 4×4"""
-    return to_ras(path, *read_stored(path))
+    return to_ras(path, *read_stored(path), is_mask)
 
 
 def _metadata_affine(path, geometry):
     """The affine of a scan whose header is blank; geometry as in `Item`"""
     where, *texts = geometry
-    numbers = []
-    for column, text in zip(GEOMETRY, texts):
-        words = re.sub(r"[^-+.\w]", " ", text).split()  # "[0.75, 0.75]" -> 0.75 0.75
-        try:
-            numbers.append(np.array(words, float))
-        except ValueError:
-            numbers.append(np.zeros(0))
-    *spacings, orientation = numbers
-    is_good = [len(values) == n and np.isfinite(values).all() and values.min() > 0
-               for values, n in zip(spacings, (2, 1))]
-    axes = np.reshape(orientation, (2, 3)) if len(orientation) == 6 else np.zeros((2, 3))
-    is_good.append(np.allclose(axes @ axes.T, np.eye(2), atol=0.01))
+    number = r"[-+]?\d*\.?\d+(?:e[-+]?\d+)?"  # "[0.75, 0.75]" and "0.75\\0.75" hold two
+    xy, z, axes = (np.array(re.findall(number, text), float) for text in texts)
+    axes = axes.reshape(2, 3) if len(axes) == 6 else np.zeros((2, 3))
+    is_good = (len(xy) == 2 and xy.min() > 0, len(z) == 1 and z.min() > 0,
+               np.allclose(axes @ axes.T, np.eye(2), atol=0.01))
     for column, text, good in zip(GEOMETRY, texts, is_good):
         if not good:
             raise wrong(where, f"{column} {text!r}", f"{GEOMETRY[column]}: the header of {path} is blank")
     affine = np.eye(4)
-    affine[:3, :3] = np.c_[axes.T, np.cross(*axes)] * np.concatenate(spacings)
+    affine[:3, :3] = np.c_[axes.T, np.cross(*axes)] * [*xy, *z]
     return np.diag([-1, -1, 1, 1]) @ affine  # DICOM's LPS -> RAS
 
 
-def _has_geometry(path, affine):
-    """Does a file tell where its voxels lie? Not with a unit matrix, nor a NIfTI that says so."""
-    if ".nii" in path.name.lower():
-        header = nib.load(path).header
-        if header["sform_code"] == 0 and header["qform_code"] == 0:
-            return False
-    return _is_grey(path) or not np.array_equal(abs(affine), np.eye(4))
-
-
 def read_item(item):
-    """`read_stored` of the volume of an item. Where its header is blank, CT-RATE's metadata tell the
-    geometry; without them the array is taken as the libraries take it, with a warning."""
+    """`read_stored` of the volume of an item. Where its header is blank, a unit matrix or a NIfTI that says
+    so, CT-RATE's metadata tell the geometry; without them the array is taken as it lies, with a warning."""
     xyz, affine = read_stored(item.volume)
-    if not _has_geometry(item.volume, affine):
-        if item.geometry:
-            return xyz, _metadata_affine(item.volume, item.geometry)
+    is_blank = np.array_equal(abs(affine), np.eye(4)) and not _is_grey(item.volume)
+    if ".nii" in item.volume.name.lower():
+        header = nib.load(item.volume).header
+        is_blank |= header["sform_code"] == 0 and header["qform_code"] == 0
+    if is_blank and item.geometry:
+        return xyz, _metadata_affine(item.volume, item.geometry)
+    if is_blank:
         _warn_once(f"{item.volume}: its header does not tell how it lies: took its axes as "
                    f"{''.join(nib.aff2axcodes(affine))}, voxels of "
                    f"{np.linalg.norm(affine[:3, :3], axis=0).round(3).tolist()} mm")
@@ -672,7 +661,7 @@ def only(files, name):
 
 def only_table(files):
     """A table, of which there may be copies but no second version"""
-    others = [file for file in files if file.read_bytes() != files[0].read_bytes()]
+    others = [file for file in files[1:] if file.read_bytes() != files[0].read_bytes()]
     return only([files[0], *others], "a table")
 
 
@@ -710,6 +699,7 @@ def _rows(path):
                     "quotes in pairs, around text with commas, quotes or line ends") from None
 
 
+@functools.cache
 def _plain(text):
     """One of the spellings that tools have: "1" for "1.0" or "True", "lung nodule" for "Lung_Nodule "."""
     text = " ".join(text.lower().replace("_", " ").split())
@@ -725,8 +715,8 @@ def _number(where, name, text, is_needed):
         value = {"true": 1., "false": 0., **unknown}.get(text.lower(), math.inf)
     is_good = value in (0, 1, -1) if name in LABELS else math.isfinite(value)
     if not is_good and (is_needed or not math.isnan(value)):
-        expected = "a number" + (": 0, 1 or, where it is unknown, -1 or nothing" if name in LABELS else "")
-        raise wrong(where, f"{name} {text!r}", expected)
+        choice = ": 0, 1 or, where it is unknown, -1 or nothing" if name in LABELS else ""
+        raise wrong(where, f"{name} {text!r}", f"a number{choice}")
     return value
 
 
@@ -742,18 +732,16 @@ def read_table(path, *needed, **choices):
     if missing or twice:
         raise wrong(path, f"the columns {columns}", f"also {missing}" if missing else f"{twice} once")
     numbers = [name for name in NUMBERS if name in columns]
+    spellings = {name: {_plain(text): text for text in texts} for name, texts in choices.items()}
     table, uncertain = [], []
     for where, cells in rows:
         if len(cells) != len(columns):
-            expected = f"{len(columns)}; quotes around text with commas"
-            raise wrong(where, f"{len(cells)} fields", expected)
+            raise wrong(where, f"{len(cells)} fields", f"{len(columns)}; quotes around text with commas")
         row = dict(zip(columns, cells))
-        for name, texts in choices.items():
-            if row[name] not in texts:
-                text = next((text for text in texts if _plain(text) == _plain(row[name])), None)
-                if text is None:
-                    raise wrong(where, f"{name} {row[name]!r}", f"one of {', '.join(texts)}")
-                row[name] = text
+        for name, texts in spellings.items():
+            if _plain(row[name]) not in texts:
+                raise wrong(where, f"{name} {row[name]!r}", f"one of {', '.join(texts.values())}")
+            row[name] = texts[_plain(row[name])]
         for name in numbers:
             row[name] = _number(where, name, row[name], name in needed)
             if row[name] == -1 and name in LABELS:
@@ -818,11 +806,13 @@ def _parts(content, key):
     """{split: entries} of a JSON that has such lists, or of a list whose entries tell their split.
     ValueError for a list of other name whose entries have the key"""
     parts = defaultdict(list)
-    for row in content if isinstance(content, list) else ():
-        parts[SPLIT_NAMES[row["split"].lower()]].append(row)
-    for name, rows in content.items() if isinstance(content, dict) else ():
+    if isinstance(content, list):
+        for row in content:
+            parts[SPLIT_NAMES[row["split"].lower()]].append(row)
+        return parts
+    for name, rows in content.items():
         if name.lower() in SPLIT_NAMES:
-            parts[SPLIT_NAMES[name.lower()]] += rows if isinstance(rows, list) else [rows]
+            parts[SPLIT_NAMES[name.lower()]] += rows
         elif isinstance(rows, list) and any(isinstance(row, dict) and key in row for row in rows):
             raise ValueError(f"the part {name!r}")
     return parts
@@ -850,33 +840,36 @@ def _ctrg_items(path, with_result=True):
 def _note(notes, name, value, where):
     """Note what a table says of a volume; tables that contradict each other are refused."""
     known, first = notes.setdefault(name, (value, where))
-    if str(known) != str(value):
+    if first is not where and str(known) != str(value):
         raise wrong(where, f"other values for {name}", f"those in {first}")
 
 
 def _ct_rate_items(folder):
     # By volume; what a CSV holds is told by its columns
     reports, labels, rescales, geometries = {}, {}, {}, {}
-    for file in find(folder, r".+\.csv"):
-        for where, row in read_table(file):
-            name = Path(row.get("VolumeName", "")).name.split(".")[0]
-            if "Findings_EN" in row:
-                if name in reports:
-                    raise wrong(where, f"a second report of {name}", f"one, {reports[name][1]}")
-                reports[name] = _text([row["Findings_EN"], row.get("Impressions_EN")]), where
-            if name and _labels(row) is not None:
-                _note(labels, name, _labels(row), where)
-            rescale = (row.get("RescaleSlope", np.nan), row.get("RescaleIntercept", np.nan))
-            if not np.isnan(rescale).any():
-                _note(rescales, name, rescale, where)
-            if any(column in row for column in GEOMETRY):
-                _note(geometries, name, [row.get(column, "") for column in GEOMETRY], where)
+    files = find(folder, r".+\.(csv|nii|nii\.gz|npz)|no_chest.*\.txt")  # once: there are 50,000 folders
+    tables = (read_table(file) for file in files if file.suffix.lower() == ".csv")
+    for where, row in itertools.chain.from_iterable(tables):
+        name = Path(row.get("VolumeName", "")).name.split(".")[0]
+        if not name:
+            continue  # a table of something else
+        if "Findings_EN" in row:
+            if name in reports:
+                raise wrong(where, f"a second report of {name}", f"one, {reports[name][1]}")
+            reports[name] = _text([row["Findings_EN"], row.get("Impressions_EN")]), where
+        if any(column in row for column in LABELS):
+            _note(labels, name, _labels(row), where)
+        rescale = (row.get("RescaleSlope", np.nan), row.get("RescaleIntercept", np.nan))
+        if not np.isnan(rescale).any():
+            _note(rescales, name, rescale, where)
+        if any(column in row for column in GEOMETRY):
+            _note(geometries, name, [row.get(column, "") for column in GEOMETRY], where)
     if not reports:
         raise wrong(folder, "no CSV with VolumeName, Findings_EN, Impressions_EN", LAYOUTS)
-    no_chest = {Path(line).name.split(".")[0] for file in find(folder, r"no_chest.*\.txt")
+    no_chest = {Path(line).name.split(".")[0] for file in files if file.suffix.lower() == ".txt"
                 for line in read_text(file).splitlines()}
     items = []
-    for file in find(folder, r".+\.(nii|nii\.gz|npz)"):
+    for file in files:
         name = stem(file)
         if name in reports and name not in no_chest:
             if not name.startswith(("train", "val")):
@@ -904,10 +897,8 @@ def read_items(data, cache="cache"):
 
 
 def permute_reports(items, seed):
-    """The control of pre-training: all scans of a patient get the report of one other patient.
-
-    ValueError with fewer than two patients.
-    """
+    """The control of pre-training: all scans of a patient get the report of one other patient. ValueError
+    with fewer than two patients."""
     report_of = {item.patient: item.report for item in items}
     patients = np.random.default_rng(seed).permutation(sorted(report_of))
     if len(patients) < 2:
@@ -996,7 +987,9 @@ def cache_file(cache, volumes, *settings):
     stats = []
     for volume in volumes:
         stats.append(str(volume.resolve()))
-        stats += [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files_of(volume)]
+        for file in files_of(volume):
+            stat = file.stat()
+            stats.append((file.name, stat.st_size, stat.st_mtime_ns))
     return Path(cache) / f"{hashlib.sha1(repr((stats, settings)).encode()).hexdigest()}.npy"
 
 
@@ -1033,7 +1026,7 @@ def load_volume(item, cache=None, size=SIZE, hu="auto"):
 def lesions(item, size):
     """Where the findings of `item.mask` lie in the preprocessed volume: bool (18, D, H, W) of any `size`.
     A place holds a finding if any voxel there does."""
-    mask = torch.from_numpy(centre_crop(to_ras(item.mask, *read_stored(item.mask), is_mask=True)[0]))
+    mask = torch.from_numpy(centre_crop(read_volume(item.mask, is_mask=True)[0]))
     return torch.stack([F.adaptive_max_pool3d((mask == number).float()[None], size)[0].bool()
                         for number in range(1, len(LABELS) + 1)])
 
@@ -1154,29 +1147,24 @@ FEW_SHOT_VOLUMES = 1000  # training volumes of the two CT-RATE tasks, as in the 
 
 def _cc_ccii_files(folder):
     """Scans and the classes of their folders by (patient, scan), fold files by (fold, part)"""
-    scans, labels, tables = {}, {}, defaultdict(list)
-
-    def add(key, scan):
-        other = scans.setdefault(key, scan)
-        if os.path.realpath(other) != os.path.realpath(scan):
-            only([other, scan], "one scan")
+    scans, labels, tables = defaultdict(list), {}, defaultdict(list)
     for root, folders, files in walk(folder):
         label = re.fullmatch(r"(Normal|CP|NCP)(-\d+)?", root.name)  # or "CP-20/CP"
         if label:
             for scan in sorted(root.glob("*/*/")):
                 key = scan.parent.name, scan.name
                 if key[0] not in CC_CCII and not any(map(is_hidden, key)) and scan.is_dir():
-                    add(key, scan)
+                    scans[key].append(scan)
                     labels[key] = label[1]
             folders[:] = CC_CCII.keys() & folders  # do not list 400,000 slices
         for file in files:
             array = re.fullmatch(r"p(\d+)-s(\d+)\.npy", file)
             if array:
-                add(array.groups(), root / file)
+                scans[array.groups()].append(root / file)
             table = re.fullmatch(r".*fold(\d+).*(train|val).*\.csv", file, re.IGNORECASE)
             if table:
                 tables[int(table[1]), table[2].lower()].append(root / file)
-    return scans, labels, tables
+    return {key: only(found, "one scan") for key, found in scans.items()}, labels, tables
 
 
 def _cc_ccii_items(folder, fold):
@@ -1186,20 +1174,19 @@ def _cc_ccii_items(folder, fold):
         rows = [(key, label, None) for key, label in sorted(labels.items())]
         unlabelled = sorted(scans.keys() - labels.keys())
         if unlabelled:
-            raise wrong(scans[unlabelled[0]], f"no *fold{fold}*train*.csv and *valid*.csv", "its class there")
-    for part, split in (("train", "train"), ("val", "test")):  # the release reports its "valid"
-        if tables and (fold, part) not in tables:
+            raise wrong(scans[unlabelled[0]], f"no *fold{fold}*train.csv and *valid*.csv", "its class there")
+    for part, split in (("train", "train"), ("val", "test")) if tables else ():  # it reports its "valid"
+        if (fold, part) not in tables:
             names = sorted(path.name for paths in tables.values() for path in paths)
             raise wrong(folder, f"the fold files {names}", f"also *fold{fold}*{part}*.csv")
-        if tables:
-            for where, row in read_table(only_table(tables[fold, part]), "patient_id", "scan_id",
-                                         target=CC_CCII.values(), label=CC_CCII):
-                target, label, key = row["target"], row["label"], (row["patient_id"], row["scan_id"])
-                if CC_CCII[label] != target:
-                    raise wrong(where, f"target {target!r} and label {label!r}", "0 Normal, 1 CP or 2 NCP")
-                if labels.get(key, label) != label:
-                    raise wrong(where, f"label {label!r}", f"{labels[key]!r}, that of {scans[key]}")
-                rows.append((key, label, split))
+        for where, row in read_table(only_table(tables[fold, part]), "patient_id", "scan_id",
+                                     target=CC_CCII.values(), label=CC_CCII):
+            target, label, key = row["target"], row["label"], (row["patient_id"], row["scan_id"])
+            if CC_CCII[label] != target:
+                raise wrong(where, f"target {target!r} and label {label!r}", "0 Normal, 1 CP or 2 NCP")
+            if labels.get(key, label) != label:
+                raise wrong(where, f"label {label!r}", f"{labels[key]!r}, that of {scans[key]}")
+            rows.append((key, label, split))
     return [Item("/".join(key), scans.get(key, folder / label / "/".join(key)), "", split, key[0],
                  np.float32([label == name for name in CC_CCII])) for key, label, split in rows]
 
@@ -1217,8 +1204,8 @@ def _luna16_items(folder, fold):
     absent = [name for name in series if name not in scans]
     if absent:
         empty = sorted(set(range(10)) - set(subsets.values()))  # subsets that were not downloaded
-        found = f"no .mhd for {len(absent)} of {len(series)} series: {shorten(absent)}"
-        found += f"; no file in the subsets {empty}"
+        found = (f"no .mhd for {len(absent)} of {len(series)} series: {shorten(absent)}; no file in the "
+                 f"subsets {empty}")
         if len(absent) > (0.05 + len(empty) / 10) * len(series):
             raise wrong(table, found, "at most 5 % to be missing from the other subsets")
         log.warning("%s: found %s: their candidates are left out", table, found)
@@ -1260,10 +1247,8 @@ def _case_list(folder, fold):
                     continue  # the Decathlon keeps these masks
                 if not {"image", "label"} <= row.keys():
                     raise KeyError(f"no image or no label in {row}")
-                split = part
-                if folds:
-                    split = "test" if int(row["fold"]) == fold else "train"
-                cases.append((_path(row["image"]), _path(row["label"]), split))
+                is_tested = folds and int(row["fold"]) == fold
+                cases.append((_path(row["image"]), _path(row["label"]), "test" if is_tested else part))
     return path, cases
 
 
@@ -1277,13 +1262,10 @@ def _listed_cases(folder, fold):
 
     def locate(name):
         """Where the JSON says, seen from it or from the folder; else the file whose name ends like that"""
-        places = path.parent / name, folder / name
-        for place in places:
-            if place.exists():
-                return place
+        there = [place for place in (path.parent / name, folder / name) if place.exists()]
         ending = "/".join(Path(name).with_name(stem(Path(name))).parts[-2:])
-        found = files[ending] or files[ending + "_0000"]  # as nnU-Net names the first channel
-        return only(found or [places[1]], f"{name} of {path}")
+        found = there[:1] or files[ending] or files[ending + "_0000"]  # nnU-Net's name of the first channel
+        return only(found or [folder / name], f"{name} of {path}")
     return [(locate(image), locate(label), split) for image, label, split in cases]
 
 
@@ -1362,10 +1344,8 @@ def _stoic_items(folder, fold):
 
 
 def _ctrg_task_items(folder, fold):
-    lists = [folder]
-    if folder.is_dir():
-        lists = [path for path in sorted(folder.iterdir())
-                 if path.suffix.lower() == ".json" and not is_hidden(path.name)]
+    lists = _visible_files(folder) if folder.is_dir() else [folder]
+    lists = [path for path in lists if path.suffix.lower() == ".json"]
     if len(lists) != 1:
         raise wrong(folder, [path.name for path in lists], "one .json")
     return keep_good(_ctrg_items(lists[0], with_result=False), lists[0])
@@ -1562,7 +1542,7 @@ def load_task(name, folder, fold=0, seed=0, cache="cache"):
 
 def read_mask(item, task, shape, affine):
     """The mask of a case, uint8 (z, y, x) in RAS, on the grid of its scan"""
-    mask, _, mask_affine = to_ras(item.mask, *read_stored(item.mask), is_mask=True)
+    mask, _, mask_affine = read_volume(item.mask, is_mask=True)
     if mask.shape != shape or not np.allclose(mask_affine, affine, atol=0.05):
         raise wrong(item.mask, f"a mask of {mask.shape} voxels, {mask_affine[:3].round(3).tolist()}",
                     f"the grid of {item.volume}: {shape}, {affine[:3].round(3).tolist()}")
@@ -1921,7 +1901,6 @@ def main():
             print(phantoms.write_task_demo(args.task, args.out, args.n, args.seed))
         else:
             print(phantoms.write_demo(args.out, args.n or 64, args.seed))
-        sys.exit(0)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

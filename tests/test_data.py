@@ -1186,6 +1186,34 @@ def test_ct_rate_tables_that_contradict_each_other(tmp_path):
         data.load_items(tmp_path)
 
 
+def test_ct_rate_is_walked_once_and_other_tables_do_not_matter(tmp_path, monkeypatch):
+    """A table without VolumeName may have columns of the metadata; its rows are of no volume."""
+    names = ["train_1_a_1", "train_2_a_1", "valid_1_a_1"]
+    ct_rate(tmp_path, names)
+    write_csv(tmp_path / "other.csv", "Scanner,RescaleSlope,RescaleIntercept,XYSpacing",
+              [["A", 1, 0, "[1, 1]"], ["B", 2, -1024, "[2, 2]"]])
+    walks, walk = [], data.walk
+    monkeypatch.setattr(data, "walk", lambda folder: walks.append(folder) or walk(folder))
+    items = data.load_items(tmp_path)
+    assert [item.id for item in items] == names and walks == [tmp_path]
+    assert items[1].rescale == (1, -1024)
+
+
+def test_grey_array_with_its_ending_in_capitals(tmp_path, caplog):
+    grey = np.arange(1000).reshape(10, 10, 10) // 4
+    with open(tmp_path / "A.NPY", "wb") as file:
+        np.save(file, grey.astype(np.uint8))
+    item = data.Item("A", tmp_path / "A.NPY", "", "train", "A")
+    xyz, _ = data.read_item(item)
+    array, note = data.to_hounsfield(xyz, item.volume)
+    np.testing.assert_allclose(array, grey.T / 255 * 2000 - 1000, atol=1e-3)
+    assert note.startswith("pictures") and not caplog.text
+
+
+def test_table_of_which_there_is_one_is_not_read_to_compare(tmp_path):
+    assert data.only_table([tmp_path / "absent.csv"]) == tmp_path / "absent.csv"
+
+
 def test_ctrg_json_as_other_tools_write_it(tmp_path):
     path = ctrg(tmp_path, train=[1, 2], validation=[3], Testing=[4, 5])
     assert [item.split for item in data.load_items(path)] == ["train"] * 2 + ["test"] * 2 + ["valid"]
