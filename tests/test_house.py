@@ -7,10 +7,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {
-    "lines": {"losses": 205, "model": 1045, "phantoms": 535, "data": 1440, "pretrain": 610, "finetune": 435,
-              "eval": 1195},
-    "lines in all": 5440,
-    "bytes in all": 300_000,
+    "lines": {"losses": 220, "model": 1205, "phantoms": 545, "data": 1910, "pretrain": 680, "finetune": 495,
+              "eval": 1370},
+    "lines in all": 6410,
+    "bytes in all": 342_000,
     "columns": 110,
     "wide": 100,                            # columns beyond which a line counts as wide
     "share of wide lines": 0.08,             # of all lines of the seven files
