@@ -229,7 +229,7 @@ def _place(header, own):
 
 
 def _dicom_slices(file):
-    """The slices of a DICOM file but localisers; none in another file, ValueError in a broken one"""
+    """The slices of a DICOM file but localisers; none in another file, ValueError if broken"""
     header = pydicom.dcmread(file, force=True, defer_size=1024)  # leaves the pixels in the file
     kind = header.file_meta.get("MediaStorageSOPClassUID", header.get("SOPClassUID", ""))
     # Structures, reports, screenshots and a DICOMDIR lie beside slices, too
@@ -403,7 +403,7 @@ def _likeness(values, lowest):
         return ((values > low) & (values < high)).mean()
     air_and_lung, soft_tissue = share(-1150, -400), share(-200, 300)
     has_air = air_and_lung > 0.03 or -1150 < lowest < -400  # in real scans 0.35 and more of each; of tissue
-    if not has_air or soft_tissue < 0.03:                   # at most 0.011 is left of one rescaled twice
+    if not has_air or soft_tissue < 0.03:  # at most 0.011 is left of one rescaled twice
         return 0
     return air_and_lung + soft_tissue - 2 * share(-np.inf, -1200) - 2 * share(700, np.inf)
 
@@ -621,7 +621,7 @@ class Item(NamedTuple):
     patient: str
     labels: np.ndarray | None = None  # (18,) float32, NaN where unknown; of other tasks (K,)
     rescale: tuple | None = None      # (slope, intercept) of the metadata
-    mask: Path | None = None          # in the grid of `volume`; of a manifest: k + 1 where finding k lies
+    mask: Path | None = None  # in the grid of `volume`; of a manifest: k + 1 where finding k lies
     centre: tuple | None = None       # (x, y, z) of a LUNA16 candidate, RAS mm
     geometry: tuple | None = None     # CT-RATE: the line of the metadata, and the texts of GEOMETRY there
 

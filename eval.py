@@ -181,7 +181,7 @@ def bleu(hypotheses, references):
 
 
 def _bleu_counts(hypothesis, reference):
-    """(10,): n-grams that match and those of the hypothesis, n = 1 to 4 each; words of both texts"""
+    """(10,): n-grams that match and those of the hypothesis, n = 1 to 4; words of both texts"""
     score = SACREBLEU.sentence_score(data.space_out(hypothesis), [data.space_out(reference)])
     return np.array([*score.counts, *score.totals, score.sys_len, score.ref_len], float)
 
@@ -483,7 +483,7 @@ def pairing(network, batches, enabled, temperature=0.1, gradients=3):
 
     Returns {loss: {own, other, interval of other - own, gradient_cosine, uses_report}}. Units are
     patients for mim, mlm and sfr, batches for the others. The cosine is that of the gradients on the
-    encoder, mean of the first `gradients` batches; 1 = the loss asks the same whoever's report it is.
+    encoder, mean of the first `gradients` batches; 1 = the loss asks the same with any report.
     """
     network.eval()
     device = next(network.parameters()).device
@@ -594,7 +594,7 @@ def _batches(run, items, progress):
     workers = run.config["workers"] if len(items) > 1 else 0
     collate = functools.partial(_stack_inputs, task=run.task, cache=run.cache)
     loader = DataLoader(items, run.config["batch_size"], num_workers=workers, collate_fn=collate,
-                        generator=torch.Generator())  # its own: the RNG of a training stays as it is
+                        generator=torch.Generator())  # its own: that of a training stays
     for volume in _bar(loader, "predict", progress):
         yield volume.to(run.device, non_blocking=True)
 
@@ -1010,7 +1010,7 @@ def plot_reconstruction(network, batch, out):
 
 
 def plot_attention(network, item, volume, out, finding_of):
-    """Where four sentences of a report look, on slices through their lesions where item.mask has them
+    """Where four sentences of a report look, on slices through their lesions if item.mask has them
 
     volume (1, D, H, W); finding_of(sentence): the number of the finding that it states, or None.
     """
@@ -1018,7 +1018,7 @@ def plot_attention(network, item, volume, out, finding_of):
     places = data.lesions(item, volume.shape[1:]) if item.mask else torch.zeros(0, *volume.shape[1:])
     found = {i: finding_of(sentence) for i, sentence in enumerate(sentences) if item.mask}
     lesions = {i: places[k] for i, k in found.items() if k is not None and places[k].any()}
-    chosen = sorted(range(len(sentences)), key=lambda i: i not in lesions)[:4]  # with a lesion first
+    chosen = sorted(range(len(sentences)), key=lambda i: i not in lesions)[:4]  # lesions first
     grid = [side // network.encoder.stride for side in volume.shape[1:]]
     maps = F.interpolate(maps.unflatten(1, grid)[:, None], volume.shape[1:], mode="trilinear")
     flatness = volume.shape[1] / volume.shape[3]

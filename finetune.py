@@ -42,7 +42,7 @@ def flags():
     add("--embed_dim", type=int, default=768, help="width E of prompts and retrieval")
     add("--temperature", type=float, default=0.1, help="of prompts and retrieval")
     add("--freeze", action=on_off, default=False, help="train only the head")
-    add("--use_checkpoint", action=on_off, default=False, help="recompute blocks: less memory, more time")
+    add("--use_checkpoint", action=on_off, default=False, help="recompute blocks: less memory, slower")
 
     add = parser.add_argument_group("optimisation; by default the recipe of the task").add_argument
     add("--epochs", type=int, help="passes over the training part")

@@ -45,7 +45,7 @@ def window_plan(batch, size, window, shift, device):
     """Which tokens share a window, for maps of `size` tokens; size, window and shift are (d, h, w).
 
     Returns (order, inverse, groups, pairs). `order` (B·d·h·w,) sorts tokens by group and window,
-    `inverse` undoes it. A group holds windows of one shape: (how many, n real and p padding tokens).
+    `inverse` undoes it. A group has windows of one shape: (how many, n real and p padding tokens).
     `pairs` (2, P): its n × (n + p) queries and keys, group by group, in the raster of the uncut window.
     """
     padded = [-(-side // w) * w for side, w in zip(size, window)]
@@ -250,7 +250,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, in_channels, dim):
         super().__init__()
         self.proj = nn.Conv3d(in_channels, dim, kernel_size=2, stride=2)
-        # Volumes in [0, 1] have a mean of about 0.4 and a deviation of about 0.25. The first weights
+        # Volumes in [0, 1] have mean 0.4 and deviation 0.25, about. The first weights
         # standardise them: otherwise features of different patients start almost equal (cosine
         # 0.997) and the contrastive losses start slowly.
         with torch.no_grad():
@@ -264,11 +264,11 @@ def _optional_mask_token(module, state_dict, prefix, *_):
 
 
 class SwinTransformer3D(nn.Module):
-    """3D Swin Transformer with the names and numbers of MONAI's `SwinTransformer` (Hatamizadeh 2022).
+    """3D Swin Transformer with names and numbers of MONAI's `SwinTransformer` (Hatamizadeh 2022).
 
     feature_size: width after patch embedding, doubled by each stage; depths, num_heads: of each stage,
     any number of them; window_size: in tokens; merging: a key of MERGING_ORDERS;
-    use_checkpoint: recompute blocks in the backward pass; use_v2: MONAI's second version, which has a
+    use_checkpoint: recompute blocks in the backward pass; use_v2: MONAI's second version, with a
     residual convolution block before each stage. ValueError for an unknown merging.
     """
     patch = 2
@@ -420,7 +420,7 @@ class TextEncoder(nn.Module):
     def check_model(self, info):
         """ValueError unless it is an encoder, filled by its file, that reads every token of a report."""
         parts = {key.split(".")[0] for key in self.bert.state_dict()} - {"pooler"}      # which is not used
-        for kind, pattern in (("missing", ""), ("unexpected", r"\.\d+\.")):     # layers have numbers
+        for kind, pattern in (("missing", ""), ("unexpected", r"\.\d+\.")):  # layers have numbers
             keys = [key for key in sorted(info[f"{kind}_keys"])
                     if parts.intersection(key.split(".")[:2]) and re.search(pattern, key)]
             if keys:
@@ -483,7 +483,7 @@ class FusionAttention(nn.Module):
     keys and values.
 
     NOTE(paper): one map a guide token. Here each of several heads has one, as usual.
-    Every guide token makes its own attention map over the dominant tokens, the map weighs the values
+    Every guide token makes its own map over the dominant tokens, the map weighs the values
     one by one, and the weighted copies are averaged over the guide. As the values do not depend on the
     guide token, that is the averaged map times the values: no (guide × dominant × E) tensor is made.
     """
@@ -537,7 +537,7 @@ class ClassicalAttention(nn.Module):
         return self.out(fused.transpose(1, 2).flatten(2))
 
     def maps(self, dominant, guide):
-        """The attention itself, for pictures: (B, N, E), (B, G, E) -> (B, heads, N, G), sums to 1"""
+        """The attention itself, for pictures: (B, N, E), (B, G, E) -> (B, heads, N, G)"""
         q = _split_heads(self.query(dominant), self.num_heads)
         k = _split_heads(self.key(guide), self.num_heads)
         return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
@@ -545,7 +545,7 @@ class ClassicalAttention(nn.Module):
 
 class SentenceAttention(ClassicalAttention):
     """Eq. (11): every sentence collects the visual tokens that it speaks of."""
-    # NOTE(paper): the only key of Eq. (11) is the pooled vector of the volume. A softmax over one key
+    # NOTE(paper): the one key of Eq. (11) is the pooled volume. A softmax over one key
     # is 1: H_S would not depend on the sentence. Here keys and values are the N tokens of the volume.
     # NOTE(paper): silent on norms. Without them, and with biases, all sentences of a volume see the
     # same mixture of tokens: the cosine of their H_S is 0.9999.
@@ -608,7 +608,7 @@ class FusionLayer(nn.Module):
 
 class Fusion(nn.Module):
     """A stack of fusion layers with a final norm."""
-    # NOTE(paper): silent on dropout, on embeddings of the modality, and on a guide that changes from
+    # NOTE(paper): silent on dropout, on modality embeddings, and on a guide that changes from
     # layer to layer. There is none of them.
 
     def __init__(self, dim, num_layers, num_heads, attention):
@@ -625,7 +625,7 @@ class Fusion(nn.Module):
 
 class AttentionPool(nn.Module):
     """Self-attention pooling: tokens weighted by a softmax of their own scores."""
-    # NOTE(paper): it says no more than "a self-attention pooling layer"; this is the additive form of
+    # NOTE(paper): it says no more than "a self-attention pooling layer"; this is the additive one of
     # Lin et al. 2017.
 
     def __init__(self, dim):
@@ -681,7 +681,7 @@ class MG3D(nn.Module):
     losses: some of LOSSES; embed_dim: E, a multiple of num_heads or ValueError; guidance of the
     image-dominant stack: "sentence" or "word"; mim_attention, mlm_attention: "proposed" or "classical";
     sentence_values: where H_S comes from, "volume" or "text".
-    NOTE(paper): by the letter of Eq. (1) and (3) CML has H_I and H_T of masked inputs; here of whole.
+    NOTE(paper): by the letter of Eq. (1, 3) CML has H_I and H_T of masked inputs; here of whole.
     NOTE(paper): depth, heads and width of the fusion are not given; 2 layers, 12 heads, 768.
     """
     outputs = ("image_proj.", "text_proj.", "text_pool.")               # which fit one text encoder
@@ -737,7 +737,7 @@ class MG3D(nn.Module):
         return F_S_star, self.sentence_attention(F_S_star, F_I)         # Eq. (11)
 
     def forward(self, batch):
-        """A batch of `data.collate` -> what the enabled losses compare, a dict by their names for it.
+        """A batch of `data.collate` -> what the losses compare, a dict by their names for it.
 
         The paper's letters: I image, T text, S sentences; F features, M masked, H fused with the other
         modality. Tokens are capitals, `_bar` marks pooled vectors (B, E)."""
@@ -841,7 +841,7 @@ class ResBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Twice the size by a transposed convolution, then a ResBlock on that and the skip connection."""
+    """Twice the size by a transposed convolution, then a ResBlock on that and the skip."""
 
     def __init__(self, c_in, c_out):
         super().__init__()
@@ -1013,7 +1013,7 @@ def build_network(kind, num_classes, config, folder):
         return ReportGenerator(encoder, len(config["vocabulary"]))
     text = Path(folder, "text_encoder") if config["text_encoder"] == "demo" else config["text_encoder"]
     names = "embed_dim", "guidance", "mim_attention", "mlm_attention", "sentence_values"
-    settings = {name: config[name] for name in names if name in config}         # older files lack some
+    settings = {name: config[name] for name in names if name in config}  # older files lack some
     losses = [name for name in LOSSES if config.get(name)] if kind == "pretrain" else ["clip"]
     return MG3D(encoder, TextEncoder(str(text)), losses, **settings)
 

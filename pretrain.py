@@ -33,7 +33,7 @@ def flags():
     add("--hu", default="auto", choices=["auto", "header", "csv"], help="Hounsfield units: told from the "
         "values, as stored, or rescaled by the metadata CSV")
     add("--cache", default="cache", help="of preprocessed volumes; `data.py cache` fills it before")
-    add("--workers", type=int, default=2, help="loader processes a GPU; 2 do once the cache is full")
+    add("--workers", type=int, default=2, help="loader processes a GPU; 2 will do with a cache")
 
     add = parser.add_argument_group("model").add_argument
     add("--encoder", choices=["swin_b", "swin_l", "swin_t", "unet"], help="3D vision encoder")
@@ -44,7 +44,7 @@ def flags():
     add("--mlm_attention", default="proposed", choices=kinds, help="guiding the report, Table III")
     add("--sentence_values", default="volume", choices=["volume", "text"],
         help="what H_S of Eq. (11) is made of; text: as in the authors' released code")
-    add("--use_checkpoint", action=on_off, default=False, help="recompute blocks: less memory, more time")
+    add("--use_checkpoint", action=on_off, default=False, help="recompute blocks: less memory, slower")
 
     add = parser.add_argument_group("losses").add_argument
     add("--mim", action=on_off, default=True, help="masked image modelling")
