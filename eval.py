@@ -536,7 +536,9 @@ def say_pairing(result):
     lines = [f"{'loss':5s} {'own report':>10s} {'another':>10s}  {'difference':24s} gradients' cosine"]
     for name, row in result.items():
         low, high = row["interval"]
-        verdict = {True: "uses the report", False: "does not use the report", None: "too few batches to say"}
+        share = (row["other"] - row["own"]) / max(abs(row["own"]), 1e-9)
+        verdict = {True: f"uses the report, for {share:.1%} of its value", False: "does not use the report",
+                   None: "too few batches to say"}
         difference = f"{row['other'] - row['own']:+.4f} [{low:+.4f}, {high:+.4f}]"
         lines.append(f"{name:5s} {row['own']:10.4f} {row['other']:10.4f}  {difference:24s} "
                      f"{row['gradient_cosine']:+.3f}  {verdict[row['uses_report']]}")

@@ -452,6 +452,8 @@ def test_pairing_tells_a_loss_that_uses_the_report(text_folder):
     alone = evaluation.pairing(network, alone, ["clip"])["clip"]    # a loss of 0 asks for nothing
     assert alone["own"] == 0 and np.isnan(alone["gradient_cosine"])
     assert "too few batches" in evaluation.say_pairing(evaluation.pairing(network, batches[:3], ["clip"]))
+    of_clip = {"clip": result["clip"] | {"own": 2.0, "other": 2.5}}
+    assert "uses the report, for 25.0% of its value" in evaluation.say_pairing(of_clip)
 
 
 def test_knowing_nothing_is_the_best_constant(text_folder):

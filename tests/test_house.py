@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {
     "lines": {"losses": 220, "model": 1205, "phantoms": 545, "data": 1910, "pretrain": 680, "finetune": 495,
-              "eval": 1370},
-    "lines in all": 6410,
+              "eval": 1375},
+    "lines in all": 6415,
     "bytes in all": 342_000,
     "columns": 110,
     "wide": 100,                            # columns beyond which a line counts as wide
