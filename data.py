@@ -1437,7 +1437,7 @@ TASKS = {
     "ctrg": Task("report", "whole", _ctrg_task_items,
         "a .json {train, val, test: [{id, report, image_path relative to it}]}, or the folder of it",
         (), "BLEU-4", SIZE, WINDOW, None, _recipe(30, 0, 2, 1e-4, lr_encoder=5e-5, decay="step"),
-        _demo(16, 4, lr=1e-4, decay="cosine", eval_every=4)),
+        _demo(20, 4, lr=5e-4, decay="cosine", eval_every=4)),
     "ct-rate-vocab": Task("prompt", "whole", _ct_rate_task_items,
         CT_RATE + " with all 18 labels", LABELS, "AUC", SIZE, WINDOW, None,
         _recipe(10, 0, 1, 1e-5, weight_decay=0.01),
@@ -1445,7 +1445,7 @@ TASKS = {
     "ct-rate-retrieval": Task("retrieve", "whole", _ct_rate_task_items,
         CT_RATE, LABELS, "Recall@50", SIZE, WINDOW, None,
         _recipe(10, 1, 4, 1e-4, lr_encoder=2e-5, weight_decay=0.01),
-        _demo(9, 8, size=(32, 32, 64), text_encoder="demo", embed_dim=192)),
+        _demo(20, 8, size=(32, 32, 64), text_encoder="demo", embed_dim=192)),
 }
 
 

@@ -372,7 +372,9 @@ def test_attention_on_lesions_is_measured_against_two_controls(with_masks, tmp_p
     assert seeing["random"] == blind["random"] == pytest.approx(blind["inside"]) == pytest.approx(blind["others"])
     assert 0.02 < blind["random"] < 0.6 and blind["interval"] == pytest.approx([0, 0], abs=1e-6)
     assert seeing["interval_to_others"][0] > 0.2 and blind["interval_to_others"] == pytest.approx([0, 0], abs=1e-6)
-    assert "inside their lesion 1.000" in evaluation.say_lesion_attention(seeing)
+    said = evaluation.say_lesion_attention(seeing)
+    assert "inside their lesion 1.000" in said and f"difference {1 - seeing['random']:+.3f} [" in said
+    assert f"other sentences {seeing['others']:.3f} [" in said
 
 
 def test_a_picture_of_attention_outlines_the_lesion(with_masks, tmp_path, network_and_batch):
