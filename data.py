@@ -63,6 +63,7 @@ GEOMETRY = {"XYSpacing": "two lengths in mm", "ZSpacing": "a length in mm",
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "valid", "valid": "valid",
                "validation": "valid", "test": "test", "testing": "test"}
 NO_TEXT = ("", "nan", "none", "null", "na", "n/a", "not given", "not given.")
+UNIT = r'(?im)^(?:(?:space )?units: *"|DistanceUnits *= *)(m|cm|um|microns?)\b'  # not mm
 ENDING = re.compile(r"\.(nii|nii\.gz|mha|mhd|nrrd|nhdr|npz|npy)$", re.IGNORECASE)  # of a volume
 DEMO_SIZE = 1430                # phantoms of --data demo: 1001 to train on, 429 held out
 
@@ -112,7 +113,7 @@ def _visible_files(folder):
     return sorted(Path(entry) for entry in entries if entry.is_file() and not is_hidden(entry.name))
 
 
-def _is_dicom(file):
+def is_dicom(file):
     with open(file, "rb") as stream:
         return stream.read(132)[128:] == b"DICM" or file.suffix.lower() == ".dcm"
 
@@ -122,7 +123,7 @@ def _pictures(folder):
     previews they are."""
     files = _visible_files(folder)
     pictures = [file for file in files if file.suffix.lower() in (".png", ".jpg", ".jpeg")]
-    if pictures and any(_is_dicom(file) for file in files if file not in pictures):
+    if pictures and any(map(is_dicom, set(files) - set(pictures))):
         return []
     return sorted(pictures, key=lambda file: [int(text) if text.isdigit() else text
                                               for text in re.split(r"(\d+)", file.name)])
@@ -200,7 +201,6 @@ def _read_itk(path):
     return sitk.GetArrayFromImage(image).T, np.diag([-1, -1, 1, 1]) @ affine  # ITK's LPS -> RAS
 
 
-UNIT = r'(?im)^(?:(?:space )?units: *"|DistanceUnits *= *)(m|cm|um|microns?)\b'  # other than mm
 # What tells where a slice lies, and the group of tags in which a DICOM file of many frames has it
 PLACE_TAGS = {"ImagePositionPatient": "PlanePositionSequence",
               "ImageOrientationPatient": "PlaneOrientationSequence",
@@ -235,7 +235,7 @@ def _dicom_slices(file):
     # Structures, reports, screenshots and a DICOMDIR lie beside slices, too
     is_scan = re.search("(CT|MR|Emission Tomography) Image", pydicom.uid.UID(kind).name)
     is_cut = len(header) == 0 or not (header.preamble or kind)  # so early that its kind may be lost
-    if "PixelData" not in header and (is_scan or is_cut) and _is_dicom(file):
+    if "PixelData" not in header and (is_scan or is_cut) and is_dicom(file):
         raise ValueError(f"{file.name} is broken")
     is_grey = "MONOCHROME" in header.get("PhotometricInterpretation", "")
     if "PixelData" not in header or not is_grey or "LOCALIZER" in header.get("ImageType", ""):
@@ -796,7 +796,7 @@ def _manifest_items(path):
             found = f"volume {volume!r} and split {row.get('split')!r}"
             raise wrong(where, found, f"a path and one of {SPLITS}")
         patient = row.get("patient") or volume
-        mask = path.parent / row["mask"].replace("\\", "/") if row.get("mask") else None
+        mask = path.parent / _path(row["mask"]) if row.get("mask") else None
         items.append(Item(volume, path.parent / volume, _text(row["report"]), split, patient, _labels(row),
                           mask=mask))
     return items

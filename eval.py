@@ -731,7 +731,7 @@ def score_masks(run, items, masks, out, train_items):
     scores, constant, false_alarms, examples = [], [], 0, []
     for (labels, affine), item, file_name in zip(masks, items, _file_names(items)):
         pred = nib.apply_orientation(labels, nib.io_orientation(affine)).T  # (z, y, x), RAS
-        truth = data.to_ras(item.mask, *data.read_stored(item.mask), is_mask=True)[0]
+        truth = data.read_volume(item.mask, is_mask=True)[0]
         scores.append(dice(pred, truth, 1 + len(names)))
         voxels = np.array([(truth == k).sum() for k in range(1, 1 + len(names))])
         constant.append(np.where(voxels, 2 * voxels / (voxels + truth.size), math.nan))
@@ -1213,13 +1213,13 @@ def pairing_command(args):
 def find_scans(folder):
     """What a folder holds at any depth: volume files, folders of DICOM, and folders of pictures that have no
     volume beside them; if there is nothing of these, every folder of files that may be slices"""
-    scans, unknown = [], []
+    scans, unknown, notes = [], [], re.compile(r".*\.(csv|json|txt)|DICOMDIR", re.IGNORECASE)
     for root, _, files in data.walk(folder):
-        volumes = [root / name for name in files if data.ENDING.search(name)]
-        notes = re.compile(r".*\.(csv|json|txt)|DICOMDIR", re.IGNORECASE)
-        others = [root / name for name in files if not data.ENDING.search(name) and not notes.fullmatch(name)]
+        paths = [root / name for name in files if not notes.fullmatch(name)]
+        volumes = [path for path in paths if data.ENDING.search(path.name)]
+        others = [path for path in paths if not data.ENDING.search(path.name)]
         has_pictures = any(path.suffix.lower() in (".png", ".jpg", ".jpeg") for path in others)
-        if any(map(data._is_dicom, others)) or (has_pictures and not volumes):
+        if any(map(data.is_dicom, others)) or (has_pictures and not volumes):
             scans.append(root)
         if others:
             unknown.append(root)

@@ -10,6 +10,7 @@ import matplotlib.image
 import nibabel as nib
 import numpy as np
 import pytest
+import reference
 import torch
 from conftest import REPORTS, SMALL, small_mg3d
 
@@ -375,6 +376,18 @@ def test_attention_on_lesions_is_measured_against_two_controls(with_masks, tmp_p
     said = evaluation.say_lesion_attention(seeing)
     assert "inside their lesion 1.000" in said and f"difference {1 - seeing['random']:+.3f} [" in said
     assert f"other sentences {seeing['others']:.3f} [" in said
+
+
+def test_differences_of_the_reference_run_are_paired_over_seeds():
+    rows = [{"arm": arm, "seed": seed, "probe": value} for arm, values in (
+        ("six", {1: 0.7, 2: 0.9, 3: 0.8, 4: 0.1}), ("scratch", {3: 0.5, 1: 0.6, 2: 0.7})) for seed, value in values.items()]
+    rows.append({"arm": "scratch", "seed": 4, "few": 1.0})              # not measured: it does not count
+    low, mean, high = reference.paired(rows, "six", "scratch", "probe")  # of 0.1, 0.2 and 0.3
+    half = 4.302653 * 0.1 / 3 ** 0.5                                    # Student's t, two degrees of freedom
+    assert (low, mean, high) == pytest.approx((0.2 - half, 0.2, 0.2 + half))
+    assert reference.paired(rows, "six", "clip alone", "probe") is None
+    assert np.isnan(reference.t_interval([0.3])[0])
+    assert "six - scratch: +0.200 [-0.048, +0.448]" in reference.table(rows)
 
 
 def test_a_picture_of_attention_outlines_the_lesion(with_masks, tmp_path, network_and_batch):
