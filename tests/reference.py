@@ -2,11 +2,13 @@
 
     python tests/reference.py --out reference                      the first pass: 4 arms, 3 seeds
     python tests/reference.py --out reference --arms six "clip alone" --seeds 1 2 3
+    python tests/reference.py --out reference --arms "six + clip, real text" --text_encoder FOLDER
 
 Every seed has phantoms of its own, drawn anew, 1001 to train on and 429 held out. Settings are those of the
-demo but for three times its steps. What is done is not done again: an interrupted pass goes on when it is
-started anew, and later passes add rows. Writes OUT/reference.csv, a row a run, and reference.png, and prints
-the table: means and standard deviations over seeds, and paired 95 % intervals (Student's t over seeds).
+demo but for three times its steps, in float32, on a GPU if there is one. What is done is not done again: an
+interrupted pass goes on when it is started anew, and later passes add rows. Writes OUT/reference.csv, a row
+a run, and reference.png, and prints the table: means and standard deviations over seeds, and paired 95 %
+intervals (Student's t over seeds).
 """
 import argparse
 import csv
@@ -34,6 +36,7 @@ ARMS = {                                        # flags; None: the encoder as a 
     "reconstructions + clip": f"{CONTRASTS} --clip",
     "clip alone": " ".join([*LEFT_OUT.values(), "--clip"]),
     "MIM alone": " ".join(flag for name, flag in LEFT_OUT.items() if name != "mim"),
+    "six + clip, real text": "--clip",
     **{f"six + clip without {name}": f"{flag} --clip" for name, flag in LEFT_OUT.items()}}
 ARMS |= {name + PERMUTED: f"{flags} --permute_reports" for name, flags in ARMS.items() if flags}
 FIRST_PASS = ["scratch", "six", "six + clip", "six + clip" + PERMUTED]
@@ -41,12 +44,13 @@ COLUMNS = {"probe": "probe, 1001 labels", "few": "probe, 100 labels", "finetuned
            "retrieval": "Recall@42", "lesion": "attention on lesions above random"}
 
 
-def train(flags, folder, manifest, seed, steps):
+def train(flags, folder, manifest, seed, steps, text_encoder):
     """Run pretrain.py with the demo's settings, or go on with an interrupted run."""
     import pretrain
     settings = {name: value for name, value in pretrain.DEMO.items() if name != "clip"}
     settings |= {"data": manifest, "cache": folder.parent / "cache", "out": folder, "batch_size": 24,
-                 "seed": seed, "steps": steps, "workers": 1}
+                 "seed": seed, "steps": steps, "workers": 1, "precision": "fp32",
+                 "text_encoder": text_encoder}
     command = [sys.executable, str(ROOT / "pretrain.py"), *flags.split()]
     for name, value in settings.items():
         command += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
@@ -67,10 +71,13 @@ def fine_tune(encoder, items, cache, size, seed, labels=100, epochs=40):
     fit, held_out = evaluation.split_labelled(items)
     rng = np.random.default_rng(seed)
     chosen = [fit[i] for i in rng.choice(len(fit), labels, replace=False)]
-    volumes = torch.stack([data.load_volume(item, cache, size) for item in chosen])
-    truth = torch.tensor(np.stack([item.labels for item in chosen]))
+
+    def load(items):
+        return torch.stack([data.load_volume(item, cache, size) for item in items]).to(evaluation.DEVICE)
+    volumes = load(chosen)
+    truth = torch.tensor(np.stack([item.labels for item in chosen]), device=evaluation.DEVICE)
     torch.manual_seed(seed)
-    network = model.Classifier(encoder, len(data.LABELS)).train()
+    network = model.Classifier(encoder, len(data.LABELS)).to(evaluation.DEVICE).train()
     optimizer = torch.optim.AdamW(network.parameters(), 1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     for _ in range(epochs):
@@ -82,8 +89,7 @@ def fine_tune(encoder, items, cache, size, seed, labels=100, epochs=40):
         schedule.step()
     network.eval()
     with torch.no_grad():
-        scores = [network(torch.stack([data.load_volume(item, cache, size) for item in held_out[i:i + 24]]))
-                  for i in range(0, len(held_out), 24)]
+        scores = [network(load(held_out[i:i + 24])).cpu() for i in range(0, len(held_out), 24)]
     return evaluation.macro_auroc(torch.cat(scores).numpy(), np.stack([item.labels for item in held_out]))
 
 
@@ -100,9 +106,9 @@ def measure(folder, manifest, seed):
     untrained = evaluation.untrained_encoder({"encoder": pretrain.DEMO["encoder"], "seed": seed, "init": None})
     network, encoder, row = None, untrained, {}
     if (folder / "last.pt").exists():
-        network, _ = evaluation.load_pretrained(folder / "last.pt")
+        network, _ = evaluation.load_pretrained(folder / "last.pt", evaluation.DEVICE)
         encoder = network.encoder
-    before, after = (evaluation.probe_features(net, items, cache, size, batch_size=24)
+    before, after = (evaluation.probe_features(net.to(evaluation.DEVICE), items, cache, size, batch_size=24)
                      for net in (untrained, encoder))
     probe = evaluation.compare_probes(before, after, items, few=100)
     row |= {"probe": probe["pretrained"], "few": probe["few"]["pretrained"], "difference": probe["difference"]}
@@ -123,7 +129,7 @@ def measure(folder, manifest, seed):
     return row
 
 
-def run(out, arm, seed, steps):
+def run(out, arm, seed, steps, text_encoder):
     """Train and measure one arm with one seed, unless that is done -> its row."""
     name = re.sub(r"\W+", "_", arm)
     folder = out / f"{name}_{seed}"
@@ -136,7 +142,7 @@ def run(out, arm, seed, steps):
         manifest = out / f"phantoms_{seed}" / "manifest.csv"
         folder.mkdir(parents=True, exist_ok=True)
         if ARMS[arm] is not None:
-            train(ARMS[arm], folder, manifest, seed, steps)
+            train(ARMS[arm], folder, manifest, seed, steps, text_encoder if "real text" in arm else "demo")
         evaluation.write_result({"arm": arm, "seed": seed} | measure(folder, manifest, seed), result)
     return json.loads(result.read_text(encoding="utf-8"))
 
@@ -207,15 +213,22 @@ def main():
                         help=", ".join(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=390)
+    parser.add_argument("--text_encoder", help="a Hugging Face folder, for the arms with a real text")
     parser.add_argument("--n", type=int, default=1430, help="phantoms a seed")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, a thread each")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
+    if any("real text" in arm for arm in args.arms) and not args.text_encoder:
+        parser.error("the arms with a real text need --text_encoder FOLDER")
+    import data
     import phantoms
+    import pretrain
     for seed in args.seeds:
-        phantoms.write_demo(args.out / f"phantoms_{seed}", args.n, seed)
+        manifest = phantoms.write_demo(args.out / f"phantoms_{seed}", args.n, seed)
+        data.prepare_all(data.load_items(manifest), args.out / "cache", args.jobs, size=pretrain.DEMO["size"])
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(run, args.out, arm, seed, args.steps) for seed in args.seeds for arm in args.arms]
+        jobs = [pool.submit(run, args.out, arm, seed, args.steps, args.text_encoder)
+                for arm in args.arms for seed in args.seeds]
         for job in as_completed(jobs):
             row = job.result()
             print(row["arm"], row["seed"], {name: round(row[name], 3) for name in COLUMNS if name in row}, flush=True)
