@@ -38,7 +38,7 @@ ARMS = {                                        # flags; None: the encoder as a 
     "MIM alone": " ".join(flag for name, flag in LEFT_OUT.items() if name != "mim"),
     "six + clip, real text": "--clip",
     **{f"six + clip without {name}": f"{flag} --clip" for name, flag in LEFT_OUT.items()}}
-ARMS |= {name + PERMUTED: f"{flags} --permute_reports" for name, flags in ARMS.items() if flags}
+ARMS |= {name + PERMUTED: f"{flags} --permute_reports" for name, flags in ARMS.items() if flags is not None}
 FIRST_PASS = ["scratch", "six", "six + clip", "six + clip" + PERMUTED]
 COLUMNS = {"probe": "probe, 1001 labels", "few": "probe, 100 labels", "finetuned": "fine-tuned, 100 labels",
            "retrieval": "Recall@42", "lesion": "attention on lesions above random"}
