@@ -608,7 +608,7 @@ def test_retrieval_under_both_protocols(constant_inputs, text_encoder, tmp_path)
     cosine = np.array([texts(report) for report in reports]) @ np.array(images).T
     close = cosine >= cosine.diagonal()[:, None] - 1e-6
     ranks = [sum(row) for row in close]
-    volumes, scans = result["more"]["protocols"].values()
+    volumes, scans, _ = result["more"]["protocols"].values()
     assert volumes["n"] == result["n"] == 12 and scans["n"] == 6
     assert volumes["Recall@5"] == result["value"] == pytest.approx(np.mean(np.array(ranks) <= 5))
     assert volumes["chance of Recall@5"] == result["chance"] == 5 / 12 and scans["chance of Recall@50"] == 1
