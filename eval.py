@@ -1368,7 +1368,12 @@ def zeroshot_command(args):
     items = tested_part(data.load_items(args.data, args.cache), args.split, args.data)
     items = label_items(items, names, args.data)
     run, score = load_towers(args.checkpoint, args.cache, DEVICE)
-    run.network.text_encoder.check_words(texts or data.prompts(names), args.prompts or "the prompts")
+    encoder, prompts = run.network.text_encoder, texts or data.prompts(names)
+    encoder.check_words(prompts, args.prompts or "the prompts")
+    unknown = [text for text in prompts if encoder.tokenizer.unk_token in encoder.tokenizer.tokenize(text)]
+    if unknown:
+        log.warning("warning: the text encoder lacks words of %d of %d prompts: %s", len(unknown),
+                    len(prompts), data.shorten(unknown))
     task = run.task._replace(kind="prompt", metric="AUC", classes=names)
     run = run._replace(task=task, config=run.config | {"task": "zeroshot", "prompts": texts})
     test_towers(run, items, args, score)
