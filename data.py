@@ -1463,6 +1463,11 @@ def prompts(classes):
     return [prompt for name in classes for prompt in (f"{name}.", f"not {name}.")]
 
 
+def demo_prompts():
+    """The same of the 18 in the words of the demo's reports, which know no "not" """
+    return [text for name in LABELS for text in phantoms.prompts(name)]
+
+
 def _draw_fifth(items, task, seed, fold=0):
     """Names of a random fifth of the patients, number `fold` of five; classify: a fifth of every class"""
     labels = {}

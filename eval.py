@@ -71,7 +71,7 @@ def flags():
     commands = parser.add_subparsers(dest="command")
     add = commands.add_parser("zeroshot", parents=[towers], formatter_class=Help).add_argument
     add("--prompts", type=Path, help="CSV name,positive,negative: two texts for each label column `name` of "
-        "--data; else 'NAME.' and 'not NAME.' of CT-RATE's 18")
+        "--data; else 'NAME.' and 'not NAME.' of CT-RATE's 18, for the demo in the words of its reports")
     add("--out", type=Path, default="out/zeroshot", help="folder for result.json, predictions and pictures")
     add = commands.add_parser("retrieval", parents=[towers], formatter_class=Help).add_argument
     add("--out", type=Path, default="out/retrieval", help="folder for result.json, ranks and a picture")
@@ -748,8 +748,8 @@ def score_classes(run, items, scores, out, train_items):
         return result, accuracy, pred, label
     if task.kind == "prompt":
         findings = how_many(per_class.values())
-        texts = "the texts of --prompts" if run.config.get("prompts") else "'{name}.' against 'not {name}.'"
-        result["protocol"] = f"all items, mean of {findings}, {texts}"
+        one, other, *_ = run.config.get("prompts") or ("{name}.", "not {name}.")
+        result["protocol"] = f"all items, mean of {findings}, '{one}' against '{other}' and so on"
         if out:
             rows = auc_table(scores, truth, task.classes)
             plot_aucs(rows, out / "auc.png")
@@ -1014,21 +1014,27 @@ def summary(result):
 
 
 def print_result(result):
-    positives, more = result["positives"], dict(result["more"])
-    intervals = more.pop("intervals", {})
-    print(f"{'':40s} {'positives':>9s} {result['metric']:>9s}" if positives else "")
-    for name, value in result["per_class"].items():
-        interval = span(intervals[name]) if name in intervals else ""
-        print(f"{name:40s} {positives.get(name, ''):>9} {value:9.3f}  {interval}".rstrip())
-    if "protocols" in more:
+    more = dict(result["more"])
+    if "protocols" in more:     # they hold the numbers of per_class
         print(say_protocols(more.pop("protocols")))
-    if "weighted_auc" in more:
-        print(f"{WEIGHTED:50s} {more.pop('weighted_auc'):9.3f}  {span(intervals[WEIGHTED])}")
+    else:
+        print(say_classes(result, more.pop("intervals", {}), more.pop("weighted_auc", None)))
     more = json.loads(json.dumps(more), parse_float=lambda digits: round(float(digits), 3))
     for name, value in more.items():
         for key, content in value.items() if isinstance(value, dict) else [("", value)]:
             print(f"{name} {key}".replace("_", " ").strip() + f": {json.dumps(content, ensure_ascii=False)}")
     print(f"{result['protocol']}; ids {result['ids_sha1'][:10]}\n{summary(result)}")
+
+
+def say_classes(result, intervals, weighted):
+    """The table of per_class, with positives and intervals where there are any"""
+    positives = result["positives"]
+    lines = [f"{'':40s} {'positives':>9s} {result['metric']:>9s}" if positives else ""]
+    rows = result["per_class"] | ({} if weighted is None else {WEIGHTED: weighted})
+    for name, value in rows.items():
+        interval = f"  {span(intervals[name])}" if name in intervals else ""
+        lines.append(f"{name:40s} {positives.get(name, ''):>9} {value:9.3f}{interval}")
+    return "\n".join(lines)
 
 
 def say_protocols(protocols):
@@ -1166,8 +1172,9 @@ def plot_recall(ranks, out):
                 [line] = ax.step(ks, recall, where="post", label=f"{', '.join(names)} (n = {n})")
                 ax.plot(ks, ks / n, color=line.get_color(), ls="--", lw=0.8)
             ax.set(xscale="log", xlabel="k", title=title, xlim=(1, None), ylim=(0, 1.005))
+            ax.set_xticks([k for k in KS if k < n], [k for k in KS if k < n])
         axes[0].set(ylabel="Recall@k; dashed: chance")
-        axes[1].legend(loc="upper left")
+        axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 
 def plot_overlay(examples, out):
@@ -1364,7 +1371,9 @@ def label_items(items, names, source):
 
 
 def zeroshot_command(args):
-    names, texts = read_prompts(args.prompts) if args.prompts else (data.LABELS, None)
+    names, texts = data.LABELS, data.demo_prompts() if args.data == "demo" else None
+    if args.prompts:
+        names, texts = read_prompts(args.prompts)
     items = tested_part(data.load_items(args.data, args.cache), args.split, args.data)
     items = label_items(items, names, args.data)
     run, score = load_towers(args.checkpoint, args.cache, DEVICE)

@@ -1159,7 +1159,7 @@ def test_zeroshot_of_own_prompts(towers, caplog):
     assert result["value"] == pytest.approx(np.mean(list(result["per_class"].values())))
     assert result["interval"] == pytest.approx(result["more"]["intervals"]["mean"])
     assert result["ids_sha1"] == hashlib.sha1("\n".join(sorted(item.id for item in items)).encode()).hexdigest()
-    assert result["protocol"] == "all items, mean of 2 findings, the texts of --prompts"
+    assert result["protocol"] == "all items, mean of 2 findings, 'a large block.' against 'no block.' and so on"
     assert result["more"]["score"] == "cosine of pooled features, taught by --clip" and "warning: last.pt was trained" not in caplog.text
     assert result["more"]["patients_seen_in_training"] == 1 and "1 of 19 patients of the test part" in caplog.text
     assert "m.csv, line 15: 1 labels are -1" in caplog.text
