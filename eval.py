@@ -61,20 +61,20 @@ def flags():
 
     towers = argparse.ArgumentParser(add_help=False)
     add = towers.add_argument
-    add("--checkpoint", required=True, help="last.pt of pretrain.py, best.pt or last.pt of ct-rate-vocab or "
-        "ct-rate-retrieval")
+    add("--checkpoint", required=True, help="last.pt of pretrain.py; best.pt or last.pt of "
+        "ct-rate-vocab or ct-rate-retrieval")
     add("--data", required=True, help="demo, a manifest, a CT-RATE folder or a CTRG-Chest .json")
-    add("--split", choices=["train", "valid", "test"], help="part to report on; else test, or if there is none "
-        "valid, or else all")
+    add("--split", choices=["train", "valid", "test"], help="part to report on; else test, without "
+        "one valid, without both all")
     add("--cache", default="cache", help="folder of preprocessed volumes")
 
     commands = parser.add_subparsers(dest="command")
     add = commands.add_parser("zeroshot", parents=[towers], formatter_class=Help).add_argument
-    add("--prompts", type=Path, help="CSV name,positive,negative: two texts for each label column `name` of "
-        "--data; else 'NAME.' and 'not NAME.' of CT-RATE's 18, for the demo in the words of its reports")
-    add("--out", type=Path, default="out/zeroshot", help="folder for result.json, predictions and pictures")
+    add("--prompts", type=Path, help="CSV name,positive,negative: two texts for each label column of "
+        "that name; else 'NAME.' and 'not NAME.' of the 18, for the demo in words of its reports")
+    add("--out", type=Path, default="out/zeroshot", help="folder for result.json and pictures")
     add = commands.add_parser("retrieval", parents=[towers], formatter_class=Help).add_argument
-    add("--out", type=Path, default="out/retrieval", help="folder for result.json, ranks and a picture")
+    add("--out", type=Path, default="out/retrieval", help="folder for result.json and a picture")
     add = commands.add_parser("probe", parents=[shared], formatter_class=Help).add_argument
     add("--data", required=True, help="demo, a manifest with labels, or a CT-RATE folder")
     add("--batch_size", type=int, default=8, help="volumes at a time")
@@ -753,8 +753,8 @@ def score_classes(run, items, scores, out, train_items):
         if out:
             rows = auc_table(scores, truth, task.classes)
             plot_aucs(rows, out / "auc.png")
-            spans = {name: [low, high] for name, (low, _, high) in rows.items()}
-            result["more"] = {"weighted_auc": rows[WEIGHTED][1], "intervals": spans}
+            spans = {name: [low, high] for name, (low, _, high) in rows.items() if name in per_class}
+            result["more"] = {"weighted_auc": rows[WEIGHTED], "intervals": spans}
         return result, macro_auroc, scores, truth
     name = task.classes[-1]
     counted = ~np.isnan(truth[:, -1])
@@ -766,7 +766,7 @@ def score_classes(run, items, scores, out, train_items):
 
 
 def auc_table(scores, truth, classes):
-    """{name: [low, AUC, high]} of the classes (K,) that have both kinds, and of two means of these AUCs"""
+    """{name: [low, AUC, high]} of the classes (K,) that have both kinds, and of two means of these"""
     def metric(scores, truth):
         aucs = np.array(aurocs(scores, truth))
         return np.array([*aucs, _mean(aucs), weighted_auroc(aucs, truth)])
@@ -848,9 +848,9 @@ def score_reports(run, items, reports, out, train_items):
 
 
 def candidates(items):
-    """What counts as one candidate of a retrieval: {protocol: groups of places in items, the first by name
-    before the others}. Of a scan's reconstructions, train_1_a_1, train_1_a_2, … of CT-RATE, "scans" has
-    the first; volumes with other names are scans of their own. "unique findings": those of one report."""
+    """What counts as one candidate of a retrieval: {protocol: groups of places in items}. Of the
+    reconstructions of a scan, CT-RATE's train_1_a_1, train_1_a_2, …, "scans" takes the first; volumes
+    with other names are scans of their own. "unique findings" groups the volumes of one report."""
     scans, findings = {}, defaultdict(list)
     for i in sorted(range(len(items)), key=lambda i: items[i].id):
         name = data.ENDING.sub("", items[i].id)
@@ -861,13 +861,14 @@ def candidates(items):
 
 
 def _recalls(ranks):
-    recalls = {f"Recall@{k}": float((ranks <= k).mean()) if k < len(ranks) else math.nan for k in KS}
-    return {**recalls, "mean_rank": float(ranks.mean()), "median_rank": float(np.median(ranks))}
+    n, shares = len(ranks), {k: float((ranks <= k).mean()) for k in KS}
+    return {**{f"Recall@{k}": share if k < n else math.nan for k, share in shares.items()},
+            "mean_rank": float(ranks.mean()), "median_rank": float(np.median(ranks))}
 
 
 def score_retrieval(run, items, volumes, out, train_items):
-    """Recall@K of reports that look for their volume, and of volumes that look for their report, under the
-    protocols of `candidates`: of the volumes of a candidate the most similar counts. volumes: features (n, E)"""
+    """Recall@K of reports that look for their volume, and of volumes that look for their report, by the
+    protocols of `candidates`; the most similar volume of a candidate counts. volumes: features (n, E)"""
     reports = text_features(run.network, [item.report for item in items])
     similarity = (reports @ volumes.T).numpy()          # rows: reports
     protocols, ranks = {}, {}
@@ -876,9 +877,10 @@ def score_retrieval(run, items, volumes, out, train_items):
         rows = similarity[first]
         best = np.stack([rows[:, group].max(1) for group in groups], 1)         # (n, n)
         ranks[name] = retrieval_ranks(best), retrieval_ranks(best.T)
-        protocols[name] = {"n": n, "ids_sha1": _hash(items[i] for i in first), **_recalls(ranks[name][0]),
+        forth, back = map(_recalls, ranks[name])
+        protocols[name] = {"n": n, "ids_sha1": _hash(items[i] for i in first), **forth,
                            **{f"chance of Recall@{k}": min(1.0, k / n) for k in KS},
-                           "chance of mean_rank": (n + 1) / 2, "volume to report": _recalls(ranks[name][1])}
+                           "chance of mean_rank": (n + 1) / 2, "volume to report": back}
     if out:
         nearest = (-similarity).argsort(1, kind="stable")[:, :5]
         rows = [[items[i].id, rank, *(items[j].id for j in nearest[i])]
@@ -1014,11 +1016,15 @@ def summary(result):
 
 
 def print_result(result):
-    more = dict(result["more"])
-    if "protocols" in more:     # they hold the numbers of per_class
-        print(say_protocols(more.pop("protocols")))
+    positives, more = result["positives"], dict(result["more"])
+    intervals, protocols = more.pop("intervals", {}), more.pop("protocols", None)
+    if protocols:               # they hold the numbers of per_class
+        print(say_protocols(protocols))
     else:
-        print(say_classes(result, more.pop("intervals", {}), more.pop("weighted_auc", None)))
+        print(f"{'':40s} {'positives':>9s} {result['metric']:>9s}" if positives else "")
+        for name, value in result["per_class"].items():
+            interval = f"  {span(intervals[name])}" if name in intervals else ""
+            print(f"{name:40s} {positives.get(name, ''):>9} {value:9.3f}{interval}")
     more = json.loads(json.dumps(more), parse_float=lambda digits: round(float(digits), 3))
     for name, value in more.items():
         for key, content in value.items() if isinstance(value, dict) else [("", value)]:
@@ -1026,27 +1032,16 @@ def print_result(result):
     print(f"{result['protocol']}; ids {result['ids_sha1'][:10]}\n{summary(result)}")
 
 
-def say_classes(result, intervals, weighted):
-    """The table of per_class, with positives and intervals where there are any"""
-    positives = result["positives"]
-    lines = [f"{'':40s} {'positives':>9s} {result['metric']:>9s}" if positives else ""]
-    rows = result["per_class"] | ({} if weighted is None else {WEIGHTED: weighted})
-    for name, value in rows.items():
-        interval = f"  {span(intervals[name])}" if name in intervals else ""
-        lines.append(f"{name:40s} {positives.get(name, ''):>9} {value:9.3f}{interval}")
-    return "\n".join(lines)
-
-
 def say_protocols(protocols):
-    """The table of a retrieval: protocols, both directions and chance"""
+    """The table of a retrieval: each protocol in both directions, and chance"""
     columns = [*(f"Recall@{k}" for k in KS), "mean_rank"]
-    lines = [f"{'':16s} {'':17s} {'n':>6s} " + " ".join(f"{name.replace('_', ' '):>10s}" for name in columns)]
+    lines = [f"{'':33s} {'n':>6s} " + " ".join(f"{column:>10s}" for column in columns)]
     for name, found in protocols.items():
         rows = {"report to volume": found, "volume to report": found["volume to report"],
                 "chance": {column: found[f"chance of {column}"] for column in columns}}
         for direction, row in rows.items():
-            numbers = " ".join(f"{row[column]:10.{1 if column == 'mean_rank' else 3}f}" for column in columns)
-            lines.append(f"{name:16s} {direction:17s} {found['n']:6d} {numbers}")
+            numbers = [*(f"{row[column]:10.3f}" for column in columns[:-1]), f"{row['mean_rank']:10.1f}"]
+            lines.append(f"{name:16s} {direction:16s} {found['n']:6d} {' '.join(numbers)}")
     return "\n".join(lines)
 
 
@@ -1144,7 +1139,7 @@ def plot_roc(scores, truth, classes, out):
 
 
 def plot_aucs(rows, out):
-    """Each AUC with its interval, the largest on top and the means below. rows: those of `auc_table`"""
+    """Each AUC with its interval, the largest on top, the means below. rows: of `auc_table`"""
     *others, mean, weighted = rows.items()
     others.sort(key=lambda row: -row[1][1])
     with figure(out, 1, 1, 5.6, 0.8 + 0.19 * len(rows)) as [[ax]]:
@@ -1163,8 +1158,9 @@ def plot_recall(ranks, out):
     curves = {}  # protocols that have the same candidates share one
     for name, both in ranks.items():
         curves.setdefault(np.array(both).tobytes(), (both, []))[1].append(name)
+    titles = "reports look for volumes", "volumes look for reports"
     with figure(out, 1, 2, 3.6, 3.4) as [axes]:
-        for side, (ax, title) in enumerate(zip(axes, ("reports look for volumes", "volumes look for reports"))):
+        for side, (ax, title) in enumerate(zip(axes, titles)):
             for both, names in curves.values():
                 n = len(both[side])
                 ks = np.arange(1, n + 1)
@@ -1174,7 +1170,8 @@ def plot_recall(ranks, out):
             ax.set(xscale="log", xlabel="k", title=title, xlim=(1, None), ylim=(0, 1.005))
             ax.set_xticks([k for k in KS if k < n], [k for k in KS if k < n])
         axes[0].set(ylabel="Recall@k; dashed: chance")
-        axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        curves = axes[0].get_legend_handles_labels()
+        axes[0].figure.legend(*curves, loc="outside lower center", ncols=3)
 
 
 def plot_overlay(examples, out):
@@ -1308,27 +1305,29 @@ def load_pretrained(path, device="cpu"):
 
 
 def load_towers(path, cache="cache", device="cpu"):
-    """last.pt of pretrain.py, or a checkpoint of a task with texts -> Run, and what taught the cosine of its
-    pooled features, in words. ValueError for a file without the projection of one side."""
+    """last.pt of pretrain.py, or a checkpoint of a task with texts -> Run, and which loss taught its score,
+    in words. ValueError for a file without the projection of one side."""
     config = model.flags_of(model.read_checkpoint(path))
     if "task" in config:
         run, teacher = load_checkpoint(path, cache, device), f"the loss of {config['task']}"
     else:
         network, config = load_pretrained(path, device)
         task = data.TASKS["ct-rate-vocab"]._replace(size=tuple(config["size"]), hu=config["hu"])
-        run, teacher = Run(network, task, config, cache, device), "--clip" if config.get("clip") else "nothing"
+        run = Run(network, task, config, cache, device)
+        teacher = "--clip" if config.get("clip") else "nothing"
     if getattr(run.network, "text_pool", None) is None:
-        raise data.wrong(path, "no projection of whole reports", "last.pt of pretrain.py with --clip, or a "
-                         "checkpoint of ct-rate-vocab or ct-rate-retrieval")
+        raise data.wrong(path, "no projection of whole reports", "last.pt of pretrain.py with --clip, "
+                         "or a checkpoint of ct-rate-vocab or ct-rate-retrieval")
     if teacher == "nothing":
-        log.warning("warning: %s was trained without --clip, the only loss that makes the cosine of a volume "
-                    "and its report large: expect chance", path)
+        log.warning("warning: %s was trained without --clip, the only loss that brings the pooled "
+                    "features of a volume and of its report together: expect chance", path)
     return run, f"cosine of pooled features, taught by {teacher}"
 
 
 def tested_part(items, split, source):
-    """The items of a part: of test, or if there are none of valid, or else all. ValueError if it is empty."""
-    parts = [[item for item in items if item.split == name] for name in ([split] if split else ["test", "valid"])]
+    """The items of a part: of test, if there are none of valid, or else all. ValueError if none is left."""
+    names = [split] if split else ["test", "valid"]
+    parts = [[item for item in items if item.split == name] for name in names]
     chosen = next(filter(None, parts), [] if split else items)
     if not chosen:
         raise data.wrong(source, f"nothing for the part {split}", "another --split")
@@ -1339,11 +1338,12 @@ def read_prompts(path):
     """A CSV name,positive,negative -> K names and 2K texts in the order of `data.prompts`"""
     names, texts = [], []
     for where, row in data.read_table(path, "name", "positive", "negative"):
-        pair = [row["positive"], row["negative"]]
-        if not row["name"] or row["name"] in names or not all(map(data.has_words, pair)) or len(set(pair)) < 2:
-            raise data.wrong(where, f"the name {row['name']!r} and the texts {pair}",
+        name, *pair = row["name"], row["positive"], row["negative"]
+        is_pair = all(map(data.has_words, pair)) and pair[0] != pair[1]
+        if not name or name in names or not is_pair:
+            raise data.wrong(where, f"the name {name!r} and the texts {pair}",
                              "a name that is there once and two texts that differ")
-        names.append(row["name"])
+        names.append(name)
         texts += pair
     if not names:
         raise data.wrong(path, "no row", "at least one of name,positive,negative")
@@ -1351,7 +1351,7 @@ def read_prompts(path):
 
 
 def label_items(items, names, source):
-    """The items that have any of these labels, as columns: the 18, or others of the manifest `source`"""
+    """The items that have any of these labels: of the 18, or other columns of the manifest `source`"""
     if set(names) <= set(data.LABELS):
         columns = [data.LABELS.index(name) for name in names]
         labels = {item.id: item.labels[columns] for item in items if item.labels is not None}
@@ -1377,25 +1377,26 @@ def zeroshot_command(args):
     items = tested_part(data.load_items(args.data, args.cache), args.split, args.data)
     items = label_items(items, names, args.data)
     run, score = load_towers(args.checkpoint, args.cache, DEVICE)
-    encoder, prompts = run.network.text_encoder, texts or data.prompts(names)
-    encoder.check_words(prompts, args.prompts or "the prompts")
-    unknown = [text for text in prompts if encoder.tokenizer.unk_token in encoder.tokenizer.tokenize(text)]
+    prompts, tokenizer = texts or data.prompts(names), run.network.text_encoder.tokenizer
+    run.network.text_encoder.check_words(prompts, args.prompts or "the prompts")
+    unknown = [text for text in prompts if tokenizer.unk_token in tokenizer.tokenize(text)]
     if unknown:
         log.warning("warning: the text encoder lacks words of %d of %d prompts: %s", len(unknown),
                     len(prompts), data.shorten(unknown))
     task = run.task._replace(kind="prompt", metric="AUC", classes=names)
     run = run._replace(task=task, config=run.config | {"task": "zeroshot", "prompts": texts})
-    test_towers(run, items, args, score)
+    evaluate_towers(run, items, args, score)
 
 
 def retrieval_command(args):
     items = tested_part(data.load_items(args.data, args.cache), args.split, args.data)
     run, score = load_towers(args.checkpoint, args.cache, DEVICE)
     task = run.task._replace(kind="retrieve", metric="Recall@50")
-    test_towers(run._replace(task=task, config=run.config | {"task": "retrieval"}), items, args, score)
+    run = run._replace(task=task, config=run.config | {"task": "retrieval"})
+    evaluate_towers(run, items, args, score)
 
 
-def test_towers(run, items, args, score):
+def evaluate_towers(run, items, args, score):
     """Evaluate on items, print and write the result."""
     seen = count_seen(items, patients_of(args.checkpoint), args.checkpoint)
     items = data.prepare_all(items, args.cache, run.config["workers"], run.task)
