@@ -133,18 +133,16 @@ KS = (1, 5, 10, 50, 100)            # of Recall@K
 def auroc(score, label):
     """Area under the ROC curve (Mann-Whitney U): (n,), (n,) of 0 and 1, all else is unknown and left out;
     nan where one class is absent"""
-    label = np.asarray(label)
-    known = (label == 0) | (label == 1)
-    score, positive = np.asarray(score)[known], label[known] == 1
-    n_pos, n_neg = positive.sum(), (~positive).sum()
-    if n_pos == 0 or n_neg == 0:
-        return math.nan
-    return float((rankdata(score)[positive].sum() - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg))
+    return aurocs(np.asarray(score)[:, None], np.asarray(label)[:, None])[0]
 
 
 def aurocs(scores, labels):
     """(n, K), (n, K) -> K floats"""
-    return [auroc(*column) for column in zip(scores.T, labels.T)]
+    positive, negative = labels == 1, labels == 0
+    ranks = rankdata(np.where(positive | negative, scores, np.inf), axis=0)     # the unknown come last
+    n_pos, n_neg = positive.sum(0), negative.sum(0)
+    wins = (ranks * positive).sum(0) - n_pos * (n_pos + 1) / 2
+    return np.divide(wins, n_pos * n_neg, np.full(len(wins), math.nan), where=n_pos * n_neg > 0).tolist()
 
 
 def macro_auroc(scores, labels):
