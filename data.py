@@ -706,32 +706,34 @@ def _plain(text):
     return {"true": "1", "false": "0"}.get(text, re.sub(r"\.0*$", "", text))
 
 
-def _number(where, name, text, is_needed):
-    """A cell of a column of NUMBERS as float, NaN where it is unknown"""
+def _number(where, name, text, is_needed, is_label):
+    """A cell of a column of numbers or of labels as float, NaN where it is unknown"""
     try:
         value = float(text)
     except ValueError:
         unknown = dict.fromkeys(NO_TEXT, math.nan)
         value = {"true": 1., "false": 0., **unknown}.get(text.lower(), math.inf)
-    is_good = value in (0, 1, -1) if name in LABELS else math.isfinite(value)
+    is_good = value in (0, 1, -1) if is_label else math.isfinite(value)
     if not is_good and (is_needed or not math.isnan(value)):
-        choice = ": 0, 1 or, where it is unknown, -1 or nothing" if name in LABELS else ""
+        choice = ": 0, 1 or, where it is unknown, -1 or nothing" if is_label else ""
         raise wrong(where, f"{name} {text!r}", f"a number{choice}")
     return value
 
 
-def read_table(path, *needed, **choices):
+def read_table(path, *needed, labels=(), **choices):
     """The rows of a CSV: ("PATH, line N", {column: text, or float in NUMBERS, NaN if unknown}). needed:
-    columns that must be there, numbers among them filled; choices: columns and the texts that they may
-    hold. ; or tab may separate, too; case, blanks and _ in the names of known columns do not matter."""
+    columns that must be there, numbers among them filled; labels: more columns that must be there, read as
+    those of LABELS are; choices: columns and the texts that they may hold. ; or tab may separate, too;
+    case, blanks and _ in the names of known columns do not matter."""
     rows = _rows(path)
-    known = {_plain(name): name for name in (*COLUMNS, *needed, *choices)}
+    known = {_plain(name): name for name in (*COLUMNS, *needed, *labels, *choices)}
     columns = [known.get(_plain(name), name) for name in next(rows, (path, []))[1]]
-    missing = [name for name in (*needed, *choices) if name not in columns]
+    missing = [name for name in (*needed, *labels, *choices) if name not in columns]
     twice = [name for name in known.values() if columns.count(name) > 1]
     if missing or twice:
         raise wrong(path, f"the columns {columns}", f"also {missing}" if missing else f"{twice} once")
-    numbers = [name for name in NUMBERS if name in columns]
+    labels = {*LABELS, *labels}
+    numbers = [name for name in columns if name in labels or name in NUMBERS]
     spellings = {name: {_plain(text): text for text in texts} for name, texts in choices.items()}
     table, uncertain = [], []
     for where, cells in rows:
@@ -743,8 +745,8 @@ def read_table(path, *needed, **choices):
                 raise wrong(where, f"{name} {row[name]!r}", f"one of {', '.join(texts.values())}")
             row[name] = texts[_plain(row[name])]
         for name in numbers:
-            row[name] = _number(where, name, row[name], name in needed)
-            if row[name] == -1 and name in LABELS:
+            row[name] = _number(where, name, row[name], name in needed, name in labels)
+            if row[name] == -1 and name in labels:
                 row[name] = math.nan
                 uncertain.append(where)
         table.append((where, row))
@@ -800,6 +802,12 @@ def _manifest_items(path):
         items.append(Item(volume, path.parent / volume, _text(row["report"]), split, patient, _labels(row),
                           mask=mask))
     return items
+
+
+def read_labels(path, names):
+    """{id: labels (K,), NaN where unknown} of any label columns of a manifest"""
+    return {row["volume"].replace("\\", "/"): np.array([row[name] for name in names])
+            for _, row in read_table(path, "volume", labels=names)}
 
 
 def _parts(content, key):
@@ -1373,6 +1381,7 @@ class Task(NamedTuple):
     among: str | None = None    # classify: the metric counts those who have this class
     patches: int = 1            # cut from a volume at a time
     overlap: float = 0.5        # of the sliding window
+    hu: str = "auto"            # source of Hounsfield units
 
     def settings(self):
         """What best.pt keeps, so that an edited row does not re-interpret an old file"""
@@ -1452,6 +1461,11 @@ TASKS = {
 def prompts(classes):
     """The two prompts of every class, in a row: [name 0, not name 0, name 1, …]"""
     return [prompt for name in classes for prompt in (f"{name}.", f"not {name}.")]
+
+
+def demo_prompts():
+    """The same of the 18 in the words of the demo's reports, which know no "not" """
+    return [text for name in LABELS for text in phantoms.prompts(name)]
 
 
 def _draw_fifth(items, task, seed, fold=0):
@@ -1623,7 +1637,7 @@ def cut_views(item, task, cache, generator=None):
     A "cube" is centred on its candidate, as far as the scan allows. With a `generator` the other places are
     drawn: crops of "slices", patches around a voxel of the mask and elsewhere in turn."""
     if task.view == "whole":
-        return load_volume(item, cache, task.size)[None], None
+        return load_volume(item, cache, task.size, task.hu)[None], None
     volume, mask, affine = prepare(item, task, cache)
     half = np.array(task.size) // 2
     room = np.maximum(np.array(volume.shape) - task.size, 0)
@@ -1754,7 +1768,7 @@ def _problem(items, task, cache, size, hu):
     torch.set_num_threads(1)
     try:
         if task is None or task.view == "whole":
-            size = task.size if task else size
+            size, hu = (task.size, task.hu) if task else (size, hu)
             if not volume_file(items[0], cache, size, hu).exists():
                 load_volume(items[0], cache, size, hu)
             return None

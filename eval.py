@@ -2,6 +2,8 @@
 
     python eval.py --task T --data DIR --checkpoint out/best.pt    a task's number with its interval
     python eval.py --task T --checkpoint out/best.pt --input SCAN  one scan: a mask, probabilities, a report
+    python eval.py zeroshot --data demo --checkpoint out/last.pt   findings told by what a text says
+    python eval.py retrieval --data demo --checkpoint out/last.pt  volumes found by reports, and back
     python eval.py probe --data demo --checkpoint out/last.pt      a linear probe of the 18 findings
     python eval.py pairing --data demo --checkpoint out/last.pt    which losses use the right report
     python eval.py embed --checkpoint out/encoder.pt --input DIR   features of scans, one row each
@@ -23,6 +25,7 @@ import math
 import re
 import sys
 import textwrap
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +59,22 @@ def flags():
     add("--hu", choices=["auto", "header", "csv"], help="source of Hounsfield units, likewise")
     add("--cache", default="cache", help="folder of preprocessed volumes")
 
+    towers = argparse.ArgumentParser(add_help=False)
+    add = towers.add_argument
+    add("--checkpoint", required=True, help="last.pt of pretrain.py; best.pt or last.pt of "
+        "ct-rate-vocab or ct-rate-retrieval")
+    add("--data", required=True, help="demo, a manifest, a CT-RATE folder or a CTRG-Chest .json")
+    add("--split", choices=["train", "valid", "test"], help="part to report on; else test, without "
+        "one valid, without both all")
+    add("--cache", default="cache", help="folder of preprocessed volumes")
+
     commands = parser.add_subparsers(dest="command")
+    add = commands.add_parser("zeroshot", parents=[towers], formatter_class=Help).add_argument
+    add("--prompts", type=Path, help="CSV name,positive,negative: two texts for each label column of "
+        "that name; else 'NAME.' and 'not NAME.' of the 18, for the demo in words of its reports")
+    add("--out", type=Path, default="out/zeroshot", help="folder for result.json and pictures")
+    add = commands.add_parser("retrieval", parents=[towers], formatter_class=Help).add_argument
+    add("--out", type=Path, default="out/retrieval", help="folder for result.json and a picture")
     add = commands.add_parser("probe", parents=[shared], formatter_class=Help).add_argument
     add("--data", required=True, help="demo, a manifest with labels, or a CT-RATE folder")
     add("--batch_size", type=int, default=8, help="volumes at a time")
@@ -106,6 +124,8 @@ log = logging.getLogger("mg3d")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SACREBLEU = BLEU(tokenize="none", smooth_method="none", effective_order=True)
 PENALTIES = np.logspace(-1, 5, 25)  # of the ridge regression
+WEIGHTED = "mean weighted by positives"
+KS = (1, 5, 10, 50, 100)            # of Recall@K
 
 
 # --------------------------------- metrics
@@ -113,23 +133,27 @@ PENALTIES = np.logspace(-1, 5, 25)  # of the ridge regression
 def auroc(score, label):
     """Area under the ROC curve (Mann-Whitney U): (n,), (n,) of 0 and 1, all else is unknown and left out;
     nan where one class is absent"""
-    label = np.asarray(label)
-    known = (label == 0) | (label == 1)
-    score, positive = np.asarray(score)[known], label[known] == 1
-    n_pos, n_neg = positive.sum(), (~positive).sum()
-    if n_pos == 0 or n_neg == 0:
-        return math.nan
-    return float((rankdata(score)[positive].sum() - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg))
+    return aurocs(np.asarray(score)[:, None], np.asarray(label)[:, None])[0]
 
 
 def aurocs(scores, labels):
     """(n, K), (n, K) -> K floats"""
-    return [auroc(*column) for column in zip(scores.T, labels.T)]
+    positive, negative = labels == 1, labels == 0
+    ranks = rankdata(np.where(positive | negative, scores, np.inf), axis=0)     # the unknown come last
+    n_pos, n_neg = positive.sum(0), negative.sum(0)
+    wins = (ranks * positive).sum(0) - n_pos * (n_pos + 1) / 2
+    return np.divide(wins, n_pos * n_neg, np.full(len(wins), math.nan), where=n_pos * n_neg > 0).tolist()
 
 
 def macro_auroc(scores, labels):
     """Mean of the AUCs of the columns that have both classes"""
     return _mean(aurocs(scores, labels))
+
+
+def weighted_auroc(aucs, labels):
+    """Mean of the AUCs (K,) that are not nan, weighted by the positives of their columns (n, K)"""
+    weights = np.where(np.isnan(aucs), 0, (labels == 1).sum(0))
+    return float(np.nansum(weights * aucs) / weights.sum()) if weights.any() else math.nan
 
 
 def how_many(aucs):
@@ -216,14 +240,20 @@ def recall_at_k(similarity, ks):
 
 def bootstrap(metric, *arrays, times=1000, seed=0):
     """95 % percentile interval of metric(*arrays) over resampled items (dim 0) -> (low, high), nan for fewer
-    than two items, which cannot differ"""
+    than two items, which cannot differ. A metric of several numbers has lists of low and high."""
     rng = np.random.default_rng(seed)
     n = len(arrays[0])
     if n < 2:
         return math.nan, math.nan
     samples = (rng.integers(0, n, n) for _ in range(times))
     draws = [metric(*(array[sample] for array in arrays)) for sample in samples]
-    return tuple(np.nanpercentile(draws, [2.5, 97.5]).tolist())
+    return tuple(np.nanpercentile(draws, [2.5, 97.5], axis=0).tolist())
+
+
+def span(interval, sign=""):
+    """[low, high] in words; sign: "+" where it is an interval of a difference"""
+    low, high = interval
+    return f"[{low:{sign}.3f}, {high:{sign}.3f}]"
 
 
 # ---------------------------- linear probe
@@ -232,13 +262,18 @@ def bootstrap(metric, *arrays, times=1000, seed=0):
 def global_features(encoder, items, cache, size, hu="auto", batch_size=8):
     """The average of the encoder's last map for every volume: (n, C) float64 numpy"""
     encoder.eval()
-    device = next(encoder.parameters()).device
     rows = []
+    for volumes in _volumes(encoder, items, cache, size, hu, batch_size):
+        rows.append(encoder(volumes)[-1].float().mean((2, 3, 4)).cpu())     # of (B, C, d, h, w)
+    return torch.cat(rows).double().numpy()
+
+
+def _volumes(network, items, cache, size, hu, batch_size):
+    """Batches (B, 1, D, H, W) on the network's device, in the order of the items"""
+    device = next(network.parameters()).device
     for i in _bar(range(0, len(items), batch_size), "features", len(items) > 1):
         volumes = [data.load_volume(item, cache, size, hu) for item in items[i:i + batch_size]]
-        last = encoder(torch.stack(volumes).to(device))[-1]  # (B, C, d, h, w)
-        rows.append(last.float().mean((2, 3, 4)).cpu())
-    return torch.cat(rows).double().numpy()
+        yield torch.stack(volumes).to(device)
 
 
 def _bar(steps, text, shown):
@@ -329,7 +364,7 @@ def say_probe(result):
     low, value, high = result["difference"]
     text = (f"linear probe of {result['findings']}, macro AUC on {result['n']} held-out volumes: "
             f"untrained encoder {result['untrained']:.3f}, pre-trained {result['pretrained']:.3f}, "
-            f"difference {value:+.3f} [{low:+.3f}, {high:+.3f}]")
+            f"difference {value:+.3f} {span([low, high], '+')}")
     if "few" in result:
         text += "; with {labels} labels {untrained:.3f} and {pretrained:.3f}".format(**result["few"])
     return text
@@ -395,15 +430,9 @@ def levels(rows, nothing):
     return result
 
 
-@torch.no_grad()
 def retrieve_reports(network, items, cache, size, hu="auto", batch_size=24):
     """Recall of the volume of each report, by the cosine of global features"""
-    device = next(network.parameters()).device
-    rows = []
-    for i in _bar(range(0, len(items), batch_size), "retrieval", True):
-        volume = [data.load_volume(item, cache, size, hu) for item in items[i:i + batch_size]]
-        rows.append(network.encode_image(torch.stack(volume).to(device)).mean(1).float())
-    volumes = F.normalize(torch.cat(rows), dim=-1).cpu()
+    volumes = image_features(network, _volumes(network, items, cache, size, hu, batch_size))
     ranks = retrieval_ranks((text_features(network, [item.report for item in items]) @ volumes.T).numpy())
     k = max(1, min(50, len(items) // 10))
     hits = (ranks <= k).astype(float) if k < len(items) else np.array([math.nan])
@@ -412,9 +441,8 @@ def retrieve_reports(network, items, cache, size, hu="auto", batch_size=24):
 
 
 def say_retrieval(result):
-    low, high = result["interval"]
     return (f"retrieval of {result['n']} held-out volumes by their reports: Recall@{result['k']} "
-            f"{result['value']:.3f} [{low:.3f}, {high:.3f}], chance {result['chance']:.3f}")
+            f"{result['value']:.3f} {span(result['interval'])}, chance {result['chance']:.3f}")
 
 
 @torch.no_grad()
@@ -457,12 +485,10 @@ def lesion_attention(network, items, finding_of, cache, size, hu="auto"):
 
 
 def say_lesion_attention(result):
-    text = "attention of sentences inside their lesion {inside:.3f}, at a random place {random:.3f}"
-    low, high = result["interval"]
-    difference = f", difference {result['inside'] - result['random']:+.3f} [{low:+.3f}, {high:+.3f}]"
-    low, high = result["interval_to_others"]
-    return text.format(**result) + difference + (
-        f"; of the report's other sentences {result['others']:.3f} [{low:+.3f}, {high:+.3f}]")
+    difference = result["inside"] - result["random"]
+    return (f"attention of sentences inside their lesion {result['inside']:.3f}, at a random place "
+            f"{result['random']:.3f}, difference {difference:+.3f} {span(result['interval'], '+')}; of the "
+            f"report's other sentences {result['others']:.3f} {span(result['interval_to_others'], '+')}")
 
 
 def _losses_of_patients(name, outputs, batch):
@@ -604,9 +630,10 @@ def _batches(run, items, progress):
 @torch.no_grad()
 def predict_log_odds(run, items, progress=False):
     """log(p / (1 - p)) of every class, which still ranks items whose p is rounded to 1: (n, K) float64 numpy.
-    The p of a prompt is that of "{name}." against "not {name}."."""
+    The p of a prompt is that of "{name}." against "not {name}.", or of the two texts that config has."""
     if run.task.kind == "prompt":
-        texts = text_features(run.network, data.prompts(run.task.classes))      # (2K, E)
+        prompts = run.config.get("prompts") or data.prompts(run.task.classes)
+        texts = text_features(run.network, prompts)                             # (2K, E)
         cosines = (predict_features(run, items, progress) @ texts.T).double().numpy()
         return (cosines[:, ::2] - cosines[:, 1::2]) / run.config["temperature"]
     logits = torch.cat([run.network(volume).cpu() for volume in _batches(run, items, progress)])
@@ -623,10 +650,15 @@ def predict_classes(run, items, progress=False):
 
 
 @torch.no_grad()
+def image_features(network, batches):
+    """Global features of length 1 of batches of volumes (B, 1, D, H, W) -> (n, E) on the CPU"""
+    rows = [network.encode_image(volumes).mean(1).float() for volumes in batches]
+    return torch.cat([F.normalize(row, dim=-1).cpu() for row in rows])
+
+
 def predict_features(run, items, progress=False):
     """Global volume features of length 1: (n, E) on the CPU"""
-    rows = [run.network.encode_image(volume).mean(1).float() for volume in _batches(run, items, progress)]
-    return torch.cat([F.normalize(row, dim=-1).cpu() for row in rows])
+    return image_features(run.network, _batches(run, items, progress))
 
 
 @torch.no_grad()
@@ -714,7 +746,13 @@ def score_classes(run, items, scores, out, train_items):
         return result, accuracy, pred, label
     if task.kind == "prompt":
         findings = how_many(per_class.values())
-        result["protocol"] = f"all items, mean of {findings}, '{{name}}.' against 'not {{name}}.'"
+        one, other, *_ = run.config.get("prompts") or ("{name}.", "not {name}.")
+        result["protocol"] = f"all items, mean of {findings}, '{one}' against '{other}' and so on"
+        if out:
+            rows = auc_table(scores, truth, task.classes)
+            plot_aucs(rows, out / "auc.png")
+            spans = {name: [low, high] for name, (low, _, high) in rows.items() if name in per_class}
+            result["more"] = {"weighted_auc": rows[WEIGHTED], "intervals": spans}
         return result, macro_auroc, scores, truth
     name = task.classes[-1]
     counted = ~np.isnan(truth[:, -1])
@@ -723,6 +761,18 @@ def score_classes(run, items, scores, out, train_items):
         result["more"] = {"auc_all_items": per_class[name], "n_all_items": len(items)}
     result |= {"n": int(counted.sum()), "protocol": f"{name} among {task.among or 'all items'}"}
     return result, auroc, scores[counted, -1], truth[counted, -1]
+
+
+def auc_table(scores, truth, classes):
+    """{name: [low, AUC, high]} of the classes (K,) that have both kinds, and of two means of these"""
+    def metric(scores, truth):
+        aucs = np.array(aurocs(scores, truth))
+        return np.array([*aucs, _mean(aucs), weighted_auroc(aucs, truth)])
+    known = ~np.isnan(aurocs(scores, truth))
+    scores, truth = scores[:, known], truth[:, known]
+    values, names = metric(scores, truth), [*np.compress(known, classes).tolist(), "mean", WEIGHTED]
+    low, high = (np.broadcast_to(end, len(names)) for end in bootstrap(metric, scores, truth))
+    return dict(zip(names, np.transpose([low, values, high]).tolist()))
 
 
 def score_masks(run, items, masks, out, train_items):
@@ -795,37 +845,57 @@ def score_reports(run, items, reports, out, train_items):
     return result, lambda drawn: _bleu(drawn)[3], counts
 
 
+def candidates(items):
+    """What counts as one candidate of a retrieval: {protocol: groups of places in items}. Of the
+    reconstructions of a scan, CT-RATE's train_1_a_1, train_1_a_2, …, "scans" takes the first; volumes
+    with other names are scans of their own. "unique findings" groups the volumes of one report."""
+    scans, findings = {}, defaultdict(list)
+    for i in sorted(range(len(items)), key=lambda i: items[i].id):
+        name = data.ENDING.sub("", items[i].id)
+        scans.setdefault(re.sub(r"((train|valid)_\d+_[a-z]+)_\d+$", r"\1", name), [i])
+        findings[items[i].report].append(i)
+    return {"volumes": [[i] for i in range(len(items))], "scans": sorted(scans.values()),
+            "unique findings": sorted(findings.values())}
+
+
+def _recalls(ranks):
+    n, shares = len(ranks), {k: float((ranks <= k).mean()) for k in KS}
+    return {**{f"Recall@{k}": share if k < n else math.nan for k, share in shares.items()},
+            "mean_rank": float(ranks.mean()), "median_rank": float(np.median(ranks))}
+
+
 def score_retrieval(run, items, volumes, out, train_items):
-    """Recall@K of reports that look for their volume. volumes: features (n, E)"""
-    ks = (1, 5, 10, 50, 100)
+    """Recall@K of reports that look for their volume, and of volumes that look for their report, by the
+    protocols of `candidates`; the most similar volume of a candidate counts. volumes: features (n, E)"""
     reports = text_features(run.network, [item.report for item in items])
     similarity = (reports @ volumes.T).numpy()          # rows: reports
-    ranks = retrieval_ranks(similarity)
+    protocols, ranks = {}, {}
+    for name, groups in candidates(items).items():
+        first, n = [group[0] for group in groups], len(groups)
+        rows = similarity[first]
+        best = np.stack([rows[:, group].max(1) for group in groups], 1)         # (n, n)
+        ranks[name] = retrieval_ranks(best), retrieval_ranks(best.T)
+        forth, back = map(_recalls, ranks[name])
+        protocols[name] = {"n": n, "ids_sha1": _hash(items[i] for i in first), **forth,
+                           **{f"chance of Recall@{k}": min(1.0, k / n) for k in KS},
+                           "chance of mean_rank": (n + 1) / 2, "volume to report": back}
     if out:
         nearest = (-similarity).argsort(1, kind="stable")[:, :5]
-        rows = [[items[i].id, rank, *(items[j].id for j in nearest[i])] for i, rank in enumerate(ranks)]
+        rows = [[items[i].id, rank, *(items[j].id for j in nearest[i])]
+                for i, rank in enumerate(ranks["volumes"][0])]
         columns = [f"volume {k}" for k in range(1, 1 + nearest.shape[1])]
         _write_csv(out / "ranks.csv", ["id", "rank", *columns], rows)
-    first = {}  # train_1_a_2 reconstructs the scan train_1_a again
-    for i in sorted(range(len(items)), key=lambda i: items[i].id):
-        first.setdefault(re.sub(r"(?<=_[a-z])_\d+$", "", items[i].id), i)
-    protocols = {}
-    for name, chosen in (("volumes", range(len(items))), ("scans", sorted(first.values()))):
-        square = similarity[np.ix_(chosen, chosen)]
-        n = len(chosen)
-        recalls = zip(ks, recall_at_k(square, ks))
-        protocols[name] = {"n": n, "ids_sha1": _hash(items[i] for i in chosen),
-                           "median_rank": float(np.median(retrieval_ranks(square))),
-                           **{f"Recall@{k}": recall if k < n else math.nan for k, recall in recalls},
-                           **{f"chance of Recall@{k}": min(1.0, k / n) for k in ks}}
+        plot_recall(ranks, out / "recall.png")
+    counted = "unique findings" if run.config["task"] == "retrieval" else "volumes"
+    n, ranks = protocols[counted]["n"], ranks[counted][0]
     # With few volumes Recall@50 is trivial: report the largest K up to n / 10; 5, or 1 for fewer than 10.
-    largest = max(5, min(len(items) / 10, int(run.task.metric.split("@")[1])))
-    k = max((k for k in ks if k <= largest and 2 * k <= len(items)), default=1)
-    result = {"metric": f"Recall@{k}", "chance": min(1.0, k / len(items)),
-              "per_class": {f"Recall@{k}": protocols["volumes"][f"Recall@{k}"] for k in ks},
-              "protocol": "volumes: a report finds its own among all volumes; ties count against it",
+    largest = max(5, min(n / 10, int(run.task.metric.split("@")[1])))
+    k = max((k for k in KS if k <= largest and 2 * k <= n), default=1)
+    result = {"metric": f"Recall@{k}", "chance": min(1.0, k / n), "n": n,
+              "per_class": {f"Recall@{k}": protocols[counted][f"Recall@{k}"] for k in KS},
+              "protocol": f"{counted}: a report finds its own among all; ties count against it",
               "more": {"protocols": protocols}}
-    return result, lambda drawn: float((drawn <= k).mean()) if k < len(items) else math.nan, ranks
+    return result, lambda drawn: float((drawn <= k).mean()) if k < n else math.nan, ranks
 
 
 KINDS = {"classify": (predict_log_odds, score_classes), "prompt": (predict_log_odds, score_classes),
@@ -938,22 +1008,39 @@ def write_result(result, path):
 
 def summary(result):
     """The number of a task in one line"""
-    low, high = result["interval"]
     reason = f", for {result['reason']}" if "reason" in result else ""
-    return (f"{result['task']}: {result['metric']} {result['value']:.3f} [{low:.3f}, {high:.3f}]{reason}, "
+    return (f"{result['task']}: {result['metric']} {result['value']:.3f} {span(result['interval'])}{reason}, "
             f"n = {result['n']} ({result['split']}), chance {result['chance']:.3f}")
 
 
 def print_result(result):
-    positives = result["positives"]
-    print(f"{'':40s} {'positives':>9s} {result['metric']:>9s}" if positives else "")
-    for name, value in result["per_class"].items():
-        print(f"{name:40s} {positives.get(name, ''):>9} {value:9.3f}")
-    more = json.loads(json.dumps(result["more"]), parse_float=lambda digits: round(float(digits), 3))
+    positives, more = result["positives"], dict(result["more"])
+    intervals, protocols = more.pop("intervals", {}), more.pop("protocols", None)
+    if protocols:               # they hold the numbers of per_class
+        print(say_protocols(protocols))
+    else:
+        print(f"{'':40s} {'positives':>9s} {result['metric']:>9s}" if positives else "")
+        for name, value in result["per_class"].items():
+            interval = f"  {span(intervals[name])}" if name in intervals else ""
+            print(f"{name:40s} {positives.get(name, ''):>9} {value:9.3f}{interval}")
+    more = json.loads(json.dumps(more), parse_float=lambda digits: round(float(digits), 3))
     for name, value in more.items():
         for key, content in value.items() if isinstance(value, dict) else [("", value)]:
             print(f"{name} {key}".replace("_", " ").strip() + f": {json.dumps(content, ensure_ascii=False)}")
     print(f"{result['protocol']}; ids {result['ids_sha1'][:10]}\n{summary(result)}")
+
+
+def say_protocols(protocols):
+    """The table of a retrieval: each protocol in both directions, and chance"""
+    columns = [*(f"Recall@{k}" for k in KS), "mean_rank"]
+    lines = [f"{'':33s} {'n':>6s} " + " ".join(f"{column:>10s}" for column in columns)]
+    for name, found in protocols.items():
+        rows = {"report to volume": found, "volume to report": found["volume to report"],
+                "chance": {column: found[f"chance of {column}"] for column in columns}}
+        for direction, row in rows.items():
+            numbers = [*(f"{row[column]:10.3f}" for column in columns[:-1]), f"{row['mean_rank']:10.1f}"]
+            lines.append(f"{name:16s} {direction:16s} {found['n']:6d} {' '.join(numbers)}")
+    return "\n".join(lines)
 
 
 # -------------------------------- pictures
@@ -1047,6 +1134,42 @@ def plot_roc(scores, truth, classes, out):
         ax.set(xlabel="false positive rate", ylabel="true positive rate", xlim=(0, 1), ylim=(0, 1.005),
                aspect="equal")
         ax.legend(title="AUC", loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def plot_aucs(rows, out):
+    """Each AUC with its interval, the largest on top, the means below. rows: of `auc_table`"""
+    *others, mean, weighted = rows.items()
+    others.sort(key=lambda row: -row[1][1])
+    with figure(out, 1, 1, 5.6, 0.8 + 0.19 * len(rows)) as [[ax]]:
+        ax.axvline(0.5, color="tab:red", ls="--", lw=0.8)
+        for place, (_, (low, value, high)) in enumerate([*others, mean, weighted]):
+            colour = "tab:blue" if place < len(others) else "black"
+            ax.plot([low, high], [place, place], color=colour, lw=1.2)
+            ax.plot(value, place, marker="o", ms=4, color=colour)
+        ax.axhline(len(others) - 0.5, color="0.8", lw=0.8)
+        ax.set_yticks(range(len(rows)), [name for name, _ in [*others, mean, weighted]])
+        ax.set(xlabel="AUC and its 95 % interval; dashed: chance", ylim=(len(rows) - 0.4, -0.6))
+
+
+def plot_recall(ranks, out):
+    """Recall@k over k with chance. ranks: {protocol: those of the reports, those of the volumes}"""
+    curves = {}  # protocols that have the same candidates share one
+    for name, both in ranks.items():
+        curves.setdefault(np.array(both).tobytes(), (both, []))[1].append(name)
+    titles = "reports look for volumes", "volumes look for reports"
+    with figure(out, 1, 2, 3.6, 3.4) as [axes]:
+        for side, (ax, title) in enumerate(zip(axes, titles)):
+            for both, names in curves.values():
+                n = len(both[side])
+                ks = np.arange(1, n + 1)
+                recall = np.searchsorted(np.sort(both[side]), ks, side="right") / n
+                [line] = ax.step(ks, recall, where="post", label=f"{', '.join(names)} (n = {n})")
+                ax.plot(ks, ks / n, color=line.get_color(), ls="--", lw=0.8)
+            ax.set(xscale="log", xlabel="k", title=title, xlim=(1, None), ylim=(0, 1.005))
+            ax.set_xticks([k for k in KS if k < n], [k for k in KS if k < n])
+        axes[0].set(ylabel="Recall@k; dashed: chance")
+        curves = axes[0].get_legend_handles_labels()
+        axes[0].figure.legend(*curves, loc="outside lower center", ncols=3)
 
 
 def plot_overlay(examples, out):
@@ -1147,14 +1270,14 @@ def probe_command(args):
     if left_out:
         log.warning("%s: left out %d of %d volumes without all 18 labels", args.data, left_out, len(items))
     scores, truth = probe(features, items)
-    value, (low, high) = macro_auroc(scores, truth), bootstrap(macro_auroc, scores, truth)
+    value, interval = macro_auroc(scores, truth), bootstrap(macro_auroc, scores, truth)
     per_class = dict(zip(data.LABELS, aurocs(scores, truth)))
     print(f"{'finding':40s} positives   AUC")
     for (name, auc), positives in zip(per_class.items(), truth.sum(0)):
         print(f"{name:40s} {int(positives):9d}  {auc:.3f}")
-    print(f"macro AUC of {how_many(per_class.values())} {value:.3f} [{low:.3f}, {high:.3f}], "
+    print(f"macro AUC of {how_many(per_class.values())} {value:.3f} {span(interval)}, "
           f"n = {len(truth)}, chance 0.500")
-    result = {"macro_auc": value, "interval": [low, high], "n": len(truth), "chance": 0.5, "auc": per_class}
+    result = {"macro_auc": value, "interval": interval, "n": len(truth), "chance": 0.5, "auc": per_class}
     held_out, trained_on = split_labelled(items)[1], patients_of(args.checkpoint)
     result["patients_seen_in_pretraining"] = count_seen(held_out, trained_on, args.checkpoint)
     if math.isnan(value):
@@ -1177,6 +1300,107 @@ def load_pretrained(path, device="cpu"):
     network = model.build_network("pretrain", 0, config, Path(path).parent)
     model.restore(network, checkpoint, path)
     return network.to(device).eval(), config
+
+
+def load_towers(path, cache="cache", device="cpu"):
+    """last.pt of pretrain.py, or a checkpoint of a task with texts -> Run, and which loss taught its score,
+    in words. ValueError for a file without the projection of one side."""
+    config = model.flags_of(model.read_checkpoint(path))
+    if "task" in config:
+        run, teacher = load_checkpoint(path, cache, device), f"the loss of {config['task']}"
+    else:
+        network, config = load_pretrained(path, device)
+        task = data.TASKS["ct-rate-vocab"]._replace(size=tuple(config["size"]), hu=config["hu"])
+        run = Run(network, task, config, cache, device)
+        teacher = "--clip" if config.get("clip") else "nothing"
+    if getattr(run.network, "text_pool", None) is None:
+        raise data.wrong(path, "no projection of whole reports", "last.pt of pretrain.py with --clip, "
+                         "or a checkpoint of ct-rate-vocab or ct-rate-retrieval")
+    if teacher == "nothing":
+        log.warning("warning: %s was trained without --clip, the only loss that brings the pooled "
+                    "features of a volume and of its report together: expect chance", path)
+    return run, f"cosine of pooled features, taught by {teacher}"
+
+
+def tested_part(items, split, source):
+    """The items of a part: of test, if there are none of valid, or else all. ValueError if none is left."""
+    names = [split] if split else ["test", "valid"]
+    parts = [[item for item in items if item.split == name] for name in names]
+    chosen = next(filter(None, parts), [] if split else items)
+    if not chosen:
+        raise data.wrong(source, f"nothing for the part {split}", "another --split")
+    return chosen
+
+
+def read_prompts(path):
+    """A CSV name,positive,negative -> K names and 2K texts in the order of `data.prompts`"""
+    names, texts = [], []
+    for where, row in data.read_table(path, "name", "positive", "negative"):
+        name, *pair = row["name"], row["positive"], row["negative"]
+        is_pair = all(map(data.has_words, pair)) and pair[0] != pair[1]
+        if not name or name in names or not is_pair:
+            raise data.wrong(where, f"the name {name!r} and the texts {pair}",
+                             "a name that is there once and two texts that differ")
+        names.append(name)
+        texts += pair
+    if not names:
+        raise data.wrong(path, "no row", "at least one of name,positive,negative")
+    return tuple(names), texts
+
+
+def label_items(items, names, source):
+    """The items that have any of these labels: of the 18, or other columns of the manifest `source`"""
+    if set(names) <= set(data.LABELS):
+        columns = [data.LABELS.index(name) for name in names]
+        labels = {item.id: item.labels[columns] for item in items if item.labels is not None}
+    elif Path(source).is_file():
+        labels = data.read_labels(source, names)
+    else:
+        others = [name for name in names if name not in data.LABELS]
+        raise data.wrong(source, f"no label columns {others}", "a manifest .csv that has them")
+    labelled = [item._replace(labels=labels[item.id]) for item in items
+                if item.id in labels and not np.isnan(labels[item.id]).all()]
+    if not labelled:
+        raise data.wrong(source, f"no label of {data.shorten(names)} for {len(items)} volumes", "some")
+    if len(labelled) < len(items):
+        log.warning("%s: left out %d of %d volumes without any of the labels", source,
+                    len(items) - len(labelled), len(items))
+    return labelled
+
+
+def zeroshot_command(args):
+    names, texts = data.LABELS, data.demo_prompts() if args.data == "demo" else None
+    if args.prompts:
+        names, texts = read_prompts(args.prompts)
+    items = tested_part(data.load_items(args.data, args.cache), args.split, args.data)
+    items = label_items(items, names, args.data)
+    run, score = load_towers(args.checkpoint, args.cache, DEVICE)
+    prompts, tokenizer = texts or data.prompts(names), run.network.text_encoder.tokenizer
+    run.network.text_encoder.check_words(prompts, args.prompts or "the prompts")
+    unknown = [text for text in prompts if tokenizer.unk_token in tokenizer.tokenize(text)]
+    if unknown:
+        log.warning("warning: the text encoder lacks words of %d of %d prompts: %s", len(unknown),
+                    len(prompts), data.shorten(unknown))
+    task = run.task._replace(kind="prompt", metric="AUC", classes=names)
+    run = run._replace(task=task, config=run.config | {"task": "zeroshot", "prompts": texts})
+    evaluate_towers(run, items, args, score)
+
+
+def retrieval_command(args):
+    items = tested_part(data.load_items(args.data, args.cache), args.split, args.data)
+    run, score = load_towers(args.checkpoint, args.cache, DEVICE)
+    task = run.task._replace(kind="retrieve", metric="Recall@50")
+    run = run._replace(task=task, config=run.config | {"task": "retrieval"})
+    evaluate_towers(run, items, args, score)
+
+
+def evaluate_towers(run, items, args, score):
+    """Evaluate on items, print and write the result."""
+    seen = count_seen(items, patients_of(args.checkpoint), args.checkpoint)
+    items = data.prepare_all(items, args.cache, run.config["workers"], run.task)
+    result = evaluate(run, items, args.out)
+    result["more"] |= {"score": score, "patients_seen_in_training": seen}
+    save_result(result, args.out)
 
 
 def pairing_command(args):
@@ -1320,7 +1544,7 @@ def _scan_item(path, name, centre=None):
 def task_command(args):
     if args.task not in data.TASKS:
         raise ValueError(f"found --task {args.task}, expected one of {', '.join(data.TASKS)}, or a command: "
-                         "probe, pairing, embed, radar")
+                         f"{', '.join(filter(None, COMMANDS))}")
     if not args.checkpoint or not (args.data or args.input):
         raise ValueError("expected --checkpoint, and --data or --input")
     run = load_checkpoint(args.checkpoint, args.cache, DEVICE)
@@ -1353,12 +1577,17 @@ def task_command(args):
     result = evaluate(run, chosen, out, train_items=train_items)
     result["more"]["patients_seen_in_training"] = seen
     result["more"]["patients_seen_in_pretraining"] = seen_before
+    save_result(result, out)
+
+
+def save_result(result, out):
     print_result(result)
     write_result(result, out / "result.json")
     print(f"wrote {out / 'result.json'}")
 
 
-COMMANDS = {None: task_command, "probe": probe_command, "pairing": pairing_command, "embed": embed_command,
+COMMANDS = {None: task_command, "zeroshot": zeroshot_command, "retrieval": retrieval_command,
+            "probe": probe_command, "pairing": pairing_command, "embed": embed_command,
             "radar": radar_command}
 
 if __name__ == "__main__":

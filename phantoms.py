@@ -265,6 +265,13 @@ def describe(label, place, size, is_present, rng):
     return wording.format(state=present if is_present else absent, name=name, where=where)
 
 
+def prompts(label):
+    """What states a finding, at no place, and what denies it"""
+    wording, states = WORDINGS[0]
+    name = FINDINGS[label][2].split(" | ")[0]
+    return [f"{wording.format(state=state, name=name, where='')}.".capitalize() for state in states]
+
+
 def stated_finding(sentence):
     """The number of the finding that a sentence of `describe` states; None: it denies one, or is normal"""
     words = f" {sentence.lower().strip('.')} "

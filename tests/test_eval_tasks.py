@@ -608,7 +608,7 @@ def test_retrieval_under_both_protocols(constant_inputs, text_encoder, tmp_path)
     cosine = np.array([texts(report) for report in reports]) @ np.array(images).T
     close = cosine >= cosine.diagonal()[:, None] - 1e-6
     ranks = [sum(row) for row in close]
-    volumes, scans = result["more"]["protocols"].values()
+    volumes, scans, _ = result["more"]["protocols"].values()
     assert volumes["n"] == result["n"] == 12 and scans["n"] == 6
     assert volumes["Recall@5"] == result["value"] == pytest.approx(np.mean(np.array(ranks) <= 5))
     assert volumes["chance of Recall@5"] == result["chance"] == 5 / 12 and scans["chance of Recall@50"] == 1
@@ -994,3 +994,253 @@ def test_report_of_one_scan(tmp_path):
     done = here("--task", "ctrg", "--checkpoint", "best.pt", "--input", "scan.mha", "--out", "o", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "o" / "report.txt").read_text().strip() in done.stdout
+
+
+# ------------------------------------------------------------- zero-shot findings and retrieval of a dual encoder
+
+def test_a_bootstrap_of_several_numbers_is_that_of_each():
+    rng = np.random.default_rng(0)
+    scores, truth = rng.normal(size=(60, 4)), rng.integers(0, 2, (60, 4)).astype(float)
+    truth[::7, 1], truth[:, 3] = np.nan, 1
+    table = evaluation.auc_table(scores, truth, ["a", "b", "c", "one class"])
+    assert list(table) == ["a", "b", "c", "mean", evaluation.WEIGHTED]
+    for k, name in enumerate("abc"):
+        expected = evaluation.auroc(scores[:, k], truth[:, k]), evaluation.bootstrap(evaluation.auroc, scores[:, k], truth[:, k])
+        assert table[name] == pytest.approx([expected[1][0], expected[0], expected[1][1]])
+    aucs, positives = [table[name][1] for name in "abc"], [(truth[:, k] == 1).sum() for k in range(3)]
+    assert table["mean"][1] == pytest.approx(np.mean(aucs)) == pytest.approx(evaluation.macro_auroc(scores, truth))
+    assert (table["mean"][0], table["mean"][2]) == pytest.approx(evaluation.bootstrap(evaluation.macro_auroc, scores, truth))
+    assert table[evaluation.WEIGHTED][1] == pytest.approx(np.dot(aucs, positives) / sum(positives))
+    assert math.isnan(evaluation.weighted_auroc(np.array([math.nan]), np.ones((2, 1))))
+    assert list(evaluation.auc_table(scores[:1], truth[:1], "abcd")) == ["mean", evaluation.WEIGHTED]
+
+
+def retrieval_by_loops(similarity, ids, reports):
+    """{protocol: ranks of the reports, ranks of the volumes}: each candidate is a set of volumes"""
+    def scan(name):
+        parts = name.removesuffix(".nii.gz").split("_")
+        return "_".join(parts[:3]) if parts[0].endswith(("train", "valid")) else name
+    order, found = sorted(range(len(ids)), key=lambda i: ids[i]), {}
+    scans, texts = {}, {}
+    for i in order:
+        scans.setdefault(scan(ids[i]), {i})
+        texts.setdefault(reports[i], set()).add(i)
+    for name, groups in (("volumes", [{i} for i in range(len(ids))]), ("scans", list(scans.values())), ("unique findings", list(texts.values()))):
+        ranks = ([], [])
+        for own in groups:
+            for rank, score in zip(ranks, (lambda a, b: max(similarity[min(a, key=order.index), j] for j in b),
+                                           lambda a, b: max(similarity[min(b, key=order.index), j] for j in a))):
+                rank.append(1 + sum(score(own, other) >= score(own, own) for other in groups if other is not own))
+        found[name] = ranks
+    return found
+
+
+def test_three_protocols_of_retrieval_in_both_directions(constant_inputs, text_encoder, tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    ids = [f"set/train_{i // 3}_a_{i % 3 + 1}.nii.gz" for i in range(12)] + [f"scan_{i}_a_1" for i in range(12, 24)]
+    said = [*np.repeat(range(4), 3), *range(4, 12), 5, 5, 5, 11]        # 12 texts: of reconstructions, and of others alike
+    reports = [f"{WORDS[k]} lung." for k in said]
+    vectors = rng.integers(-2, 3, (12, 3)).astype(float) + [0, 0, 9]    # integers: some similarities tie
+    images = [vectors[k] + rng.integers(-1, 2, 3) for k in said]
+    items = [item._replace(id=name) for item, name in zip(items_of(reports=reports), ids)]
+    order = dict(zip(ids, range(24)))
+    monkeypatch.setattr(data, "network_input", lambda item, task, cache: torch.full((1, 4, 4, 4), float(order[item.id])))
+    towers = TwoTowers(text_encoder, np.array(images), lambda text: vectors[WORDS.index(text.split()[0])])
+    row = data.TASKS["ct-rate-retrieval"]
+    result = evaluation.evaluate(run_of(towers, "retrieval", row=row), items, tmp_path)
+    features = evaluation.predict_features(run_of(towers, "retrieval", row=row), items)
+    similarity = (evaluation.text_features(towers, reports) @ features.T).numpy()
+    expected = retrieval_by_loops(similarity, ids, reports)
+    assert list(result["more"]["protocols"]) == list(expected)
+    assert [len(ranks[0]) for ranks in expected.values()] == [24, 16, 12]
+    for name, found in result["more"]["protocols"].items():
+        n = len(expected[name][0])
+        assert found["n"] == n and found["chance of mean_rank"] == (n + 1) / 2
+        for ranks, numbers in zip(np.array(expected[name]), (found, found["volume to report"])):
+            assert numbers["mean_rank"] == pytest.approx(ranks.mean()) and numbers["median_rank"] == np.median(ranks)
+            for k in (1, 5, 10, 50, 100):
+                share = (ranks <= k).mean()
+                assert math.isnan(numbers[f"Recall@{k}"]) if k >= n else numbers[f"Recall@{k}"] == pytest.approx(share)
+    unique = result["more"]["protocols"]["unique findings"]
+    assert result["metric"] == "Recall@5" and result["value"] == unique["Recall@5"] and result["n"] == 12
+    assert result["chance"] == 5 / 12 and result["protocol"].startswith("unique findings: a report finds")
+    assert result["ids_sha1"] == hashlib.sha1("\n".join(sorted(ids)).encode()).hexdigest()
+    table = evaluation.say_protocols(result["more"]["protocols"]).splitlines()
+    assert len(table) == 10 and f"{unique['mean_rank']:.1f}" in table[7] and table[9].split()[-1] == "6.5"
+    assert evaluation.evaluate(run_of(towers, "ct-rate-retrieval"), items)["n"] == 24     # the task counts volumes
+    drawn(tmp_path / "recall.png")
+
+
+def test_another_patients_report_or_label_gives_chance(constant_inputs, text_encoder):
+    """Features that are perfect for the right pairs tell nothing of permuted ones."""
+    rng = np.random.default_rng(0)
+    labels, names = rng.integers(0, 2, (400, 4)).astype(float), [name.lower() for name in data.LABELS[:4]]
+
+    def texts(text):
+        feature = np.zeros(4)
+        feature[names.index(text.removeprefix("not ").removesuffix(".").strip())] = -1 if text.startswith("not ") else 1
+        return feature
+    row = data.TASKS["ct-rate-vocab"]._replace(classes=data.LABELS[:4])
+    towers = run_of(TwoTowers(text_encoder, 2 * labels - 1, texts), "zeroshot", row=row)
+    assert evaluation.evaluate(towers, items_of(labels))["value"] == 1
+    permuted = evaluation.evaluate(towers, items_of(rng.permutation(labels)))
+    assert permuted["interval"][0] < 0.5 < permuted["interval"][1] and abs(permuted["value"] - 0.5) < 0.05
+    similarity = torch.eye(400)
+    for order, low, high in ((np.arange(400), 1, 1), (rng.permutation(400), 0, 0.06)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluation, "text_features", lambda network, reports, order=order: similarity[order])
+            items = items_of(reports=[f"Report {i}." for i in range(400)])
+            scores, metric, ranks = evaluation.score_retrieval(
+                run_of(None, "retrieval", row=data.TASKS["ct-rate-retrieval"]), items, similarity + 1e-3 * torch.randn(400, 400), None, ())
+            assert scores["metric"] == "Recall@10" and scores["chance"] == 0.025 and low <= metric(ranks) <= high
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory):
+    """30 scans with a large or a small block, a manifest of them, and last.pt as of pretrain.py with --clip, whose image
+    projection is fitted to the texts. Two scans are of the patient that it was trained on."""
+    folder = tmp_path_factory.mktemp("towers")
+    rng, rows = np.random.default_rng(0), []
+    for i in range(30):
+        large, coin = i % 2, rng.integers(0, 2)
+        volume = rng.normal(-1000, 10, (24, 24, 24))
+        side = 11 + 8 * large + rng.integers(0, 3)
+        volume[2:2 + side, 2:2 + side, 2:2 + side] = 40
+        nib.save(nib.Nifti1Image(volume.astype(np.int16), np.diag([8, 8, 8, 1])), folder / f"{i}.nii.gz")
+        report = f"There is {'a large' if large else 'no'} block. Scan {i}."
+        split = "train" if i < 8 else "valid" if i < 10 else "test"
+        rows.append([f"{i}.nii.gz", report, split, f"P{min(i, 28)}", large, "" if i == 12 else -1 if i == 13 else coin, large])
+    columns = ["volume", "report", "split", "patient", "large_block", "Coin", "Cardiomegaly"]
+    with (folder / "m.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+    (folder / "p.csv").write_text("name,positive,negative\nLarge block,a large block.,no block.\ncoin,a coin.,no coin.\n")
+    phantoms.make_demo_text_encoder(folder / "text_encoder", [*(row[1] for row in rows), "a coin.", *data.LABELS])
+    config = {**dict.fromkeys(model.LOSSES, False), "clip": True, "encoder": "swin_t", "use_checkpoint": False, "embed_dim": 24,
+              "text_encoder": "demo", "size": [32, 32, 32], "hu": "header", "mlm_prob": 0.15, "temperature": 0.1, "batch_size": 4, "workers": 0}
+    torch.manual_seed(0)
+    network = model.build_network("pretrain", 0, config, folder).eval()
+    items = data.load_items(folder / "m.csv")[:8]
+    features = evaluation.global_features(network.encoder, items, folder / "cache", (32, 32, 32), "header")
+    text = evaluation.text_features(network, ["a large block.", "no block."]).double().numpy()
+    target = np.array([[-1.], [1.]])[[i % 2 for i in range(8)]] * (text[0] - text[1])
+    shift = features.mean(0)
+    weight = np.linalg.lstsq(features - shift, target, rcond=1e-6)[0]
+    apart = np.linalg.svd(np.stack(text))[2][-1]        # so that cosines are not 1 and -1 alone
+    with torch.no_grad():
+        network.image_proj.weight.copy_(torch.from_numpy(weight.T))
+        network.image_proj.bias.copy_(torch.from_numpy(apart - shift @ weight))
+    save_pretrained(folder / "last.pt", network, config)
+    return folder, network, config
+
+
+def save_pretrained(path, network, config):
+    weights = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("text_encoder.")}
+    patients = sorted(data.patient_hashes(["P28"]))
+    torch.save({"model": weights, "config": config, "merging": "monai", "patients": patients}, path)
+
+
+def test_zeroshot_of_own_prompts(towers, caplog):
+    folder, network, _ = towers
+    done = here("zeroshot", "--checkpoint", "last.pt", "--data", "m.csv", "--prompts", "p.csv", "--out", "zero", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((folder / "zero" / "result.json").read_text())
+    items = [item for item in data.load_items(folder / "m.csv") if item.split == "test"]
+    with torch.no_grad():
+        volumes = [network.encode_image(data.load_volume(item, None, (32, 32, 32), "header")[None])[0].mean(0) for item in items]
+        texts = evaluation.text_features(network, ["a large block.", "no block.", "a coin.", "no coin."])
+    cosines = np.array([[F.cosine_similarity(volume, text, dim=0).item() for text in texts] for volume in volumes])
+    table = {row["volume"]: row for row in csv.DictReader((folder / "m.csv").open())}
+    for k, (name, column) in enumerate((("Large block", "large_block"), ("coin", "Coin"))):
+        truth = np.array([{"1": 1, "0": 0}.get(table[item.id][column], math.nan) for item in items])
+        score = cosines[:, 2 * k] - cosines[:, 2 * k + 1]
+        assert result["per_class"][name] == pytest.approx(evaluation.auroc(score, truth), abs=1e-6)
+        assert result["positives"][name] == np.nansum(truth)
+    assert result["per_class"]["Large block"] > 0.95 and result["n"] == 20 and result["split"] == "test" and result["chance"] == 0.5
+    assert result["value"] == pytest.approx(np.mean(list(result["per_class"].values())))
+    assert result["interval"][0] < result["value"] < result["interval"][1]
+    low, weighted, high = result["more"]["weighted_auc"]
+    positives = list(result["positives"].values())
+    assert low < weighted < high and weighted == pytest.approx(np.dot(positives, list(result["per_class"].values())) / sum(positives))
+    assert result["ids_sha1"] == hashlib.sha1("\n".join(sorted(item.id for item in items)).encode()).hexdigest()
+    assert result["protocol"] == "all items, mean of 2 findings, 'a large block.' against 'no block.' and so on"
+    assert result["more"]["score"] == "cosine of pooled features, taught by --clip" and "warning: last.pt was trained" not in caplog.text
+    assert result["more"]["patients_seen_in_training"] == 1 and "1 of 19 patients of the test part" in caplog.text
+    assert "m.csv, line 15: 1 labels are -1" in caplog.text
+    assert f"zeroshot: AUC {result['value']:.3f} [" in done.stdout and "n = 20 (test), chance 0.500" in done.stdout
+    assert f"coin {result['positives']['coin']:45d}" in done.stdout and evaluation.span(result["more"]["intervals"]["coin"]) in done.stdout
+    assert data.volume_file(items[0], folder / "cache", (32, 32, 32), "header").exists()        # as in pre-training
+    drawn(folder / "zero" / "auc.png")
+
+
+def test_zeroshot_of_the_findings_and_its_parts(towers, caplog):
+    folder = towers[0]
+    done = here("zeroshot", "--checkpoint", "last.pt", "--data", "m.csv", "--split", "train", "--out", "of18", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((folder / "of18" / "result.json").read_text())
+    assert result["n"] == 8 and result["split"] == "train" and "mean of 1 findings (the other 17 have one class alone)" in result["protocol"]
+    assert result["value"] == result["per_class"]["Cardiomegaly"] and result["per_class"]["Emphysema"] is None
+    assert "the text encoder lacks words of 18 of 36 prompts: not Medical material." in caplog.text      # "not" is in no report
+    items = data.load_items(folder / "m.csv")
+    assert {item.split for item in evaluation.tested_part(items, None, "")} == {"test"}
+    rest = [item for item in items if item.split != "test"]
+    assert {item.split for item in evaluation.tested_part(rest, None, "")} == {"valid"}
+    assert evaluation.tested_part(items[:8], None, "") == items[:8]
+    with pytest.raises(ValueError, match="m.csv: found nothing for the part valid, expected another --split"):
+        evaluation.tested_part(items[:8], "valid", "m.csv")
+
+
+def test_retrieval_from_the_command_line(towers, caplog):
+    folder, network, config = towers
+    cml = model.MG3D(network.encoder, network.text_encoder, ["cml"], embed_dim=24)
+    save_pretrained(folder / "cml.pt", cml, config | {"clip": False, "cml": True})
+    save_checkpoint(folder / "task" / "best.pt", "ct-rate-retrieval")
+    for name, taught in (("cml.pt", "nothing"), ("task/best.pt", "the loss of ct-rate-retrieval")):
+        caplog.clear()
+        done = here("retrieval", "--checkpoint", name, "--data", "m.csv", "--out", "found", cwd=folder)
+        assert done.returncode == 0, done.stderr
+        result = json.loads((folder / "found" / "result.json").read_text())
+        assert result["task"] == "retrieval" and result["metric"] == "Recall@5" and result["n"] == 20 and result["chance"] == 0.25
+        assert result["value"] == result["more"]["protocols"]["unique findings"]["Recall@5"]
+        assert result["more"]["score"] == f"cosine of pooled features, taught by {taught}"
+        assert ("cml.pt was trained without --clip" in caplog.text) == (name == "cml.pt")
+        assert "unique findings  volume to report" in done.stdout
+    drawn(folder / "found" / "recall.png")
+
+
+def test_what_cannot_be_compared_with_texts_is_refused(towers, encoder):
+    folder, network, config = towers
+    torch.save(model.export_encoder(encoder), folder / "encoder.pt")
+    mim = model.MG3D(network.encoder, network.text_encoder, ["ssm"], embed_dim=24)
+    save_pretrained(folder / "ssm.pt", mim, config | {"clip": False, "ssm": True})
+    save_checkpoint(folder / "stoic.pt", "stoic")
+    for name, *words in (("encoder.pt", "encoder.pt: found no text side"), ("ssm.pt", "ssm.pt: found no projection of whole reports"),
+                         ("stoic.pt", "stoic.pt: found no projection of whole reports", "ct-rate-vocab"), ("absent.pt", "absent.pt")):
+        for task in ("zeroshot", "retrieval"):
+            done = here(task, "--checkpoint", name, "--data", "m.csv", "--out", "refused", cwd=folder)
+            assert done.returncode == 1 and all(word in done.stderr for word in words), done.stderr
+    for name, text, *words in (("columns", "name,text\nx,y\n", "the columns", "positive"), ("none", "name,positive,negative\n", "no row"),
+                               ("same", "name,positive,negative\nCoin,a.,a.\n", "line 2", "two texts that differ"),
+                               ("empty", "name,positive,negative\nCoin,a coin,\n", "line 2", "two texts that differ"),
+                               ("twice", "name,positive,negative\nCoin,a,b\nCoin,b,c\n", "line 3", "'Coin'"),
+                               ("absent", "name,positive,negative\nNodule,a nodule,no nodule\n", "m.csv: found the columns", "Nodule"),
+                               ("text", "name,positive,negative\nreport,a,b\n", "m.csv, line 2", "0, 1 or, where it is unknown, -1"),
+                               ("unknown", "name,positive,negative\nCoin,strange,words\n", "unknown.csv", "unknown words")):
+        (folder / f"{name}.csv").write_text(text)
+        done = here("zeroshot", "--checkpoint", "last.pt", "--data", "m.csv", "--prompts", f"{name}.csv", "--out", "refused", cwd=folder)
+        assert done.returncode == 1 and all(word in done.stderr for word in words), done.stderr
+    assert not (folder / "refused").exists()
+    items = data.load_items(folder / "m.csv")
+    with pytest.raises(ValueError, match=r"found no label columns \['Coin'\], expected a manifest"):
+        evaluation.label_items(items, ("Cardiomegaly", "Coin"), folder)
+    with pytest.raises(ValueError, match="found no label of Cardiomegaly for 30 volumes"):
+        evaluation.label_items([item._replace(labels=None) for item in items], ("Cardiomegaly",), "m.csv")
+
+
+def test_volumes_without_a_label_are_left_out(towers, caplog):
+    folder = towers[0]
+    items = data.load_items(folder / "m.csv")
+    found = evaluation.label_items(items, ("Coin",), folder / "m.csv")
+    assert [item.id for item in items if item.id not in {other.id for other in found}] == ["12.nii.gz", "13.nii.gz"]
+    assert "left out 2 of 30 volumes without any of the labels" in caplog.text
+    both = evaluation.label_items(items, ("Coin", "large block"), folder / "m.csv")
+    assert len(both) == 30 and [item.labels[1] for item in both] == [i % 2 for i in range(30)] and np.isnan(both[12].labels[0])

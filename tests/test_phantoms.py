@@ -485,3 +485,15 @@ def test_demo_text_encoder_knows_the_words_of_the_reports(tmp_path):
     assert tokens.word_ids()[1:6] == [0, 1, 2, 3, 4] and tokens["offset_mapping"][3] == (9, 15)
     weights = [AutoModel.from_pretrained(tmp_path / folder).state_dict() for folder in ("a", "b")]
     assert all(weights[0][key].equal(weights[1][key]) for key in weights[0])
+
+
+def test_prompts_are_sentences_of_reports():
+    """Each states or denies its finding in words that the reports have, so that the demo's text encoder knows them."""
+    words = {word for label in phantoms.FINDINGS for seed in range(20) for is_present in (True, False)
+             for word in phantoms.describe(label, (None, None), 20, is_present, np.random.default_rng(seed)).split()}
+    for number, label in enumerate(phantoms.FINDINGS):
+        positive, negative = phantoms.prompts(label)
+        assert phantoms.stated_finding(positive) == number and phantoms.stated_finding(negative) is None
+        assert {*positive.lower().strip(".").split(), *negative.lower().strip(".").split()} <= words
+    assert data.demo_prompts() == [text for label in data.LABELS for text in phantoms.prompts(label)]
+    assert phantoms.prompts("Cardiomegaly") == ["There is some cardiomegaly.", "There is no cardiomegaly."]
