@@ -169,7 +169,8 @@ maps = encoder(data.preprocess(array, spacing, config["size"])[None])
 
 `python eval.py embed --checkpoint hf:OWNER/NAME --input FOLDER` writes the features of scans,
 `python finetune.py --init hf:OWNER/NAME --task …` starts a task. `encoder.safetensors` and `encoder.pt`
-hold the same weights with MONAI's names. {note}; `SwinUNETR` takes {settings}
+hold the same weights with MONAI's names. Architecture, named as in `SwinUNETR`:
+{settings} ({note}).
 
 ## Licence and privacy
 
