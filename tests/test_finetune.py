@@ -290,18 +290,20 @@ def test_init_and_checkpoint_of_the_hub(run, command, hub, sets, cache, tmp_path
     assert code == 1 and text.count("\n") == 0 and "hf:someone/else: found no copy in the cache" in text
 
 
-def test_a_checkpoint_of_the_hub_brings_its_text_encoder(run, hub, text_folder, tmp_path):
+def test_a_checkpoint_of_the_hub_brings_its_text_encoder(run, hub, sets, tmp_path):
+    before, task = tmp_path / "before", "ct-rate-retrieval"
+    reports = [item.report for item in data.load_task(task, sets(task))]
+    phantoms.make_demo_text_encoder(before / "text_encoder", reports)
     config = {"encoder": "swin_t", "embed_dim": 24, "text_encoder": "demo", "use_checkpoint": False, "clip": True}
-    source = model.build_network("retrieve", 0, config | {"text_encoder": str(text_folder)}, None)
-    torch.save({"model": model.weights_of(source), "config": config | {"mlm_prob": 0.15}}, tmp_path / "last.pt")
-    hub("someone/mg3d", {"last.pt": tmp_path / "last.pt", "text_encoder": text_folder})
+    source = model.build_network("retrieve", 0, config, before)
+    torch.save({"model": model.weights_of(source), "config": config | {"mlm_prob": 0.15}}, before / "last.pt")
+    hub("someone/mg3d", {"last.pt": before / "last.pt", "text_encoder": before / "text_encoder"})
     assert evaluation.load_pretrained("hf:someone/mg3d/last.pt")[0].text_pool is not None
-    run("ct-rate-retrieval", "--init", "hf:someone/mg3d/last.pt", "--embed_dim", 24, "--steps", 1, "--lr", 0,
-        "--batch_size", 2)
+    run(task, "--init", "hf:someone/mg3d/last.pt", "--embed_dim", 24, "--steps", 1, "--lr", 0, "--batch_size", 2)
     assert torch.equal(weights("out/last.pt")["text_proj.weight"], source.text_proj.weight)
-    words = [(folder / "tokenizer.json").read_bytes() for folder in (text_folder, tmp_path / "out/text_encoder")]
-    assert words[0] == words[1]
-    hub("someone/halves", {"last.pt": tmp_path / "last.pt"})
+    first, second = (folder / "text_encoder" / "tokenizer.json" for folder in (before, tmp_path / "out"))
+    assert first.read_bytes() == second.read_bytes() and not second.is_symlink()
+    hub("someone/halves", {"last.pt": before / "last.pt"})
     with pytest.raises(ValueError, match="found no folder .*text_encoder, expected the text encoder that it fits"):
         completed("--task", "ct-rate-vocab", "--data", "demo", "--init", "hf:someone/halves/last.pt")
 
