@@ -1114,7 +1114,8 @@ def local_file(name):
     except Exception as error:  # noqa: BLE001 - each version of the hub's client has its own
         raise ValueError(f"{name}: found no copy in the cache of the Hugging Face hub, and cannot fetch it: "
                          f"{' '.join(str(error).split())}") from None
-    raise ValueError(f"{name}: found no {' or '.join(wanted)}, expected one of {', '.join(files)}")
+    raise ValueError(f"{name}: found no {' or '.join(wanted)}, expected one of {', '.join(files)} (without "
+                     "network, of what was fetched before)")
 
 
 def read_checkpoint(path):

@@ -845,6 +845,10 @@ def test_the_demo_writes_what_it_found(run, tmp_path, world, values):
     assert 0 < result["moved"] < 0.1
     assert (tmp_path / "out" / "pairing.png").stat().st_size > 5000
     assert "no part of MG-3D" in done.text and "too few batches to say" in done.text
+    card = (tmp_path / "out" / "README.md").read_text()
+    for say, name in ((evaluation.say_probe, "probe"), (evaluation.say_retrieval, "retrieval")):
+        assert say(result[name]) in card and say(result[name]) in done.text
+    assert "too few batches to say" in card
 
 
 def few_phantoms():
