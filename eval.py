@@ -39,7 +39,7 @@ def flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--task", help="a row of TASKS in data.py")
-    add("--checkpoint", type=Path, help="best.pt of finetune.py")
+    add("--checkpoint", type=Path, help="best.pt of finetune.py, a path or hf:owner/name/file")
     add("--data", help="demo, or the task's set in its own layout; with --input: the reports to search")
     add("--split", choices=["train", "valid", "test"], default="test", help="part to report on")
     add("--fold", type=int, help="of sets that have folds; else the fold of the training")
@@ -51,7 +51,7 @@ def flags():
 
     shared = argparse.ArgumentParser(add_help=False)
     add = shared.add_argument
-    add("--checkpoint", required=True, help="last.pt, encoder.pt, best.pt, or what load_weights knows")
+    add("--checkpoint", required=True, help="a file or hf:owner/name[/file]: ours or what load_weights knows")
     add("--encoder", help="swin_b, swin_l, swin_t or unet, if the file does not say")
     add("--merging", default="auto", choices=["auto", "monai", "v0.9", "mergingv2"],
         help="of patches, likewise")
@@ -81,7 +81,7 @@ def flags():
     add("--few", type=int, default=100, help="labels of a second probe, the mean of 10 draws")
     add("--out", type=Path, default="out/probe", help="folder for probe.json")
     add = commands.add_parser("pairing", formatter_class=Help).add_argument
-    add("--checkpoint", type=Path, required=True, help="last.pt of pretrain.py")
+    add("--checkpoint", type=Path, required=True, help="last.pt of pretrain.py, or hf:owner/name/last.pt")
     add("--data", required=True, help="demo, or what the checkpoint was trained on; its held-out part counts")
     add("--cache", default="cache", help="folder of preprocessed volumes")
     add("--batch_size", type=int, default=24, help="volumes that stand against each other")
@@ -327,7 +327,11 @@ def probe(features, items):
 
 def untrained_encoder(config):
     """The encoder as a run of pretrain.py began with it, by its flags; None if --init's file is gone"""
-    if config["init"] and not Path(config["init"]).exists():
+    try:
+        is_gone = config["init"] and not model.local_file(config["init"]).exists()
+    except ValueError:                          # the hub has it no more, or there is no network
+        is_gone = True
+    if is_gone:
         return None
     torch.manual_seed(config["seed"])
     encoder = model.build_encoder(config["encoder"])
@@ -597,7 +601,7 @@ class Run(NamedTuple):
 
 def load_checkpoint(path, cache="cache", device="cpu"):
     """best.pt of finetune.py -> Run, its network in eval mode. ValueError for any other file."""
-    path = Path(path)
+    path = model.local_file(path)
     checkpoint = model.read_checkpoint(path)
     config = model.flags_of(checkpoint)
     if config.get("task") not in data.TASKS:
@@ -1240,6 +1244,10 @@ def _encoder_of(args):
     encoder, config = load_encoder(args.checkpoint, args.encoder, args.merging)
     whole = "task" not in config or data.TASKS[config["task"]].view == "whole"  # else the size of a patch
     size = args.size or whole and config.get("size") or data.SIZE
+    for name, ours in (("crop", data.CROP), ("window", data.WINDOW)):
+        if tuple(config.get(name, ours)) != ours:
+            log.warning("warning: %s was trained with the %s %s, here it is %s", args.checkpoint, name,
+                        config[name], ours)
     return encoder.to(DEVICE), tuple(size), args.hu or config.get("hu", "auto"), config
 
 
@@ -1247,7 +1255,8 @@ def patients_of(path):
     """Hashes of the patients that a file of weights was trained on, as far as it tells"""
     state = model.read_checkpoint(path)
     config = model.flags_of(state)
-    noted = state if config else getattr(state, "_metadata", {}).get("", {})    # last.pt or encoder.pt
+    notes = model.notes_of(state)
+    noted = notes if config or notes is not state else {}       # not those of others
     return {*noted.get("patients", ()), *config.get("pretrained_on", ()),
             *data.patient_hashes(config.get("patients", ()))}
 
@@ -1297,7 +1306,7 @@ def load_pretrained(path, device="cpu"):
     config = model.flags_of(checkpoint)
     if "task" in config or "mlm_prob" not in config:
         raise ValueError(f"{path}: found no text side, expected last.pt of pretrain.py")
-    network = model.build_network("pretrain", 0, config, Path(path).parent)
+    network = model.build_network("pretrain", 0, config, model.local_file(path).parent)
     model.restore(network, checkpoint, path)
     return network.to(device).eval(), config
 
@@ -1594,6 +1603,9 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         data.check_numbers(args)
+        if str(vars(args).get("checkpoint")).startswith("hf:"):
+            args.out = args.out or Path("eval")         # not into the hub's cache
+            args.checkpoint = model.local_file(args.checkpoint)
         COMMANDS[args.command](args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

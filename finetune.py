@@ -32,9 +32,9 @@ def flags():
     add("--workers", type=int, default=2, help="loader processes for each GPU")
 
     add = parser.add_argument_group("model").add_argument
-    add("--init", default="scratch", help="scratch, or a file to start from: last.pt or encoder.pt of "
-        "pretrain.py, the authors' weights, MONAI's SwinUNETR or SSL weights, VoCo's. last.pt knows "
-        "--encoder, --text_encoder and --embed_dim")
+    add("--init", default="scratch", help="scratch, or a file or hf:owner/name[/file] to start from: of "
+        "pretrain.py, the authors', MONAI's SwinUNETR or SSL weights, VoCo's. Files of pretrain.py know "
+        "--encoder, last.pt --text_encoder and --embed_dim, too")
     add("--merging", default="auto", choices=["auto", "monai", "v0.9", "mergingv2"],
         help="of --init, as in pretrain.py")
     add("--encoder", default="swin_b", choices=["swin_b", "swin_l", "swin_t", "unet"], help="3D encoder")
@@ -113,7 +113,7 @@ def settings_of_init(path, kind):
     saved = model.flags_of(model.read_checkpoint(path))
     if "task" in saved and saved["task"] not in WITH_TEXTS:
         return {"encoder": saved["encoder"]}            # such a run has no projections
-    beside = Path(path).parent / "text_encoder"
+    beside = model.local_file(path).parent / "text_encoder"
     if saved.get("text_encoder") == "demo" and kind in ("prompt", "retrieve") and not beside.exists():
         raise ValueError(f"{path}: found no folder {beside}, expected the text encoder that it fits")
     return {name: saved[name] for name in ("encoder", "embed_dim", "text_encoder") if saved.get(name)}
@@ -181,7 +181,7 @@ def vocabulary_of(args, task, train_items):
 
 def demo_text_encoder(args, task, out, train_items):
     """OUT/text_encoder: that beside the file of --init, whose projections fit it, or a new one"""
-    before = Path(args.init).parent / "text_encoder"
+    before = model.local_file(args.init).parent / "text_encoder"
     if args.init == "scratch" or not before.exists():
         texts = [item.report for item in train_items] + data.prompts(task.classes)
         phantoms.make_demo_text_encoder(out / "text_encoder", texts)

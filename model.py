@@ -6,6 +6,7 @@ N visual tokens, L report tokens, S sentences, E embedding, V vocabulary.
 """
 import functools
 import itertools
+import json
 import logging
 import math
 import re
@@ -13,6 +14,7 @@ from collections import OrderedDict, defaultdict
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -333,11 +335,12 @@ class SwinTransformer3D(nn.Module):
 
 class UNetEncoder(nn.Module):
     """The contracting path of a plain 3D U-Net (Çiçek et al. 2016), the paper's second backbone."""
-    stride, merging = 16, None
+    stride, merging, use_v2 = 16, None, False
 
     def __init__(self, in_channels=1, feature_size=32, use_checkpoint=False):
         super().__init__()
         self.use_checkpoint = use_checkpoint
+        self.settings = {"in_channels": in_channels, "feature_size": feature_size}
         self.channels = [feature_size * 2 ** i for i in range(5)]
         self.levels = nn.ModuleList(
             nn.Sequential(nn.Conv3d(c_in, c, 3, padding=1), nn.GroupNorm(8, c), nn.ReLU(),
@@ -1032,20 +1035,37 @@ CONTAINERS = "state_dict", "model_state_dict", "model", "network_weights", "net"
 BESIDE = re.compile(r"mask_token$|.*relative_position_index$|\w+_(head|pre)\.|(en|de)coder\d+\.|out\.")
 
 
-def export_encoder(encoder):
-    """A flat state dict on the CPU with MONAI's names (no mask token), noting the order of merging"""
+def export_encoder(encoder, **notes):
+    """A flat state dict on the CPU with MONAI's names (no mask token).
+
+    Notes lie where MONAI does not look: the order of merging, the architecture, and those given.
+    """
     state = encoder.state_dict()
     del state["mask_token"]
     for key in state:
         state[key] = state[key].cpu()
-    state._metadata[""]["merging"] = encoder.merging
+    state._metadata[""] |= {"merging": encoder.merging, "architecture": monai_settings(encoder), **notes}
+    return state
+
+
+def write_safetensors(state, file):
+    """Write a dict of `export_encoder` to an open file. Its notes become JSON in the metadata."""
+    notes = {"format": "pt", "mg3d": json.dumps(state._metadata[""])}
+    file.write(safetensors.torch.save(dict(state), notes))
+
+
+def read_safetensors(path):
+    """What `write_safetensors` has written; a file of others has no notes"""
+    with safetensors.safe_open(path, "pt") as file:
+        state = OrderedDict((key, file.get_tensor(key)) for key in file.keys())  # noqa: SIM118 - no dict
+        state._metadata = {"": dict(json.loads((file.metadata() or {}).get("mg3d", "{}")))}
     return state
 
 
 def monai_settings(encoder):
-    """Arguments of `monai.networks.nets.SwinUNETR` for this Swin, and a note on what MONAI makes of it"""
+    """Arguments of `monai.networks.nets.SwinUNETR` for an encoder, and a note on what MONAI makes of it"""
     settings = encoder.settings | {"use_v2": encoder.use_v2}
-    if len(settings["depths"]) != 4:
+    if len(settings.get("depths", ())) != 4:
         return settings | {"note": "MONAI has no such network: its Swin has four stages"}
     if encoder.merging == "v0.9":
         return settings | {
@@ -1056,10 +1076,57 @@ def monai_settings(encoder):
     return settings | {"downsample": downsample, "note": "MONAI from 1.5 on has the same numbers"}
 
 
-def read_checkpoint(path):
-    """The dict in a file of weights. ValueError, naming the file, if it cannot be read safely."""
+def _hub_files(repository):
+    """Names of the files of a repository; without network those in the hub's cache"""
+    from huggingface_hub import list_repo_files, snapshot_download
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return list_repo_files(repository)
+    except Exception:  # noqa: BLE001 - the next line says which
+        folder = Path(snapshot_download(repository, allow_patterns=[]))
+        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+@functools.cache
+def local_file(name):
+    """The path of a file of weights: as it is given, or of `hf:owner/name[/file]` in the hub's cache.
+
+    What is not there is fetched: the file, or encoder.safetensors, or else encoder.pt; beside a file
+    with a text side text_encoder/, too. ValueError: no such file, or neither network nor a copy.
+    """
+    name = Path(name).as_posix()
+    if not name.startswith("hf:"):
+        return Path(name)
+    match = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)(?:/(.+))?", name)
+    if not match:
+        raise ValueError(f"{name}: expected hf:owner/name or hf:owner/name/file")
+    from huggingface_hub import snapshot_download  # slow to import
+    repository, file = match.groups()
+    wanted = [file] if file else ["encoder.safetensors", "encoder.pt"]
+    try:
+        files = _hub_files(repository)
+        file = next((file for file in wanted if file in files), None)
+        if file:
+            beside = Path(file).with_name("text_encoder").as_posix()
+            patterns = [file] if Path(file).stem == "encoder" else [file, f"{beside}/*"]
+            path = Path(snapshot_download(repository, allow_patterns=patterns), file)
+            log.info("%s: %s", name, path)
+            return path
+    except Exception as error:  # noqa: BLE001 - each version of the hub's client has its own
+        raise ValueError(f"{name}: found no copy in the cache of the Hugging Face hub, and cannot fetch it: "
+                         f"{' '.join(str(error).split())}") from None
+    raise ValueError(f"{name}: found no {' or '.join(wanted)}, expected one of {', '.join(files)} (without "
+                     "network, of what was fetched before)")
+
+
+def read_checkpoint(path):
+    """The dict in a file of weights: a path, or `hf:owner/name[/file]`. ValueError, naming it, if it
+    cannot be read safely."""
+    file = local_file(path)
+    try:
+        if file.suffix == ".safetensors":
+            state = read_safetensors(file)
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: found no such file, expected weights") from None
     except Exception as error:  # noqa: BLE001 - a torn file fails in many ways
@@ -1069,12 +1136,19 @@ def read_checkpoint(path):
     return state
 
 
+def notes_of(checkpoint):
+    """What stands beside the weights: in encoder.* out of the way, else among them"""
+    return getattr(checkpoint, "_metadata", {}).get("", checkpoint)
+
+
 def flags_of(checkpoint):
-    """The flags of the run of ours that wrote a file; {} for files of others, whatever their `config`"""
-    config, weights = checkpoint.get("config"), checkpoint.get("model")
-    is_ours = (isinstance(config, dict) and config.get("encoder") in tuple(ENCODERS)
-               and isinstance(weights, dict)
-               and (not weights or any(key.startswith("encoder.") for key in weights)))
+    """The flags of the run of ours that wrote a file, in encoder.* those of encoder and volumes alone; {}
+    for files of others, whatever their `config`"""
+    notes, weights = notes_of(checkpoint), checkpoint.get("model")
+    config = notes.get("config")
+    is_ours = isinstance(config, dict) and config.get("encoder") in tuple(ENCODERS) and (
+        notes is not checkpoint or isinstance(weights, dict)
+        and (not weights or any(key.startswith("encoder.") for key in weights)))
     return config if is_ours else {}
 
 
@@ -1088,7 +1162,7 @@ def check_finite(path, tensors):
 def read_foreign(path):
     """A file of weights of ours or of others -> {our name: tensor}, its order of merging or None"""
     state = read_checkpoint(path)
-    merging = state.get("merging")                                      # noted in last.pt
+    merging = notes_of(state).get("merging")
     for key in CONTAINERS:
         if isinstance(state.get(key), dict):
             state = state[key]
@@ -1096,7 +1170,7 @@ def read_foreign(path):
     if not found:
         raise ValueError(f"{path}: found {type(state).__name__} without tensors, expected a dict of tensors")
     check_finite(path, {key: tensor for key, tensor in found.items() if not key.endswith("mask")})
-    merging = merging or getattr(state, "_metadata", {}).get("", {}).get("merging")  # in encoder.pt
+    merging = merging or notes_of(state).get("merging")
     tensors, origin = {}, {}
     for key, tensor in found.items():
         name = key
@@ -1146,9 +1220,9 @@ def restore(network, checkpoint, path):
 def load_weights(module, path, merging="auto", leave_out=()):
     """Fill a module (an encoder, or one with an `.encoder`) from a file of ours or of others.
 
-    Knows `last.pt` and `encoder.pt`; the authors' Lightning checkpoints and flat dicts
-    (`vision_encoder.*`); MONAI's SwinUNETR (`swinViT.*`, `encoder1.*`), VoCo's files among them, and its
-    self-supervised Swin (`module.*`, `mlp.fc1`). The encoder becomes of the second version if the file is.
+    Knows `last.pt` and `encoder.*`; the authors' Lightning checkpoints and flat dicts (`vision_encoder.*`);
+    MONAI's SwinUNETR (`swinViT.*`, `encoder1.*`), VoCo's files among them, and its self-supervised Swin
+    (`module.*`, `mlp.fc1`). The encoder becomes of the second version if the file is.
     merging: what `encoder.merging` becomes; auto: the order of patch merging that the file was trained
     with. leave_out: beginnings of names that are not filled, whatever their shape.
 
@@ -1173,6 +1247,7 @@ def load_weights(module, path, merging="auto", leave_out=()):
             encoder.set_v2(False)
         raise ValueError("\n  ".join([
             f"{path} does not fill the encoder: {len(matched)} weights match, {len(wrong)} do not.",
+            "Perhaps it is another --encoder:",
             *wrong[:5],
             f"keys in the file, as named here: {', '.join(list(tensors)[:5])} …"]))
 

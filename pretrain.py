@@ -5,7 +5,8 @@
     torchrun --nproc_per_node=4 pretrain.py --data …     the same on 4 GPUs
     python pretrain.py --out out --resume                go on after an interruption, with the same flags
 
-Writes OUT/last.pt (everything), encoder.pt (the encoder, with MONAI's names), log.jsonl and pictures.
+Writes OUT/last.pt (everything), encoder.pt and encoder.safetensors (the encoder, with MONAI's names), the
+model card README.md, log.jsonl and pictures.
 """
 import argparse
 
@@ -77,7 +78,8 @@ def flags():
     add = parser.add_argument_group("run").add_argument
     add("--out", default="out", help="folder for checkpoints, log and pictures")
     add("--resume", action="store_true", help="go on from OUT/last.pt, bit for bit on a CPU")
-    add("--init", help="start the encoder from encoder.pt, the authors', MONAI's or VoCo's weights")
+    add("--init", help="start the encoder from a file or hf:owner/name[/file]: ours, the authors', MONAI's "
+        "or VoCo's weights")
     add("--merging", default="auto", choices=["auto", "monai", "v0.9", "mergingv2"], help="of patches "
         "in the file of --init, where it does not tell: v0.9 is MONAI's before 1.5, as in VoCo")
     add("--seed", type=int, default=0, help="of weights, order, masks")
@@ -131,6 +133,50 @@ import phantoms
 
 log = logging.getLogger("mg3d")
 
+CARD = """\
+---
+license: apache-2.0  # of the code. The licence of the data decides that of the weights: put it here
+pipeline_tag: image-feature-extraction
+tags: [medical-imaging, computed-tomography, vision-language, pytorch]
+---
+# {encoder}, pre-trained with MG-3D
+
+A 3D encoder of chest CT that was taught with scans and their radiology reports by
+[MG-3D](https://arxiv.org/abs/2412.05876), in plain PyTorch. It is for research and **not a medical device**.
+
+```
+{about}
+run        {steps} steps, seed {seed}
+```
+
+## Numbers
+
+```
+{numbers}
+```
+
+## Use
+
+In the folder of the code, with the name of this repository or the path of a file:
+
+```python
+import data, eval
+encoder, config = eval.load_encoder("hf:OWNER/NAME")
+array, spacing, _ = data.read_volume("scan.nii.gz")
+array, _ = data.to_hounsfield(array, "scan.nii.gz", config["hu"])
+maps = encoder(data.preprocess(array, spacing, config["size"])[None])
+```
+
+`python eval.py embed --checkpoint hf:OWNER/NAME --input FOLDER` writes the features of scans,
+`python finetune.py --init hf:OWNER/NAME --task …` starts a task. `encoder.safetensors` and `encoder.pt`
+hold the same weights with MONAI's names. Architecture, named as in `SwinUNETR`:
+{settings} ({note}).
+
+## Licence and privacy
+
+The code is Apache-2.0. For the weights the terms of the data count. The files hold hashes of the names of the
+patients, so that a test can warn of them: who knows a name can find out whether it is among them.
+"""
 MAY_CHANGE = {"resume", "init", "out", "steps", "cache", "workers", "save_every", "log_every", "data"}
 HANDLERS = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
 
@@ -285,12 +331,12 @@ def update(network, optimizer, scaler, clip_grad, loss, bad_steps, step_name):
     return norm.item(), 0 if is_good else bad_steps + 1
 
 
-def save_file(state, path, before=None):
-    """torch.save to `path`, whole or not at all; the file that was there stays as `before`."""
+def save_file(state, path, before=None, write=torch.save):
+    """write(state, file) to `path`, whole or not at all; the file that was there stays as `before`."""
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
-            torch.save(state, file)
+            write(state, file)
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:
@@ -324,19 +370,25 @@ def save_run(out, network, optimizer, scaler, config, step, **more):
         save_file(state, out / "last.pt", before=out / "previous.pt")
 
 
-def save_encoder(encoder, patients, out):
-    """OUT/encoder.pt with MONAI's names, and beside it what MONAI needs to give the same numbers.
-
-    The patients' hashes lie in it where MONAI does not look.
-    """
-    weights = model.export_encoder(encoder)
-    weights._metadata[""]["patients"] = patients
+def save_encoder(encoder, config, patients, out):
+    """OUT/encoder.pt and encoder.safetensors: the weights with MONAI's names, and all that they need to be
+    used without a flag. The patients' hashes are in both."""
+    config = {name: config[name] for name in ("encoder", "size", "hu")}
+    config |= {"crop": data.CROP, "window": data.WINDOW}
+    weights = model.export_encoder(encoder, config=config, patients=patients)
     save_file(weights, out / "encoder.pt")
-    if isinstance(encoder, model.SwinTransformer3D):
-        settings, path = model.monai_settings(encoder), out / "encoder.json"
-        if not path.exists():                   # said once
-            log.info("%s: %s; its settings are in encoder.json", out / "encoder.pt", settings["note"])
-        evaluation.write_result(settings, path)
+    save_file(weights, out / "encoder.safetensors", write=model.write_safetensors)
+
+
+def write_card(args, about, encoder, result=None):
+    """OUT/README.md, the model card. about: what is known from the beginning; result: at the end"""
+    path, settings = Path(args.out, "README.md"), model.monai_settings(encoder)
+    if path.exists() and not path.read_bytes().startswith(CARD.partition("{")[0].encode()):
+        log.warning("warning: %s is no model card of ours, or its head was edited: it stays as it is", path)
+        return
+    text = CARD.format(about=about, numbers=say_result(result) if result else "None yet: the run goes on.",
+                       settings=settings, note=settings.pop("note"), **vars(args))
+    save_file(text.encode(), path, write=lambda text, file: file.write(text))
 
 
 def load_last(out):
@@ -471,9 +523,8 @@ def main(args, given):
     ids = hashlib.sha1("\n".join(item.id for item in train_items).encode()).hexdigest()
     if checkpoint and checkpoint["ids"] != ids:
         raise ValueError(f"--resume: {args.data} holds other training volumes than those the run began with")
-    text_folder = out / "text_encoder" if args.text_encoder == "demo" else args.text_encoder
     if args.text_encoder == "demo" and rank == 0 and not checkpoint:
-        phantoms.make_demo_text_encoder(text_folder, [item.report for item in train_items])
+        phantoms.make_demo_text_encoder(out / "text_encoder", [item.report for item in train_items])
     if rank == 0:
         dist.barrier()
     if args.permute_reports:
@@ -511,14 +562,18 @@ def main(args, given):
     config = {name: value for name, value in vars(args).items() if name not in ("resume", "out")}
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6
     frozen = sum(p.numel() for p in network.parameters() if not p.requires_grad) / 1e6
-    log.info(f"""\
-data       {args.data}: {len(train_items)} volumes to train on, {len(held_out)} held out
-volumes    centre crop to {data.CROP}, HU {data.WINDOW} ({args.hu}), resized to {size}; cache in {args.cache}
-model      {args.encoder} and frozen {text_folder}: {trained:.1f} M parameters trained, {frozen:.1f} M frozen
+    about = f"""\
+data       {Path(args.data).name}: {len(train_items)} volumes to train on, {len(held_out)} held out\
+{", with the reports of other patients (a control)" if args.permute_reports else ""}
+volumes    centre crop to {data.CROP}, HU {data.WINDOW} ({args.hu}), resized to {size}
+model      {args.encoder} from {args.init or "scratch"} and frozen {args.text_encoder}: {trained:.1f} M \
+parameters trained, {frozen:.1f} M frozen
 losses     {', '.join(f'{weight[name]:g} {name}' for name in enabled)}
 batch      {args.batch_size} volumes × {world} processes × {args.accumulate} passes; \
-{args.batch_size * world - 1} negatives for each volume
-run        steps {step} to {args.steps} on {device} in {precision}, seed {args.seed}, out in {out}""")
+{args.batch_size * world - 1} negatives for each volume"""
+    log.info(f"""{about}
+run        steps {step} to {args.steps} on {device} in {precision}, seed {args.seed}, cache in {args.cache}, \
+out in {out}""")
     say_what_it_teaches(args, enabled, world)
 
     # ----------------------------------------------------------------------------------------- loop
@@ -582,7 +637,8 @@ run        steps {step} to {args.steps} on {device} in {precision}, seed {args.s
         if step % args.save_every == 0 or step == args.steps or stopping:
             save_run(out, network, optimizer, scaler, config, step, ids=ids, patients=seen)
             if rank == 0:
-                save_encoder(encoder, seen, out)
+                save_encoder(encoder, config, seen, out)
+                write_card(args, about, encoder)
                 evaluation.plot_curves(read_log(log_path), out / "curves.png")
     bar.close()
     interruption.end()
@@ -600,10 +656,11 @@ run        steps {step} to {args.steps} on {device} in {precision}, seed {args.s
         untrained = evaluation.untrained_encoder(vars(args))
         result = {"levels": evaluation.levels(read_log(log_path), nothing),
                   "moved": untrained and moved(untrained, encoder)}
-        print_levels(result)
+        log.info(say_result(result))
         if args.data == "demo":
             result |= evaluate_demo(args, network, untrained, unseen, items, collate, out)
             evaluation.write_result(result, out / "result.json")
+        write_card(args, about, encoder, result)
 
 
 def first_batches(examples, collate, batch_size, volumes):
@@ -619,14 +676,23 @@ def moved(untrained, encoder):
     return float((after - before).norm() / before.norm())
 
 
-def print_levels(result):
-    log.info("%-6s %16s %8s %8s", "loss", "knowing nothing", "first", "last")
+def say_levels(levels):
+    lines = [f"{'loss':6s} {'knowing nothing':>16s} {'first':>8s} {'last':>8s}"]
     said = {True: "learned", False: "not learned"}
-    for name, row in result["levels"].items():
-        log.info("%-6s %16.3f %8.3f %8.3f  %s", name, row["nothing"], row["first"], row["last"],
-                 said.get(row["learned"]) or f"cannot be told: {row['reason']}")
-    if result["moved"] is not None:
-        log.info("the encoder's weights moved by %.1f %%", 100 * result["moved"])
+    for name, row in levels.items():
+        verdict = said.get(row["learned"]) or f"cannot be told: {row['reason']}"
+        lines.append(f"{name:6s} {row['nothing']:16.3f} {row['first']:8.3f} {row['last']:8.3f}  {verdict}")
+    return "\n".join(lines)
+
+
+SAID = {"levels": say_levels, "moved": "the encoder's weights moved by {:.1%}".format,
+        "probe": evaluation.say_probe, "retrieval": evaluation.say_retrieval,
+        "lesion_attention": evaluation.say_lesion_attention, "pairing": evaluation.say_pairing}
+
+
+def say_result(result):
+    """All that was measured, as text"""
+    return "\n".join(say(result[part]) for part, say in SAID.items() if result.get(part) is not None)
 
 
 def evaluate_demo(args, network, untrained, unseen, items, collate, out):
@@ -657,7 +723,7 @@ def show(network, batch, item, out):
     """Draw what MIM rebuilds of a batch, and where the sentences of its first patient look."""
     device = next(network.parameters()).device
     batch = {key: value.to(device) for key, value in batch.items() if torch.is_tensor(value)}
-    names = ["last.pt", "encoder.pt", "log.jsonl", "curves.png"]
+    names = ["last.pt", "encoder.pt", "encoder.safetensors", "README.md", "log.jsonl", "curves.png"]
     if network.mim_decoder is not None:
         evaluation.plot_reconstruction(network, batch, out / "reconstruction.png")
         names.append("reconstruction.png")

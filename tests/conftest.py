@@ -1,5 +1,6 @@
 """What the tests share: small chests, tables, tiny networks, real scans, ways to run a script."""
 import csv
+import hashlib
 import locale
 import os
 import runpy
@@ -70,6 +71,38 @@ def drawn(path):
     picture = matplotlib.image.imread(path)[..., :3]
     assert picture.std() > 0.02, f"{path} is blank"
     return picture
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """hub("owner/name", {name: file or folder}) lays copies into the hub's cache as its client does.
+
+    In this process and in those that a test starts; without network. Returns the snapshot's folder.
+    """
+    import huggingface_hub.constants
+
+    import model
+    home = tmp_path / "hf"
+    monkeypatch.setenv("HF_HOME", str(home))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(home / "hub"))
+    model.local_file.cache_clear()
+
+    def lay(repository, files):
+        root = home / "hub" / f"models--{repository.replace('/', '--')}"
+        commit = hashlib.sha1(repository.encode()).hexdigest()
+        (root / "refs").mkdir(parents=True)
+        (root / "refs" / "main").write_text(commit)
+        (root / "blobs").mkdir()
+        for name, source in files.items():
+            for file in [source] if source.is_file() else [p for p in source.rglob("*") if p.is_file()]:
+                content = file.read_bytes()
+                blob = root / "blobs" / hashlib.sha256(content).hexdigest()
+                blob.write_bytes(content)
+                link = root / "snapshots" / commit / name / file.relative_to(source)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(os.path.relpath(blob, link.parent))
+        return root / "snapshots" / commit
+    return lay
 
 
 # ---------------------------------------------------------------------------------- tiny networks

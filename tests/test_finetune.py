@@ -256,6 +256,69 @@ def test_projections_are_filled_only_if_clip_trained_them(load_init, text_folder
             assert names < set(load_init(task, pretrained | saved))
 
 
+# ---------------------------------------------------------------------------- weights of the hub
+
+def test_init_and_checkpoint_of_the_hub(run, command, hub, sets, cache, tmp_path):
+    """They know their encoder, and nothing is written into the hub's cache."""
+    torch.manual_seed(3)
+    encoder = model.build_encoder("swin_t")
+    tested = [item.patient for item in data.load_task("stoic", sets("stoic")) if item.split == "test"]
+    flags = {"encoder": "swin_t", "size": (32, 32, 64), "hu": "auto", "crop": (1, 1, 1), "window": data.WINDOW}
+    state = model.export_encoder(encoder, config=flags, patients=sorted(data.patient_hashes(tested[:2])))
+    with open("encoder.safetensors", "wb") as file:
+        model.write_safetensors(state, file)
+    hub("someone/mg3d", {"encoder.safetensors": tmp_path / "encoder.safetensors"})
+    assert completed("--task", "stoic", "--data", "x", "--init", "hf:someone/mg3d").encoder == "swin_t"
+    output = run("stoic", "--steps", 1, "--init", "hf:someone/mg3d", "--freeze")
+    trained = weights("out/best.pt")
+    assert all(torch.equal(p, trained[f"encoder.{name}"]) for name, p in state.items())
+    assert "model      swin_t from hf:someone/mg3d, frozen" in output
+    assert read_json("out/result.json")["init"] == "hf:someone/mg3d"
+    assert read_json("out/result.json")["more"]["patients_seen_in_pretraining"] == 2
+
+    snapshot = hub("someone/stoic", {"runs/best.pt": tmp_path / "out/best.pt"})
+    name = "hf:someone/stoic/runs/best.pt"
+    code, text = command("eval.py", "--task", "stoic", "--data", sets("stoic"), "--cache", cache, "--checkpoint", name)
+    assert code == 0 and "wrote eval/result.json" in text
+    assert read_json("eval/result.json")["value"] == read_json("out/result.json")["value"]
+    assert [path.name for path in snapshot.rglob("*")] == ["runs", "best.pt"]
+    code, text = command("eval.py", "embed", "--checkpoint", "hf:someone/mg3d", "--input",
+                         next(sets("stoic").rglob("*.mha")), "--cache", cache)
+    assert code == 0 and "wrote embeddings.npz: features (1, 96)" in text
+    assert "trained with the crop [1, 1, 1], here it is (0.88, 0.66, 0.88)" in text and "the window" not in text
+    code, text = command("eval.py", "embed", "--checkpoint", "hf:someone/else", "--input", "x")
+    assert code == 1 and text.count("\n") == 0 and "hf:someone/else: found no copy in the cache" in text
+
+
+def test_a_checkpoint_of_the_hub_brings_its_text_encoder(run, hub, sets, tmp_path):
+    before, task = tmp_path / "before", "ct-rate-retrieval"
+    reports = [item.report for item in data.load_task(task, sets(task))]
+    phantoms.make_demo_text_encoder(before / "text_encoder", reports)
+    config = {"encoder": "swin_t", "embed_dim": 24, "text_encoder": "demo", "use_checkpoint": False, "clip": True}
+    source = model.build_network("retrieve", 0, config, before)
+    torch.save({"model": model.weights_of(source), "config": config | {"mlm_prob": 0.15}}, before / "last.pt")
+    hub("someone/mg3d", {"last.pt": before / "last.pt", "text_encoder": before / "text_encoder"})
+    assert evaluation.load_pretrained("hf:someone/mg3d/last.pt")[0].text_pool is not None
+    run(task, "--init", "hf:someone/mg3d/last.pt", "--embed_dim", 24, "--steps", 1, "--lr", 0, "--batch_size", 2)
+    assert torch.equal(weights("out/last.pt")["text_proj.weight"], source.text_proj.weight)
+    first, second = (folder / "text_encoder" / "tokenizer.json" for folder in (before, tmp_path / "out"))
+    assert first.read_bytes() == second.read_bytes() and not second.is_symlink()
+    hub("someone/halves", {"last.pt": before / "last.pt"})
+    with pytest.raises(ValueError, match="found no folder .*text_encoder, expected the text encoder that it fits"):
+        completed("--task", "ct-rate-vocab", "--data", "demo", "--init", "hf:someone/halves/last.pt")
+
+
+def test_the_untrained_encoder_of_a_run_that_began_from_the_hub(hub, tmp_path):
+    """None without network and copy: a probe of its checkpoint does without the comparison."""
+    encoder = model.build_encoder("swin_t")
+    torch.save(model.export_encoder(encoder), tmp_path / "encoder.pt")
+    config = {"encoder": "swin_t", "seed": 0, "init": "hf:someone/mg3d"}
+    assert evaluation.untrained_encoder(config) is None
+    hub("someone/mg3d", {"encoder.pt": tmp_path / "encoder.pt"})
+    found = evaluation.untrained_encoder(config)
+    assert torch.equal(found.layers1[0].downsample.reduction.weight, encoder.layers1[0].downsample.reduction.weight)
+
+
 # ---------------------------------------------------------------- cutting and augmenting scans
 
 def test_negatives_are_drawn_anew(sets, cache):

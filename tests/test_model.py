@@ -3,14 +3,18 @@ import contextlib
 import itertools
 import json
 import os
+import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import REPORTS, chest, save_nifti, small_mg3d
 from torch import nn
 
 import data
+import eval as evaluation
 import losses
 import model
 import phantoms
@@ -124,12 +128,12 @@ def test_the_second_version_has_monais_numbers_and_gradients(tmp_path, merging):
 
 
 @pytest.mark.parametrize("merging, use_v2", [("monai", True), ("mergingv2", False)])
-def test_encoder_json_rebuilds_the_encoder_in_monai(merging, use_v2):
+def test_the_noted_architecture_rebuilds_the_encoder_in_monai(merging, use_v2):
     nets = pytest.importorskip("monai.networks.nets", reason="MONAI is not installed")
     torch.manual_seed(0)
     ours = SwinTransformer3D(feature_size=12, depths=(1, 2, 1, 1), num_heads=(2, 3, 6, 4), window_size=3,
                              merging=merging, use_v2=use_v2)
-    settings = model.monai_settings(ours)
+    settings = model.notes_of(model.export_encoder(ours))["architecture"]
     assert settings.pop("note") == "MONAI from 1.5 on has the same numbers"
     unetr = nets.SwinUNETR(out_channels=2, **settings)
     unetr.swinViT.load_state_dict(model.export_encoder(ours))
@@ -138,7 +142,7 @@ def test_encoder_json_rebuilds_the_encoder_in_monai(merging, use_v2):
         torch.testing.assert_close(m, e, atol=1e-4, rtol=0)
 
 
-def test_encoder_json_says_where_monai_differs():
+def test_the_noted_architecture_says_where_monai_differs():
     old = model.monai_settings(SwinTransformer3D(feature_size=12, merging="v0.9"))
     assert "another network in MONAI from 1.5 on" in old["note"] and "downsample" not in old
     assert old["merging"] == ("000", "100", "010", "001", "101", "010", "001", "111")
@@ -961,11 +965,133 @@ def test_what_is_left_out_keeps_its_weights(tmp_path):
     assert torch.equal(target.head.weight, source.head.weight)
 
 
-def test_encoder_pt_loads_strictly_into_monai(tmp_path):
+def test_exported_encoders_load_strictly_into_monai(tmp_path):
     nets = pytest.importorskip("monai.networks.nets", reason="MONAI is not installed")
-    torch.save(model.export_encoder(SwinTransformer3D(feature_size=12)), tmp_path / "encoder.pt")
+    state = model.export_encoder(SwinTransformer3D(feature_size=12))
+    torch.save(state, tmp_path / "encoder.pt")
+    save_safetensors(state, tmp_path / "encoder.safetensors")
     unetr = nets.SwinUNETR(in_channels=1, out_channels=2, feature_size=12)
     unetr.swinViT.load_state_dict(torch.load(tmp_path / "encoder.pt", weights_only=True))
+    unetr.swinViT.load_state_dict(safetensors.torch.load_file(tmp_path / "encoder.safetensors"))
+
+
+def save_safetensors(state, path):
+    with open(path, "wb") as file:
+        model.write_safetensors(state, file)
+    return path
+
+
+@pytest.mark.parametrize("name, settings", [("swin_t", {"merging": "v0.9", "use_v2": True}), ("unet", {})])
+def test_safetensors_hold_what_encoder_pt_holds(tmp_path, caplog, name, settings):
+    source = build_encoder(name, **settings)
+    config = {"encoder": name, "size": (32, 32, 64), "hu": "csv"}
+    state = model.export_encoder(source, config=config, patients=["ab", "cd"])
+    torch.save(state, tmp_path / "encoder.pt")
+    path = save_safetensors(state, tmp_path / "encoder.safetensors")
+    first, second = (model.read_checkpoint(tmp_path / f"encoder.{ending}") for ending in ("pt", "safetensors"))
+    assert first.keys() == second.keys() == source.state_dict().keys() - {"mask_token"}
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    notes = json.loads(json.dumps(model.notes_of(first)))               # tuples become lists
+    assert notes == model.notes_of(second) and notes["merging"] == settings.get("merging")
+    assert set(source.settings) < set(notes["architecture"])
+    for file in (path, tmp_path / "encoder.pt"):                        # no flag is needed
+        target, found = evaluation.load_encoder(file)
+        assert found == model.flags_of(model.read_checkpoint(file)) and tuple(found["size"]) == (32, 32, 64)
+        x = torch.rand(1, 1, 16, 16, 16)
+        assert all(torch.equal(a, b) for a, b in zip(source(x), target(x), strict=True))
+        assert evaluation.patients_of(file) == {"ab", "cd"}
+    assert "does not tell" not in caplog.text
+
+
+def test_safetensors_of_others(tmp_path, caplog):
+    """They do not say which encoder they hold, nor its order of merging: flags do."""
+    source = build_encoder("swin_t", merging="v0.9")
+    weights = {f"swinViT.{key}": p for key, p in source.state_dict().items() if key != "mask_token"}
+    for name, metadata in (("none", None), ("pt", {"format": "pt"})):
+        path = tmp_path / f"{name}.safetensors"
+        safetensors.torch.save_file(weights, path, metadata)
+        with pytest.raises(ValueError, match=f"{name}.safetensors does not say which encoder.*--encoder swin_b"):
+            evaluation.load_encoder(path)
+        with pytest.raises(ValueError, match=f"{name}.safetensors does not fill the encoder[^$]*another --encoder"):
+            evaluation.load_encoder(path, "unet")
+        found, config = evaluation.load_encoder(path, "swin_t")
+        assert "does not tell its patch merging" in caplog.text and found.merging == "monai" and config == {}
+        found, _ = evaluation.load_encoder(path, "swin_t", "v0.9")
+        x = torch.rand(1, 1, 16, 16, 16)
+        assert all(torch.equal(a, b) for a, b in zip(source(x), found(x), strict=True))
+        assert evaluation.patients_of(path) == set()
+        caplog.clear()
+
+
+def test_safetensors_that_cannot_be_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = model.export_encoder(build_encoder("swin_t"))
+    whole = save_safetensors(state, tmp_path / "whole.safetensors").read_bytes()
+    weights = {key: p.clone() for key, p in state.items()}
+    files = {"torn": whole[:-9], "empty": b"", "pickle": pickle.dumps(Bomb())}
+    for name, notes in {"cut": '{"config":', "list": "[1]", "word": '"swin_t"'}.items():
+        files[name] = safetensors.torch.save(weights, {"mg3d": notes})
+    for name, content in files.items():
+        Path(f"{name}.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}.safetensors: cannot be read safely"):
+            load_weights(build_encoder("swin_t"), f"{name}.safetensors")
+    assert not Path("exploded").exists()
+    with pytest.raises(ValueError, match="absent.safetensors: found no such file"):
+        load_weights(build_encoder("swin_t"), "absent.safetensors")
+
+
+# ------------------------------------------------------------------------------- names of the hub
+
+def test_names_of_the_hub_are_files_of_its_cache(hub, tmp_path, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / "text_encoder").mkdir()
+    for name in ("a.pt", "b.pt", "text_encoder/config.json"):
+        (tmp_path / name).write_text(name)
+    a, b, text = tmp_path / "a.pt", tmp_path / "b.pt", tmp_path / "text_encoder"
+    both = hub("some-one/both", {"encoder.safetensors": a, "encoder.pt": b, "runs/x/best.pt": a,
+                                 "runs/x/text_encoder": text})
+    one = hub("some-one/v1.2_old", {"encoder.pt": b})
+    for name, expected in (("hf:some-one/both", both / "encoder.safetensors"),
+                           (Path("hf:some-one/both/encoder.pt"), both / "encoder.pt"),
+                           ("hf:some-one/both/runs/x/best.pt", both / "runs/x/best.pt"),
+                           ("hf:some-one/v1.2_old/", one / "encoder.pt")):
+        found = model.local_file(name)
+        assert found == expected and found.is_file()
+        assert f"{str(name).rstrip('/')}: {expected}" in caplog.text
+    assert (found.parent, model.local_file("some-one/both"), model.local_file(a)) == (one, Path("some-one/both"), a)
+    assert (both / "runs/x/text_encoder/config.json").read_text() == "text_encoder/config.json"
+
+
+def test_names_of_the_hub_that_lead_nowhere(hub, tmp_path):
+    (tmp_path / "weights.bin").write_text("x")
+    hub("some-one/other", {"weights.bin": tmp_path / "weights.bin", "sub/x.pt": tmp_path / "weights.bin"})
+    absent = "found no {}, expected one of sub/x.pt, weights.bin"
+    shape = "expected hf:owner/name or hf:owner/name/file"
+    for name, words in (("hf:some-one/other", absent.format("encoder.safetensors or encoder.pt")),
+                        ("hf:some-one/other/last.pt", absent.format("last.pt")),
+                        ("hf:some-one/other/sub", absent.format("sub")), ("hf:some-one", shape), ("hf:", shape),
+                        ("hf:some one/x", shape), ("hf:MONAI/example", "found no copy in the cache .*HF_HUB_OFFLINE")):
+        with pytest.raises(ValueError, match=f"^{name}: {words}") as error:
+            load_weights(build_encoder("swin_t"), name)
+        assert "\n" not in str(error.value)
+
+
+def test_from_the_hub_comes_what_is_needed(hub, tmp_path, monkeypatch):
+    """With network: gigabytes of last.pt stay there when the encoder is asked for."""
+    import huggingface_hub
+    there = ["README.md", "encoder.pt", "encoder.safetensors", "last.pt", "text_encoder/vocab.txt", "a/last.pt"]
+    asked = []
+
+    def snapshot_download(repository, allow_patterns):
+        asked.append(list(huggingface_hub.utils.filter_repo_objects(there, allow_patterns=allow_patterns)))
+        return str(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repository: there)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    for name, expected in (("", ["encoder.safetensors"]), ("/encoder.pt", ["encoder.pt"]),
+                           ("/last.pt", ["last.pt", "text_encoder/vocab.txt"]), ("/a/last.pt", ["a/last.pt"])):
+        for _ in range(2):                      # it is asked once
+            model.local_file(f"hf:a/b{name}")
+        assert asked.pop() == expected and not asked
 
 
 def test_poor_matches_are_refused(tmp_path):

@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import re
 import resource
 import runpy
 import shutil
@@ -17,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -258,7 +260,7 @@ def weighted(row, enabled):
 
 def test_a_run_writes_what_it_promises(uninterrupted):
     out, text, errors = uninterrupted[1]
-    for name in ("last.pt", "previous.pt", "encoder.pt", "log.jsonl",
+    for name in ("last.pt", "previous.pt", "encoder.pt", "encoder.safetensors", "README.md", "log.jsonl",
                  "curves.png", "reconstruction.png", "attention.png"):
         assert (out / name).stat().st_size > 0
         if name.endswith("png"):
@@ -283,6 +285,34 @@ def test_a_run_writes_what_it_promises(uninterrupted):
     for name, weight in encoder.state_dict().items():
         assert name == "mask_token" or torch.equal(weight, last["model"][f"encoder.{name}"])
     assert not any(name.startswith("text_encoder") for name in last["model"])
+
+
+def test_the_model_card_tells_what_is_known_and_how_to_load_it(uninterrupted, folder, tmp_path, monkeypatch):
+    out, text, _ = uninterrupted[1]
+    card = huggingface_hub.ModelCard.load(out / "README.md")
+    assert card.data.license == "apache-2.0" and "computed-tomography" in card.data.tags
+    facts, numbers, code = re.findall(r"```(?:python)?\n(.*?)\n```", card.text, re.DOTALL)
+    assert facts.startswith("data       m.csv: 10 volumes") and facts.endswith("6 steps, seed 0")
+    *lines, _ = facts.splitlines()              # the rest of the last one differs
+    assert len(lines) == 5 and all(line in text for line in lines) and numbers in text
+    assert numbers.count("cannot be told: fewer than 20 rows") == 6 and "weights moved by" in numbers
+    for words in ("not a medical device", "hashes of the names", "'feature_size': 24"):
+        assert words in card.text
+
+    shutil.copy(folder / "0.nii.gz", tmp_path / "scan.nii.gz")
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(code.replace("hf:OWNER/NAME", str(out / "encoder.safetensors")), found)  # noqa: S102 - it is ours
+    item = data.Item("0", Path("scan.nii.gz"), "", "test", "0", None, None)
+    volume = data.load_volume(item, None, (32, 32, 64))
+    for a, b in zip(found["maps"], found["encoder"](volume[None]), strict=True):
+        torch.testing.assert_close(a, b, atol=0.01, rtol=0)     # the loader rounds to float16
+
+
+def test_a_readme_of_somebody_else_stays(run, copied):
+    (copied / "README.md").write_text("mine")
+    assert "README.md is no model card of ours" in run(f"--out {copied} --resume --steps 7").succeeded().text
+    assert (copied / "README.md").read_text() == "mine"
 
 
 def test_learning_rates_and_weight_decay(uninterrupted):
@@ -403,6 +433,7 @@ def test_stopped_killed_and_resumed_it_equals_the_uninterrupted_run(run, folder,
     assert stopped.wait() == 128 + signal.SIGTERM, stopped.errors
     assert "SIGTERM: saved after step" in stopped.text and (out / "encoder.pt").exists()
     assert load(out / "last.pt")["step"] == len(read_log(out)) < STEPS[world]
+    assert "None yet: the run goes on." in (out / "README.md").read_text()
 
     killed = run(f"--out {out.name} --resume", world=world)     # the checkpoint knows the other flags
     killed.until_step(2, out)
@@ -489,9 +520,9 @@ def test_weights_know_the_patients_that_they_were_trained_on(run, copied, folder
     trained = {f"{i}.nii.gz" for i in range(TRAINED_ON)}
     hashes = {hashlib.sha1(name.encode()).hexdigest()[:12] for name in trained}
     assert len(hashes) == TRAINED_ON
-    for name in ("last.pt", "encoder.pt"):
+    for name in ("last.pt", "encoder.pt", "encoder.safetensors"):
         assert evaluation.patients_of(copied / name) == hashes
-    assert not any(b"0.nii.gz" in (copied / name).read_bytes() for name in ("last.pt", "encoder.pt"))
+        assert b"0.nii.gz" not in (copied / name).read_bytes()
     rows = [[f"{i}.nii.gz", "Normal.", "train"] for i in range(20, 22)]
     write_manifest(folder / "two.csv", rows)
     run(f"{SMALL} {ONLY_MIM} --data two.csv --steps 1 --out chain --init {copied / 'encoder.pt'}").succeeded()
@@ -567,7 +598,7 @@ def test_init_of_the_second_version(run, folder, tmp_path):
     voco = model.build_encoder("swin_t", use_v2=True)
     torch.save({f"swinViT.{name}": p for name, p in voco.state_dict().items()}, tmp_path / "voco.pt")
     flags = f"{SMALL} {ONLY_MIM} --lr_encoder 0 --init {tmp_path / 'voco.pt'}"
-    whole = run(f"{flags} --merging monai --steps 2 --out v2").succeeded()
+    run(f"{flags} --merging monai --steps 2 --out v2").succeeded()
     first = run(f"{flags} --merging monai --steps 1 --out v2_1").succeeded()
     assert "does not tell" not in first.text
     run("--out v2_1 --resume --steps 2").succeeded()
@@ -575,11 +606,12 @@ def test_init_of_the_second_version(run, folder, tmp_path):
     x = torch.rand(1, 1, 32, 32, 32)
     (tmp_path / "voco.pt").unlink()
     network, config = evaluation.load_pretrained(folder / "v2_1" / "last.pt")
-    encoder = evaluation.load_encoder(folder / "v2" / "encoder.pt", "swin_t")[0]
+    encoder = evaluation.load_encoder(folder / "v2" / "encoder.pt")[0]
     for found in (network.encoder, encoder):
         assert all(torch.equal(a, b) for a, b in zip(found(x), voco(x), strict=True))
-    settings = json.loads((folder / "v2" / "encoder.json").read_text())
-    assert settings["use_v2"] and settings["depths"] == [1, 2] and settings["note"] in whole.text
+    settings = model.notes_of(model.read_checkpoint(folder / "v2" / "encoder.safetensors"))["architecture"]
+    assert settings["use_v2"] and settings["depths"] == [1, 2]
+    assert settings["note"] in (folder / "v2" / "README.md").read_text()
     assert evaluation.untrained_encoder(config) is None
     torch.save({f"swinViT.{name}": p for name, p in voco.state_dict().items()}, tmp_path / "voco.pt")
     untrained = evaluation.untrained_encoder(config)
@@ -813,6 +845,10 @@ def test_the_demo_writes_what_it_found(run, tmp_path, world, values):
     assert 0 < result["moved"] < 0.1
     assert (tmp_path / "out" / "pairing.png").stat().st_size > 5000
     assert "no part of MG-3D" in done.text and "too few batches to say" in done.text
+    card = (tmp_path / "out" / "README.md").read_text()
+    for say, name in ((evaluation.say_probe, "probe"), (evaluation.say_retrieval, "retrieval")):
+        assert say(result[name]) in card and say(result[name]) in done.text
+    assert "too few batches to say" in card
 
 
 def few_phantoms():
