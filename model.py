@@ -47,7 +47,7 @@ def window_plan(batch, size, window, shift, device):
 
     Returns (order, inverse, groups, pairs). `order` (B·d·h·w,) sorts tokens by group and window,
     `inverse` undoes it. A group has windows of one shape: (how many, n real and p padding tokens).
-    `pairs` (2, P): its n × (n + p) queries and keys, group by group, in the raster of the uncut window.
+    `pairs`, (P,) and (P,): its n × (n + p) queries and keys, group by group, in the uncut window's raster.
     """
     padded = [-(-side // w) * w for side, w in zip(size, window)]
     token = np.full(padded, -1)                                         # -1 = padding
@@ -77,8 +77,8 @@ def window_plan(batch, size, window, shift, device):
     groups = [(batch * len(windows), len(real), len(padding))
               for (real, padding), windows in groups.items()]
     with torch.inference_mode(False):  # callers may infer; the plan is kept for training, too
-        order, inverse, pairs = (torch.from_numpy(places).to(device)
-                                 for places in (order, order.argsort(), pairs))
+        order, inverse, *pairs = (torch.from_numpy(places).to(device)
+                                  for places in (order, order.argsort(), *pairs))
         return order, inverse, groups, pairs
 
 
@@ -148,7 +148,7 @@ class WindowAttention(nn.Module):
         """Of each group (heads, n, n); with padding (heads, n, n + 1): the last key stands for all of it"""
         # NOTE(compat): a window shrunk to a small map keeps the first n places of the full window's
         # raster, as if cut by `relative_position_index[:n, :n]`: published weights were trained so.
-        index = self.relative_position_index[pairs[0], pairs[1]]        # (pairs,)
+        index = self.relative_position_index[tuple(pairs)]              # (pairs,)
         # unbind and stack: the gradient of a transposed view would not lie as DDP's buckets do
         table = torch.stack(self.relative_position_bias_table.unbind(1))  # (heads, offsets)
         columns = table.gather(1, index.expand(len(table), -1))         # (heads, pairs)

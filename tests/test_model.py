@@ -259,15 +259,14 @@ def test_training_follows_inference():
 
 
 @pytest.mark.parametrize("name, strict, small", [
-    ("swin_t", False, {}), ("swin_t", True, {"depths": (2,), "window_size": 3}),
-    ("swin_b", False, {"feature_size": 12, "merging": "v0.9", "use_v2": True}),
-    ("swin_l", False, {"feature_size": 24, "depths": (1, 1, 2, 1)}), ("unet", False, {"feature_size": 8})])
+    ("swin_t", True, {"depths": (1,), "window_size": 3}), ("unet", True, {"feature_size": 8}),
+    ("swin_b", False, {"feature_size": 12, "depths": (2, 1), "use_v2": True})])
 def test_an_exported_encoder_gives_the_same_numbers(tmp_path, name, strict, small):
     """Also where tracing is the first to need a plan of the windows; training goes on afterwards."""
     torch.manual_seed(0)
     encoder = build_encoder(name, **small)
     model.window_plan.cache_clear()
-    size = (16, 24, 20) if strict else (32, 32, 48)
+    size = (12, 12, 16) if name == "swin_t" else (16, 16, 32)
     with torch.no_grad():
         program = torch.export.export(encoder, (torch.zeros(2, 1, *size),), strict=strict)
     assert model.window_plan.cache_info().currsize == 0
