@@ -1318,6 +1318,7 @@ def export_command(args):
               "axes": "z, y, x of a scan in RAS", "view": VIEWS[notes["view"]]}
     for key in ("inputs", "outputs", "axes", "values", "window", "hu", "spacing", "view"):
         print(f"{key:8s} {notes[key]}")
+    print("traced, written and read again, which takes minutes for Swin-B in full size …", flush=True)
     program = torch.export.export(network, tuple(inputs.values()), strict=False)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     part = args.out.with_suffix(".part.pt2")
