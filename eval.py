@@ -7,6 +7,7 @@
     python eval.py probe --data demo --checkpoint out/last.pt      a linear probe of the 18 findings
     python eval.py pairing --data demo --checkpoint out/last.pt    which losses use the right report
     python eval.py embed --checkpoint out/encoder.pt --input DIR   features of scans, one row each
+    python eval.py export --checkpoint out/best.pt --out MODEL.pt2 a graph for PyTorch, without this code
     python eval.py radar A/result.json B/result.json               methods and tasks in one chart
 
 Accuracy, AUC, Dice and recall are shares of 1, BLEU is in percent.
@@ -49,14 +50,16 @@ def flags():
     add("--out", type=Path, help="folder for results; else eval, beside the checkpoint")
     add("--cache", default="cache", help="folder of preprocessed volumes")
 
-    shared = argparse.ArgumentParser(add_help=False)
-    add = shared.add_argument
+    weights = argparse.ArgumentParser(add_help=False)
+    add = weights.add_argument
     add("--checkpoint", required=True, help="a file or hf:owner/name[/file]: ours or what load_weights knows")
     add("--encoder", help="swin_b, swin_l, swin_t or unet, if the file does not say")
     add("--merging", default="auto", choices=["auto", "monai", "v0.9", "mergingv2"],
         help="of patches, likewise")
     add("--size", type=int, nargs=3, metavar=("D", "H", "W"), help="of the input, if the file does not say")
     add("--hu", choices=["auto", "header", "csv"], help="source of Hounsfield units, likewise")
+    shared = argparse.ArgumentParser(add_help=False, parents=[weights])
+    add = shared.add_argument
     add("--cache", default="cache", help="folder of preprocessed volumes")
 
     towers = argparse.ArgumentParser(add_help=False)
@@ -90,6 +93,9 @@ def flags():
     add = commands.add_parser("embed", parents=[shared], formatter_class=Help).add_argument
     add("--input", type=Path, required=True, help="a scan, or a folder of scans at any depth")
     add("--out", type=Path, default="embeddings.npz", help="ids (n,) and features (n, C) float32")
+    add = commands.add_parser("export", parents=[weights], formatter_class=Help, description="The network "
+        "of a task of finetune.py, or the encoder of any other file, for torch.export.load.").add_argument
+    add("--out", type=Path, default="model.pt2", help="graph, weights, and mg3d.json: what goes in and out")
     add = commands.add_parser("radar", formatter_class=Help).add_argument
     add("results", type=Path, nargs="+", help="result.json files; the method is their key `method`, else "
         "the name of their folder, or of the one above where that is named after the task")
@@ -126,6 +132,12 @@ SACREBLEU = BLEU(tokenize="none", smooth_method="none", effective_order=True)
 PENALTIES = np.logspace(-1, 5, 25)  # of the ridge regression
 WEIGHTED = "mean weighted by positives"
 KS = (1, 5, 10, 50, 100)            # of Recall@K
+# How a scan becomes an input, for those who have an exported file alone
+VIEWS = {"whole": f"its middle, {data.CROP} of the sides, resized (trilinear)",
+         "slices": "resized (trilinear) to 4/3 of height and width, of which the middle",
+         "cube": "a part of this size around the candidate, not resampled",
+         "box": f"its middle {data.BOX:.0f} mm, padded with air, resized (trilinear)",
+         "patch": "resampled (trilinear) to `spacing` mm, parts of this size that overlap by `overlap`"}
 
 
 # --------------------------------- metrics
@@ -1486,6 +1498,75 @@ def embed_command(args):
     print(f"wrote {args.out}: features {features.shape}; {len(failures)} scans left out")
 
 
+class ImageFeature(torch.nn.Module):
+    """The image half of an MG3D: (B, 1, D, H, W) -> global features of length 1 (B, E)"""
+
+    def __init__(self, network):
+        super().__init__()
+        self.encoder, self.image_proj = network.encoder, network.image_proj
+
+    def forward(self, volume):
+        return F.normalize(model.MG3D.encode_image(self, volume).mean(1), dim=-1)
+
+
+def load_for_export(args):
+    """The network of a task, else an encoder; what it gives, and what its user must know"""
+    config = model.flags_of(model.read_checkpoint(args.checkpoint))
+    if "task" not in config:
+        encoder, size, hu, _ = _encoder_of(args)
+        return encoder, "maps", {"task": None, "kind": "encode", "view": "whole", "size": size,
+                                 "window": data.WINDOW, "spacing": None, "hu": hu}
+    if args.encoder or args.hu or args.merging != "auto":
+        raise ValueError(f"{args.checkpoint}: found --encoder, --merging or --hu, expected none of them: a "
+                         f"checkpoint of the task {config['task']} has its own")
+    run = load_checkpoint(args.checkpoint)
+    notes = {"task": config["task"], **run.task.settings(), "hu": "auto"}
+    notes |= {"size": args.size or notes["size"], "vocabulary": config["vocabulary"]}
+    if run.task.kind == "prompt":  # log odds: (yes - no) / temperature, cosines of a feature and two texts
+        texts = text_features(run.network, data.prompts(run.task.classes))
+        notes |= {"texts": texts.tolist(), "temperature": config["temperature"]}
+    if run.task.kind in ("prompt", "retrieve"):
+        return ImageFeature(run.network), "feature", notes
+    return run.network, "logits", notes
+
+
+@torch.no_grad()
+def export_command(args):
+    """A graph for one volume on a CPU. It replaces --out when, read again, it gives our numbers."""
+    if args.out.suffix != ".pt2":
+        raise ValueError(f"--out {args.out}: expected a name that ends in .pt2")
+    network, name, notes = load_for_export(args)
+    network, size = network.cpu().eval(), notes["size"]
+    stride = getattr(network, "encoder", network).stride
+    if any(side % stride for side in size):
+        raise ValueError(f"found the size {tuple(size)}, expected multiples of {stride}")
+    inputs = {"volume": torch.rand(1, 1, *size)}
+    if notes["kind"] == "report":  # shorter reports end in padding, which no word before it sees
+        inputs["tokens"] = torch.randint(len(notes["vocabulary"]), (1, network.max_length + 1))
+    expected = network(*inputs.values())
+    expected = expected if name == "maps" else [expected]
+    notes |= {"inputs": {key: list(tensor.shape) for key, tensor in inputs.items()},
+              "outputs": {name: [list(tensor.shape) for tensor in expected]},
+              "values": "HU, window to [0, 1]" if notes["window"] else "z-score of all voxels but 0",
+              "axes": "z, y, x of a scan in RAS", "view": VIEWS[notes["view"]]}
+    for key in ("inputs", "outputs", "axes", "values", "window", "hu", "spacing", "view"):
+        print(f"{key:8s} {notes[key]}")
+    print("traced, written and read again, which takes minutes for Swin-B in full size …", flush=True)
+    program = torch.export.export(network, tuple(inputs.values()), strict=False)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    part = args.out.with_suffix(".part.pt2")
+    try:
+        torch.export.save(program, part, extra_files={"mg3d.json": json.dumps(notes)})
+        found = torch.export.load(part).module()(*inputs.values())
+        gap = max((a - b).abs().max().item() for a, b in zip(found if name == "maps" else [found], expected))
+        if not gap <= 1e-5:
+            raise ValueError(f"{part}: found outputs that differ by {gap:.1e}, expected at most 1e-5")
+        part.replace(args.out)
+    finally:
+        part.unlink(missing_ok=True)
+    print(f"wrote {args.out}: {args.out.stat().st_size / 1e6:.1f} MB; read again, it differs by {gap:.1e}")
+
+
 def comparison_table(results, methods):
     """Markdown like the paper's tables: a row a method, mean±std in percent"""
     metrics = [next(iter(by_method.values()))["metric"] for by_method in results.values()]
@@ -1597,7 +1678,7 @@ def save_result(result, out):
 
 COMMANDS = {None: task_command, "zeroshot": zeroshot_command, "retrieval": retrieval_command,
             "probe": probe_command, "pairing": pairing_command, "embed": embed_command,
-            "radar": radar_command}
+            "export": export_command, "radar": radar_command}
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -43,12 +43,13 @@ MERGING_ORDERS = {"monai": ("000", "100", "010", "001", "110", "101", "011", "11
 #   - a CPU computes a few windows at a time, so that their scores stay in its cache.
 
 @functools.lru_cache(maxsize=64)
+@torch.compiler.assume_constant_result  # torch.export takes its numbers, and looks at no step
 def window_plan(batch, size, window, shift, device):
     """Which tokens share a window, for maps of `size` tokens; size, window and shift are (d, h, w).
 
     Returns (order, inverse, groups, pairs). `order` (B·d·h·w,) sorts tokens by group and window,
     `inverse` undoes it. A group has windows of one shape: (how many, n real and p padding tokens).
-    `pairs` (2, P): its n × (n + p) queries and keys, group by group, in the raster of the uncut window.
+    `pairs`, (P,) and (P,): its n × (n + p) queries and keys, group by group, in the uncut window's raster.
     """
     padded = [-(-side // w) * w for side, w in zip(size, window)]
     token = np.full(padded, -1)                                         # -1 = padding
@@ -78,8 +79,9 @@ def window_plan(batch, size, window, shift, device):
     groups = [(batch * len(windows), len(real), len(padding))
               for (real, padding), windows in groups.items()]
     with torch.inference_mode(False):  # callers may infer; the plan is kept for training, too
-        order, pairs = torch.from_numpy(order).to(device), torch.from_numpy(pairs).to(device)
-        return order, order.argsort(), groups, pairs
+        order, inverse, *pairs = (torch.from_numpy(places).to(device)
+                                  for places in (order, order.argsort(), *pairs))
+        return order, inverse, groups, pairs
 
 
 class _Permute(torch.autograd.Function):
@@ -148,7 +150,7 @@ class WindowAttention(nn.Module):
         """Of each group (heads, n, n); with padding (heads, n, n + 1): the last key stands for all of it"""
         # NOTE(compat): a window shrunk to a small map keeps the first n places of the full window's
         # raster, as if cut by `relative_position_index[:n, :n]`: published weights were trained so.
-        index = self.relative_position_index[pairs[0], pairs[1]]        # (pairs,)
+        index = self.relative_position_index[tuple(pairs)]              # (pairs,)
         # unbind and stack: the gradient of a transposed view would not lie as DDP's buckets do
         table = torch.stack(self.relative_position_bias_table.unbind(1))  # (heads, offsets)
         columns = table.gather(1, index.expand(len(table), -1))         # (heads, pairs)
@@ -207,7 +209,9 @@ class SwinBlock(nn.Module):
         window = tuple(min(side, self.window_size) for side in size)
         half = self.window_size // 2
         shift = tuple(half if self.shifted and side > self.window_size else 0 for side in size)
-        order, inverse, groups, pairs = window_plan(B, tuple(size), window, shift, x.device)
+        # Where torch.export traces, tensors are symbols, which must not stay in the cache.
+        plan = window_plan.__wrapped__ if torch.compiler.is_compiling() else window_plan
+        order, inverse, groups, pairs = plan(B, tuple(size), window, shift, x.device)
         x = _Permute.apply(x.reshape(-1, C), order, inverse)            # (B·d·h·w, C), sorted
         calls, room = [], 0
         for (number, _, _), bias in zip(groups, self.attn.biases(groups, pairs)):

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -686,7 +687,7 @@ def test_help_does_not_wait_for_torch():
     code = "import sys, runpy\nsys.argv = ['eval.py', '--help']\ntry:\n runpy.run_path('eval.py', run_name='__main__')\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     done = subprocess.run(check=False, args=[sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert all(word in done.stdout for word in ("--task", "--input", "probe", "embed", "radar"))
+    assert all(word in done.stdout for word in ("--task", "--input", "probe", "embed", "export", "radar"))
 
 
 @pytest.fixture(scope="module")
@@ -847,6 +848,96 @@ def test_what_is_no_checkpoint_of_a_task_is_refused(tmp_path, encoder):
     torch.save(checkpoint, tmp_path / "best.pt")
     with pytest.raises(ValueError, match="head.weight"):
         evaluation.load_checkpoint(tmp_path / "best.pt")
+
+
+def read_graph(path):
+    """What eval.py export wrote, without the project -> (callable, what its mg3d.json says)"""
+    extra = {"mg3d.json": ""}
+    graph = torch.export.load(path, extra_files=extra).module()
+    return graph, json.loads(extra["mg3d.json"])
+
+
+@pytest.mark.parametrize("task", ["cc-ccii", "msd-lung", "ctrg", "ct-rate-vocab", "ct-rate-retrieval"])
+def test_a_network_of_a_task_is_exported(tmp_path, monkeypatch, task):
+    network = save_checkpoint(tmp_path / "best.pt", task, size=[16, 16, 16])
+    done = here("export", "--checkpoint", "best.pt", "--out", "new/net.pt2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "wrote new/net.pt2: " in done.stdout and [path.name for path in (tmp_path / "new").iterdir()] == ["net.pt2"]
+    graph, notes = read_graph(tmp_path / "new" / "net.pt2")
+    assert notes["task"] == task and notes["classes"] == list(data.TASKS[task].classes)
+    assert notes["inputs"]["volume"] == [1, 1, 16, 16, 16] and notes["window"] == list(data.TASKS[task].window)
+    volume = torch.rand(1, 1, 16, 16, 16)
+    name, shapes = next(iter(notes["outputs"].items()))
+    with torch.no_grad():
+        if task == "ctrg":                              # a short report, in the length of the graph
+            tokens = torch.randint(16, (1, 5))
+            shown = F.pad(tokens, (0, notes["inputs"]["tokens"][1] - 5), value=model.PAD)
+            found, expected = graph(volume, shown), network(volume, tokens)
+            assert name == "logits" and list(found.shape) == shapes[0] == [1, 151, len(notes["vocabulary"])]
+            found = found[:, :5]
+        else:
+            found, expected = graph(volume), network(volume) if name == "logits" else None
+            assert [list(found.shape)] == shapes
+        if name == "feature":
+            monkeypatch.setattr(data, "network_input", lambda item, task, cache: volume[0])
+            item = data.Item("1", Path("1"), "", "test", "1", None, None)
+            trained = run_of(network, task)
+            expected = evaluation.predict_features(trained, [item])
+        if task == "ct-rate-vocab":                     # the file suffices for the findings
+            cosines = found @ torch.tensor(notes["texts"]).T
+            log_odds = (cosines[:, ::2] - cosines[:, 1::2]) / notes["temperature"]
+            assert np.allclose(log_odds, evaluation.predict_log_odds(trained, [item]), atol=1e-4)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+STAND_ALONE = """
+import importlib.util, torch
+assert importlib.util.find_spec("data") is importlib.util.find_spec("losses") is None
+torch.set_num_threads(2)
+with torch.inference_mode():
+    torch.save(torch.export.load("net.pt2").module()(torch.load("volume.pt")), "maps.pt")
+"""
+
+
+def test_an_exported_encoder_needs_nothing_of_the_project(tmp_path, encoder):
+    torch.save({"model": {f"encoder.{name}": weight for name, weight in encoder.state_dict().items()},
+                "config": {"encoder": "swin_t", "size": [16, 16, 24], "hu": "header"}}, tmp_path / "last.pt")
+    done = here("export", "--checkpoint", "last.pt", "--out", "net.pt2", cwd=tmp_path)
+    assert done.returncode == 0 and "[1, 96, 2, 2, 3]" in done.stdout, done.stderr
+    volume = torch.rand(1, 1, 16, 16, 24)
+    torch.save(volume, tmp_path / "volume.pt")
+    done = subprocess.run([sys.executable, "-c", STAND_ALONE], check=False, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        maps = encoder(volume)
+    for found, expected in zip(torch.load(tmp_path / "maps.pt"), maps, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    notes = read_graph(tmp_path / "net.pt2")[1]
+    assert (notes["task"], notes["hu"], notes["window"]) == (None, "header", [-1000, 1000])
+    assert "(0.88, 0.66, 0.88)" in notes["view"]
+
+
+def test_what_cannot_be_exported_is_named(tmp_path, monkeypatch, encoder):
+    torch.save(model.export_encoder(encoder), tmp_path / "encoder.pt")
+    save_checkpoint(tmp_path / "best.pt", "luna16")
+    (tmp_path / "old.pt2").write_text("a graph")
+    export = partial(here, "export", "--out", "old.pt2", cwd=tmp_path)
+    for flags, words in ((["encoder.pt"], "does not say which encoder it holds: give --encoder"),
+                         (["encoder.pt", "--encoder", "unet"], "does not fill the encoder"),
+                         (["encoder.pt", "--encoder", "swin_t", "--size", 32, 32, 36], r"(32, 32, 36), expected multiples of 8"),
+                         (["best.pt", "--size", 20, 16, 16], "(20, 16, 16), expected multiples of 8"),
+                         (["best.pt", "--merging", "v0.9"], "best.pt: found --encoder, --merging or --hu, expected none"),
+                         (["absent.pt"], "absent.pt: found no such file")):
+        done = export("--checkpoint", *flags)
+        assert done.returncode == 1 and words in done.stderr
+    done = export("--checkpoint", "best.pt", "--out", "net.onnx")
+    assert done.returncode == 1 and "--out net.onnx: expected a name that ends in .pt2" in done.stderr
+    load_graph = torch.export.load
+    monkeypatch.setattr(torch.export, "load", lambda path: SimpleNamespace(module=lambda: lambda x: 1 + load_graph(path).module()(x)))
+    done = export("--checkpoint", "best.pt", "--size", 16, 16, 16)
+    assert done.returncode == 1 and "found outputs that differ by 1.0e+00, expected at most 1e-5" in done.stderr
+    assert (tmp_path / "old.pt2").read_text() == "a graph"
+    assert {path.name for path in tmp_path.iterdir()} == {"encoder.pt", "best.pt", "old.pt2"}
 
 
 def chest(rng, shape=(40, 40, 40)):

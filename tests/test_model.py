@@ -262,6 +262,27 @@ def test_training_follows_inference():
     assert encoder.patch_embed.proj.weight.grad is not None
 
 
+@pytest.mark.parametrize("name, strict, small", [
+    ("swin_t", True, {"depths": (1,), "window_size": 3}), ("unet", True, {"feature_size": 8}),
+    ("swin_b", False, {"feature_size": 12, "depths": (2, 1), "use_v2": True})])
+def test_an_exported_encoder_gives_the_same_numbers(tmp_path, name, strict, small):
+    """Also where tracing is the first to need a plan of the windows; training goes on afterwards."""
+    torch.manual_seed(0)
+    encoder = build_encoder(name, **small)
+    model.window_plan.cache_clear()
+    size = (12, 12, 16) if name == "swin_t" else (16, 16, 32)
+    with torch.no_grad():
+        program = torch.export.export(encoder, (torch.zeros(2, 1, *size),), strict=strict)
+    assert model.window_plan.cache_info().currsize == 0
+    torch.export.save(program, tmp_path / "encoder.pt2")
+    x = torch.rand(2, 1, *size)
+    maps = encoder(x)
+    for found, expected in zip(torch.export.load(tmp_path / "encoder.pt2").module()(x), maps, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    sum(m.square().sum() for m in maps).backward()
+    assert [key for key, p in encoder.named_parameters() if p.grad is None] == ["mask_token"]
+
+
 @pytest.mark.parametrize("name", ["swin_t", "unet"])
 def test_masked_voxels_are_not_seen(name):
     torch.manual_seed(0)
