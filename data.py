@@ -1346,7 +1346,9 @@ def _stoic_items(folder, fold):
 def _ctrg_task_items(folder, fold):
     lists = _visible_files(folder) if folder.is_dir() else [folder]
     lists = [path for path in lists if path.suffix.lower() == ".json"]
-    if len(lists) != 1:
+    if not lists:
+        return _ct_rate_task_items(folder, fold)
+    if len(lists) > 1:
         raise wrong(folder, [path.name for path in lists], "one .json")
     return keep_good(_ctrg_items(lists[0], with_result=False), lists[0])
 
@@ -1435,7 +1437,7 @@ TASKS = {
         _recipe(40, 0, 2, 5e-5), _demo(6, 4), among="COVID-19"),
     # A word decoder at 1e-3 learns to ignore the image: its loss stays at what the words alone allow.
     "ctrg": Task("report", "whole", _ctrg_task_items,
-        "a .json {train, val, test: [{id, report, image_path relative to it}]}, or the folder of it",
+        "a .json {train, val, test: [{id, report, image_path relative to it}]}, the folder of it, " + CT_RATE,
         (), "BLEU-4", SIZE, WINDOW, None, _recipe(30, 0, 2, 1e-4, lr_encoder=5e-5, decay="step"),
         _demo(20, 4, lr=5e-4, decay="cosine", eval_every=4)),
     "ct-rate-vocab": Task("prompt", "whole", _ct_rate_task_items,
@@ -1692,15 +1694,16 @@ def space_out(text):
     return CHARACTER.sub(r" \g<0> ", text)
 
 
-def report_words(report):
-    """The words of a report in lower case; "0.5", "3-4mm" and "low-density" stay whole, and every Chinese
-    character is a word"""
-    return re.findall(r"\w+(?:-\w+|(?<=\d)\.\d\w*)*", space_out(report.lower()))
+def report_words(report, with_stops=False):
+    """The words of a report in lower case; "0.5", "3-4mm" and "low-density" stay whole, every Chinese
+    character is a word, and so, if asked for, is a full stop"""
+    stops = "|[.。]" if with_stops else ""
+    return re.findall(r"\w+(?:-\w+|(?<=\d)\.\d\w*)*" + stops, space_out(report.lower()))
 
 
 def build_vocabulary(reports, min_count=3):
     """4 special words, then those at least min_count times in the reports"""
-    count = Counter(word for report in reports for word in report_words(report))
+    count = Counter(word for report in reports for word in report_words(report, with_stops=True))
     words = sorted(word for word, times in count.items() if times >= min_count)
     if not words:
         raise ValueError(f"found no word that stands {min_count} times in {len(reports)} training reports, "
@@ -1721,7 +1724,7 @@ def task_example(item, generator, task, cache="cache", vocabulary=(), max_length
     if task.kind == "segment":
         return {"volume": volumes, "mask": masks}
     if task.kind == "report":
-        words = ["<bos>", *report_words(item.report)[:max_length], "<eos>"]
+        words = ["<bos>", *report_words(item.report, with_stops=True)[:max_length], "<eos>"]
         tokens = [vocabulary.get(word, vocabulary["<unk>"]) for word in words]
         return {"volume": volumes, "tokens": torch.tensor(tokens)}
     if task.kind == "retrieve":

@@ -265,15 +265,6 @@ def describe(label, place, size, is_present, rng):
     return wording.format(state=present if is_present else absent, name=name, where=where)
 
 
-def stated_finding(sentence):
-    """The number of the finding that a sentence of `describe` states; None: it denies one, or is normal"""
-    words = f" {sentence.lower().strip('.')} "
-    absent = [f" {states[1]} " for _, states in WORDINGS]
-    for number, (_, _, names, _) in enumerate(FINDINGS.values()):
-        if any(f" {name} " in words for name in names.split(" | ")):
-            return None if any(word in words for word in absent) else number
-
-
 def write_report(lesions, rng):
     """States every lesion and denies a fifth of the absent findings, each at a place of such findings."""
     sentences = [rng.choice(wordings) for wordings in NORMAL]
