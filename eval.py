@@ -764,8 +764,8 @@ def sliding_window(network, volume, size, overlap, batch_size=2, device="cpu", p
 # Each gives the part of the result that differs by kind, and the metric with the arrays it is taken of.
 
 def score_classes(run, items, scores, out, train_items):
-    """Accuracy of exclusive classes, mean AUC of prompts, otherwise the AUC of the last class. scores: log
-    odds (n, K)"""
+    """Accuracy of exclusive classes, AUC of a single class or of the last one `among` another, otherwise the
+    mean AUC. scores: log odds (n, K)"""
     task = run.task
     truth = np.stack([item.labels for item in items]).astype(float)  # (n, K), NaN = unknown
     per_class = dict(zip(task.classes, aurocs(scores, truth)))
@@ -782,9 +782,9 @@ def score_classes(run, items, scores, out, train_items):
         result |= {"chance": float(np.bincount(label).max() / len(label)), "per_class": recalls,
                    "protocol": "all items; chance: the commonest class", "more": {"auc": per_class}}
         return result, accuracy, pred, label
-    if task.kind == "prompt":
-        findings = how_many(per_class.values())
-        result["protocol"] = f"all items, mean of {findings}, '{{name}}.' against 'not {{name}}.'"
+    if len(task.classes) > 1 and not task.among:
+        against = ", '{name}.' against 'not {name}.'" if task.kind == "prompt" else ""
+        result["protocol"] = f"all items, mean of {how_many(per_class.values())}{against}"
         return result, macro_auroc, scores, truth
     name = task.classes[-1]
     counted = ~np.isnan(truth[:, -1])
@@ -1432,6 +1432,10 @@ def task_command(args):
     if args.data:
         fold = config["fold"] if args.fold is None else args.fold
         items = data.load_task(args.task, args.data, fold, config["seed"], cache=args.cache)
+        classes = data.with_classes(run.task, items).classes
+        if run.task.kind == "classify" and classes != run.task.classes:
+            raise ValueError(f"{args.data}: found the labels {', '.join(classes)}, expected those of "
+                             f"{args.checkpoint}: {', '.join(run.task.classes)}")
     chosen = [item for item in items if item.split == args.split]
     if args.input:
         centre = args.centre
