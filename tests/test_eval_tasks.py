@@ -1,4 +1,4 @@
-"""Metrics of the nine tasks against naive loops and other libraries; sliding window; evaluation, prediction, pictures."""
+"""Metrics of the tasks against naive loops and other libraries; sliding window; evaluation, prediction, pictures."""
 import contextlib
 import csv
 import functools
@@ -438,6 +438,23 @@ def test_auc_over_all_candidates(constant_inputs):
     result = evaluation.evaluate(run_of(network, "luna16"), items)
     assert result["value"] == pytest.approx(3 / 4) and result["n"] == 4 and result["per_class"] == {"nodule": result["value"]}
     assert result["protocol"] == "nodule among all items"
+
+
+def test_labels_of_ones_own_are_judged_where_they_are_known(constant_inputs, tmp_path):
+    """The mean AUC of those with both classes"""
+    task = data.TASKS["labels"]._replace(classes=("a", "b", "c"))
+    scores = np.random.default_rng(0).normal(size=(12, 3))
+    labels = np.random.default_rng(1).choice([0, 1, np.nan], (12, 3))
+    labels[:, 2] = np.where(labels[:, 2] == 1, np.nan, labels[:, 2])            # nobody has it
+    result = evaluation.evaluate(run_of(Table(scores.tolist()), "labels", row=task), items_of(labels), tmp_path)
+    known = ~np.isnan(labels)
+    aucs = [pairs_won(scores[known[:, k], k], labels[known[:, k], k]) for k in (0, 1)]
+    assert [result["per_class"][name] for name in "ab"] == pytest.approx(aucs) and math.isnan(result["per_class"]["c"])
+    assert result["value"] == pytest.approx(np.mean(aucs)) and result["interval"][0] < result["value"] < result["interval"][1]
+    assert result["protocol"] == "all items, mean of 2 findings (the other 1 have one class alone)"
+    assert result["n"] == 12 and result["positives"] == {name: int(np.nansum(labels[:, k])) for k, name in enumerate("abc")}
+    one = evaluation.evaluate(run_of(Table(scores[:, :1].tolist()), "labels", row=task._replace(classes=("a",))), items_of(labels[:, :1]))
+    assert one["value"] == pytest.approx(aucs[0]) and one["n"] == known[:, 0].sum() and one["protocol"] == "a among all items"
 
 
 def test_saturated_probabilities_are_still_ranked(constant_inputs, tmp_path):
@@ -953,7 +970,7 @@ def test_radar_tells_what_cannot_be_compared(tmp_path, caplog):
     assert radar("null").returncode == 1
 
 
-# -------------------------------------------------------------------------- checkpoints and the nine command lines
+# ------------------------------------------------------------------------------- checkpoints and the command lines
 
 def save_checkpoint(path, task, **more):
     """A network of a task that was never trained, as finetune.py writes it."""
@@ -963,6 +980,8 @@ def save_checkpoint(path, task, **more):
         phantoms.make_demo_text_encoder(path.parent / "text_encoder", [f"not {name}." for name in data.LABELS])
     torch.manual_seed(0)
     row = data.TASKS[task]._replace(size=config["size"], spacing=config["spacing"])
+    if task in ("labels", "segment"):
+        row = row._replace(classes=("one", "two"))              # its data told them
     network = model.build_network(row.kind, len(row.classes), config, path.parent).eval()
     weights = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("text_encoder.")}
     fields = {name: value for name, value in row._asdict().items() if name not in ("records", "layout", "recipe", "demo")}
@@ -977,7 +996,8 @@ def test_a_checkpoint_comes_back(tmp_path, monkeypatch, task):
     monkeypatch.setitem(data.TASKS, task, data.TASKS[task]._replace(overlap=0.9, classes=("edited",)))      # since
     found, row, config, cache, device = evaluation.load_checkpoint(tmp_path / "best.pt", "folder")
     assert type(found) is type(network) and not found.training and config["task"] == task
-    assert row == trained._replace(size=(32, 32, 32), spacing=(2, 2, 2)) and (cache, device) == ("folder", "cpu")
+    classes = trained.classes if task not in ("labels", "segment") else ("one", "two")
+    assert row == trained._replace(size=(32, 32, 32), spacing=(2, 2, 2), classes=classes) and (cache, device) == ("folder", "cpu")
     ours, theirs = found.state_dict(), network.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
