@@ -798,8 +798,8 @@ def _manifest_items(path, rows):
             raise wrong(where, found, f"a path and one of {SPLITS}")
         patient = row.get("patient") or volume
         mask = path.parent / _path(row["mask"]) if row.get("mask") else None
-        items.append(Item(volume, path.parent / volume, _text(row.get("report")), split, patient, _labels(row),
-                          mask=mask))
+        items.append(Item(volume, path.parent / volume, _text(row.get("report")), split, patient,
+                          _labels(row), mask=mask))
     return items
 
 
@@ -1445,7 +1445,7 @@ class Task(NamedTuple):
     view: str                   # how a scan becomes the input: whole, slices, cube, box or patch
     records: callable           # (folder, fold) -> list of Item
     layout: str                 # of the folder, in words
-    classes: tuple              # names; segment: without the background; (): the data tell, see `with_classes`
+    classes: tuple              # names, without the background; (): the data tell, see `with_classes`
     metric: str                 # picks the epoch and heads the result
     size: tuple                 # voxels that the network sees
     window: tuple | None        # what becomes 0 and 1; None: z-score of all but 0 (MR)
@@ -1533,8 +1533,8 @@ TASKS = {
         _demo(20, 8, size=(32, 32, 64), text_encoder="demo", embed_dim=192)),
     # One's own data. No flips: a class may be of one side.
     "labels": Task("classify", "whole", _labels_items,
-        "a manifest .csv, or the folder of one (volume,LABEL,LABEL,…[,patient][,split]): every column of 0, 1 "
-        "and, for unknown, nothing is a label", (), "AUC", SIZE, WINDOW, None,
+        "a manifest .csv, or the folder of one (volume,LABEL,LABEL,…[,patient][,split]): every column of 0, "
+        "1 and, for unknown, nothing is a label", (), "AUC", SIZE, WINDOW, None,
         _recipe(40, 1, 2, 5e-5, weight_decay=0.01), _demo(20, 4, lr=5e-4, eval_every=4), MILD),
     "segment": Task("segment", "patch", _own_segment_items,
         "a manifest .csv, or the folder of one (volume,mask[,patient][,split]): masks in the grid of their "

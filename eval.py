@@ -234,8 +234,8 @@ FINDERS = {
     "Consolidation": r"consolida",
     "Bronchiectasis": r"bronchiecta",
     "Interlobular septal thickening": r"interlobular (sept|thick)|(?<!para)septal thick"}
-DENIAL = re.compile(r"\b(no|not(?! (reach|exceed|differ))|without|absen\w+|(?<!cannot be )(excluded|ruled out)|"
-                    r"free of|negative|disappear\w*|never|neither|nor)\b", re.IGNORECASE)
+DENIAL = re.compile(r"\b(no|not(?! (reach|exceed|differ))|without|absen\w+|free of|negative|disappear\w*|"
+                    r"(?<!cannot be )(excluded|ruled out)|never|neither|nor)\b", re.IGNORECASE)
 VERB = re.compile(r"\b(is|are|was|were|has|have|detected|observed|seen)\b", re.IGNORECASE)
 
 
@@ -505,8 +505,9 @@ def sentence_maps(network, volume, report):
 def lesion_attention(network, items, cache, size, hu="auto"):
     """Do sentences look at the lesion that they state? Share of their attention in the tokens it touches.
 
-    `item.mask` has its place. Returns {inside, random, others, interval, interval_to_others, n}: means over n patients, and intervals
-    of inside less the control. `random`: all places alike; `others`: the report's other sentences.
+    `item.mask` has its place. Returns {inside, random, others, interval, interval_to_others, n}: means over n
+    patients, and intervals of inside less the control. `random`: all places alike; `others`: the report's
+    other sentences.
     """
     grid, patients = [side // network.encoder.stride for side in size], []
     for item in _bar(items, "attention", True):
@@ -841,7 +842,7 @@ def score_findings(items, reports, constant, vocabulary):
     them how well the true reports do, the most that can be told, and a constant report. None with a reason
     where that cannot be told."""
     if not vocabulary & {".", "。"}:
-        return {"generated": None, "reason": "the generator knows no full stop: where a denial ends is unknown"}
+        return {"generated": None, "reason": "the generator has no full stop: where does a denial end?"}
     named = {"generated": reports, "true report": [item.report for item in items],
              "constant report": [constant] * len(items)}
     named = {name: np.stack(list(map(findings, texts))) for name, texts in named.items()}

@@ -223,6 +223,12 @@ def still_good(parts, good, source):
     return kept
 
 
+def fingerprint(items):
+    """What tells that a run is taken up with the same data: a hash of all ids, and of one's own classes"""
+    names = [*(items[0].classes or ()), *(item.id for item in items)]
+    return hashlib.sha1("\n".join(names).encode()).hexdigest()
+
+
 def forget_older_run(out):
     """Delete what an older run in this folder, of one repeat or of several, could be taken up from."""
     for name in ("last.pt", "previous.pt", "best.pt", "result.json"):
@@ -277,8 +283,7 @@ def train(args, task, out, seed, rank, world, device):
     # ----------------------------------------------------------------------------------------- data
     if rank > 0:
         dist.barrier()                                  # the first process writes the demo's files
-    parts = split_items(args, task, seed)
-    train_items, valid_items, test_items = parts
+    train_items, valid_items, test_items = parts = split_items(args, task, seed)
     task = data.with_classes(task, train_items)
     patients = {split: sorted({item.patient for item in part}) for split, part in zip(data.SPLITS, parts)}
     config = {name: value for name, value in vars(args).items() if name not in ("resume", "out")}
@@ -320,10 +325,9 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}, \
         good = [{item.id for item in data.prepare_all(items, args.cache, args.workers * world, task)}]
     dist.broadcast_object_list(good)
     train_items, valid_items, test_items = still_good(parts, good[0], args.data)
-    ids = [*(train_items[0].classes or ()), *(item.id for item in train_items + valid_items)]
-    ids = hashlib.sha1("\n".join(ids).encode()).hexdigest()
+    ids = fingerprint(train_items + valid_items)
     if checkpoint and checkpoint["ids"] != ids:
-        raise ValueError(f"--resume: {args.data} holds other items or classes than those the run in {out} began with")
+        raise ValueError(f"--resume: {args.data} holds other items or classes than the run in {out} began with")
     positives, negatives = train_items, []
     if task.view == "cube":
         positives, negatives = ([item for item in train_items if item.labels[0] == label] for label in (1, 0))

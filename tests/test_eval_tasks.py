@@ -649,7 +649,7 @@ def test_reports_under_both_protocols(constant_inputs, tmp_path):
     assert rows[1] == {"id": "case_1", "generated": said[1], "truth": whole[1] + " ."}
     assert more["ROUGE-L"] == pytest.approx(np.mean([rouge_by_recursion(*pair) for pair in zip(said, whole)]))
     assert more["ROUGE-L_constant"] == pytest.approx(np.mean([rouge_by_recursion("the lung is clear no effusion", text) for text in whole]))
-    assert more["findings"]["generated"] is None and "knows no full stop" in more["findings"]["reason"]
+    assert more["findings"]["generated"] is None and "has no full stop" in more["findings"]["reason"]
     page = (tmp_path / "reports.html").read_text()
     assert "case_2" in page and "case_3" not in page and all(f">{word}<" in page for word in whole[1].split())
 
