@@ -1,14 +1,14 @@
 """Files to tensors: the only file that knows a file format or a data set.
 
     python data.py check --data X                    a table of volumes; exits 1 on a problem
-    python data.py check --task T --data DIR         the same for one of the nine tasks
+    python data.py check --task T --data DIR         the same for one of the tasks
     python data.py cache --data X --cache DIR        preprocess every volume; also with --task T
     python data.py demo --out DIR --n 64             write synthetic chests with reports
     python data.py demo --task luna16 --out DIR      write a synthetic set in that task's own layout
 
 X is a manifest .csv (`volume,report[,split][,patient][,label columns]`, paths relative to it), a
 CT-RATE folder or a CTRG-Chest .json. First half: pre-training, in the order in which a volume walks
-through; second half: the nine tasks. Whatever is wrong with a file raises ValueError.
+through; second half: the tasks. Whatever is wrong with a file raises ValueError.
 B patients, D H W voxels (z, y, x), L report tokens, S sentences.
 """
 import argparse
@@ -624,6 +624,7 @@ class Item(NamedTuple):
     mask: Path | None = None  # in the grid of `volume`; of a manifest: k + 1 where finding k lies
     centre: tuple | None = None       # (x, y, z) of a LUNA16 candidate, RAS mm
     geometry: tuple | None = None     # CT-RATE: the line of the metadata, and the texts of GEOMETRY there
+    classes: tuple | None = None      # of a task whose classes its data tell
 
 
 def walk(folder):
@@ -789,9 +790,9 @@ def _path(value):
     return paths[0].replace("\\", "/")
 
 
-def _manifest_items(path):
+def _manifest_items(path, rows):
     items = []
-    for where, row in read_table(path, "volume", "report"):
+    for where, row in rows:
         volume = row["volume"].replace("\\", "/")
         split = SPLIT_NAMES.get((row.get("split") or "train").lower())
         if not split or not volume:
@@ -799,8 +800,8 @@ def _manifest_items(path):
             raise wrong(where, found, f"a path and one of {SPLITS}")
         patient = row.get("patient") or volume
         mask = path.parent / _path(row["mask"]) if row.get("mask") else None
-        items.append(Item(volume, path.parent / volume, _text(row["report"]), split, patient, _labels(row),
-                          mask=mask))
+        items.append(Item(volume, path.parent / volume, _text(row.get("report")), split, patient,
+                          _labels(row), mask=mask))
     return items
 
 
@@ -901,7 +902,7 @@ def read_items(data, cache="cache"):
     if not data.is_file():
         raise wrong(data, "nothing there", LAYOUTS)
     is_json = read_text(data).lstrip().startswith(("{", "["))
-    return _ctrg_items(data) if is_json else _manifest_items(data)
+    return _ctrg_items(data) if is_json else _manifest_items(data, read_table(data, "volume", "report"))
 
 
 def permute_reports(items, seed):
@@ -1143,7 +1144,7 @@ class Batches:
             yield [(int(index), step) for index in order[first:first + self.batch_size]]
 
 
-# ================================================================================ the nine tasks
+# ===================================================================================== the tasks
 # A task is a row of TASKS and a records function: (folder, fold) -> items, split None if the set has none.
 
 CC_CCII = {"Normal": "0", "CP": "1", "NCP": "2"}  # label and target in the fold files
@@ -1354,7 +1355,9 @@ def _stoic_items(folder, fold):
 def _ctrg_task_items(folder, fold):
     lists = _visible_files(folder) if folder.is_dir() else [folder]
     lists = [path for path in lists if path.suffix.lower() == ".json"]
-    if len(lists) != 1:
+    if not lists:
+        return _ct_rate_task_items(folder, fold)
+    if len(lists) > 1:
         raise wrong(folder, [path.name for path in lists], "one .json")
     return keep_good(_ctrg_items(lists[0], with_result=False), lists[0])
 
@@ -1363,13 +1366,94 @@ def _ct_rate_task_items(folder, fold):
     return _with_test(load_items(folder))
 
 
+def _own_manifest(folder, fold, *needed):
+    """A manifest, perhaps the only one of a folder: its path, rows and items, split None if it tells none"""
+    tables = _visible_files(folder) if folder.is_dir() else [folder]
+    tables = [path for path in tables if path.suffix.lower() == ".csv"]
+    if len(tables) != 1:
+        raise wrong(folder, [path.name for path in tables], "one manifest .csv")
+    rows = read_table(tables[0], "volume", *needed)
+    items = _manifest_items(tables[0], rows)
+    if {item.split for item in items} <= {"train"}:
+        items = [item._replace(split=None) for item in items]
+    elif fold:
+        raise wrong(tables[0], f"--fold {fold}, but a column split", "no --fold")
+    return tables[0], rows, _with_test(items)
+
+
+def _label_columns(path, rows):
+    """Columns of a manifest whose filled cells are 0, 1 or, for unknown, -1: {name: n floats, NaN = unknown}.
+    ValueError for one that is so but for a few cells, or if there is none."""
+    meaning = {"0": 0., "1": 1., "-1": math.nan, **dict.fromkeys(NO_TEXT, math.nan)}
+    labels, others = {}, []
+    for name in rows[0][1] if rows else ():
+        if name in ("", "volume", "report") or name in COLUMNS and name not in LABELS:
+            continue
+        cells = [_plain(str(row[name])) for _, row in rows]
+        values = [meaning.get(cell) for cell in cells]
+        bad = [i for i, value in enumerate(values) if value is None]
+        filled = sum(cell not in NO_TEXT for cell in cells)
+        if bad and 2 * len(bad) < filled:
+            where, row = rows[bad[0]]
+            raise wrong(where, f"{name} {row[name]!r}", "0, 1 or, where it is unknown, -1 or nothing, as in "
+                        f"{filled - len(bad)} other rows of this column")
+        if bad or not {0., 1.} & {*values}:
+            others.append(name)
+        else:
+            labels[name] = values
+    if not labels:
+        raise wrong(path, f"no label column (but {others})", "one at least: 0, 1, or nothing if unknown")
+    log.info("%s: labels %s; no labels %s", path, ", ".join(labels), ", ".join(others) or "-")
+    return labels
+
+
+def _labels_items(folder, fold):
+    path, rows, items = _own_manifest(folder, fold)
+    columns = _label_columns(path, rows)
+    labels = np.array([*columns.values()], np.float32).T
+    silent = [item.id for item, row in zip(items, labels) if np.isnan(row).all()]
+    if silent:
+        log.warning("%s: left out %d of %d items without a label: %s", path, len(silent), len(items),
+                    shorten(silent))
+    return [item._replace(labels=row, classes=tuple(columns)) for item, row in zip(items, labels)
+            if not np.isnan(row).all()]
+
+
+def _own_segment_items(folder, fold):
+    return _own_manifest(folder, fold, "mask")[2]
+
+
+def _mask_values(mask):
+    return np.unique(read_volume(mask, is_mask=True)[0])
+
+
+def _mask_classes(items, folder, cache):
+    """The classes "1" to "K", where K is the greatest value of all masks: they are read once"""
+    masks = [item.mask for item in items]
+    path = cache_file(cache, masks, "values")
+    if not path.exists():
+        found = process_map(_mask_values, masks, max_workers=os.cpu_count(), chunksize=1,
+                            desc="values of masks", unit="mask", disable=None)
+        save_array(path, np.unique(np.concatenate(found)))
+    values = np.load(path, allow_pickle=False).tolist()
+    classes = [value for value in values if value != 0]
+    if not 0 < len(classes) < 256 or classes != list(range(1, 1 + len(classes))):
+        raise wrong(folder, f"the values {values[:9]} in all masks", "0 (background), 1, … K without a gap")
+    return tuple(f"{value:.0f}" for value in classes)
+
+
+def with_classes(task, items):
+    """The task, with the classes that the data of its items tell if its row names none"""
+    return task._replace(classes=items[0].classes) if items[0].classes else task
+
+
 class Task(NamedTuple):
-    """One of the nine tasks. Sizes and spacings are (z, y, x)."""
+    """A row of TASKS. Sizes and spacings are (z, y, x)."""
     kind: str                   # classify, segment, report, prompt or retrieve
     view: str                   # how a scan becomes the input: whole, slices, cube, box or patch
     records: callable           # (folder, fold) -> list of Item
     layout: str                 # of the folder, in words
-    classes: tuple              # names; segment: without the background
+    classes: tuple              # names, without the background; (): the data tell, see `with_classes`
     metric: str                 # picks the epoch and heads the result
     size: tuple                 # voxels that the network sees
     window: tuple | None        # what becomes 0 and 1; None: z-score of all but 0 (MR)
@@ -1406,6 +1490,7 @@ def _demo(epochs, batch_size, size=(32, 32, 32), lr=1e-3, **more):
 # body instead. luna16 has the LayerNorm of the others.
 OR_A_LIST = f", or a JSON {CASE_LIST} anywhere in the folder, or nnU-Net's imagesTr/*_0000, labelsTr/*"
 CT_RATE = "a CT-RATE folder (volumes, reports and labels CSVs) or a manifest .csv"
+MILD = {"affine": .3, "zoom": .3, "scale": .3, "shift": .3}
 SEGMENT_DEMO = _demo(15, 1, spacing=(6., 6., 6.), eval_every=5)
 TASKS = {
     "cc-ccii": Task("classify", "slices", _cc_ccii_items,
@@ -1444,7 +1529,7 @@ TASKS = {
         _recipe(40, 0, 2, 5e-5), _demo(6, 4), among="COVID-19"),
     # A word decoder at 1e-3 learns to ignore the image: its loss stays at what the words alone allow.
     "ctrg": Task("report", "whole", _ctrg_task_items,
-        "a .json {train, val, test: [{id, report, image_path relative to it}]}, or the folder of it",
+        "a .json {train, val, test: [{id, report, image_path relative to it}]}, the folder of it, " + CT_RATE,
         (), "BLEU-4", SIZE, WINDOW, None, _recipe(30, 0, 2, 1e-4, lr_encoder=5e-5, decay="step"),
         _demo(20, 4, lr=5e-4, decay="cosine", eval_every=4)),
     "ct-rate-vocab": Task("prompt", "whole", _ct_rate_task_items,
@@ -1455,6 +1540,15 @@ TASKS = {
         CT_RATE, LABELS, "Recall@50", SIZE, WINDOW, None,
         _recipe(10, 1, 4, 1e-4, lr_encoder=2e-5, weight_decay=0.01),
         _demo(20, 8, size=(32, 32, 64), text_encoder="demo", embed_dim=192)),
+    # One's own data. No flips: a class may be of one side.
+    "labels": Task("classify", "whole", _labels_items,
+        "a manifest .csv, or the folder of one (volume,LABEL,LABEL,…[,patient][,split]): every column of 0, "
+        "1 and, for unknown, nothing is a label", (), "AUC", SIZE, WINDOW, None,
+        _recipe(40, 1, 2, 5e-5, weight_decay=0.01), _demo(20, 4, lr=5e-4, eval_every=4), MILD),
+    "segment": Task("segment", "patch", _own_segment_items,
+        "a manifest .csv, or the folder of one (volume,mask[,patient][,split]): masks in the grid of their "
+        "volume, 0 the background, 1 to K the classes", (), "Dice", (96, 96, 96), WINDOW, (1.5, 1.5, 1.5),
+        _recipe(300, 10, 1, 1e-4, weight_decay=1e-5), SEGMENT_DEMO, MILD, patches=4),
 }
 
 
@@ -1473,10 +1567,13 @@ def _draw_fifth(items, task, seed, fold=0):
     labels = {}
     for item in items:
         label = item.labels if task.kind == "classify" else np.zeros(1)
-        labels[item.patient] = np.maximum(label, labels.get(item.patient, 0))  # of all scans
+        labels[item.patient] = np.fmax(label, labels.get(item.patient, 0))  # of all scans; unknown is 0
     groups = defaultdict(list)
     for patient in sorted(labels):
         groups[tuple(labels[patient])].append(patient)
+    if not task.classes:  # there may be many labels: those who share all of them with few are one group
+        few = [key for key in groups if len(groups[key]) < 5]
+        groups[()] = [*itertools.chain(*map(groups.pop, few))]
     drawn, generator = set(), np.random.default_rng(seed)
     for _, group in sorted(groups.items()):
         if len(group) > 1:  # a single one is needed to train on
@@ -1509,7 +1606,7 @@ def load_task(name, folder, fold=0, seed=0, cache="cache"):
     The split or fold of the set counts; otherwise a fifth of the patients, drawn with `seed`, is test.
     Without a valid part a fifth of the training patients becomes it. "demo" is drawn and cached once. Up to
     5 % of volumes without a file are left out; a patient in two splits, a case without mask, a class that
-    none or all of a part have are refused."""
+    none or all of a part have are refused; of labels of one's own, only if there is no other class."""
     if name not in TASKS:
         raise ValueError(f"found the task {name!r}, expected one of {', '.join(TASKS)}")
     task = TASKS[name]
@@ -1525,10 +1622,14 @@ def load_task(name, folder, fold=0, seed=0, cache="cache"):
     items = with_a_file(task.records(folder, fold), folder)
     if not items:
         raise wrong(folder, f"nothing of {name}", task.layout)
-    without = [item.mask for item in items if task.kind == "segment" and not item.mask.exists()]
+    without = [item.mask or item.id for item in items
+               if task.kind == "segment" and not (item.mask and item.mask.exists())]
     if without:
         found = f"no mask for {len(without)} of {len(items)} cases: {shorten(without)}"
         raise wrong(folder, found, "one for each")
+    if task.kind == "segment" and not task.classes:
+        classes = _mask_classes(items, folder, cache)
+        items = [item._replace(classes=classes) for item in items]
     if task.kind == "prompt":
         for item in items:
             labels = np.full(len(LABELS), np.nan) if item.labels is None else item.labels
@@ -1544,10 +1645,16 @@ def load_task(name, folder, fold=0, seed=0, cache="cache"):
         if not part:
             log.warning("%s: nothing for the part %s: this set can only be tested on", folder, split)
         elif task.kind == "classify":
-            for label, n in zip(task.classes, np.sum([item.labels for item in part], 0)):
-                if n == 0 or (n == len(part) and not task.exclusive):
-                    raise wrong(folder, f"{n:.0f} of {len(part)} items of the part {split} with the class "
-                                f"{label}", "some with and some without it")
+            labels = np.array([item.labels for item in part])
+            classes = with_classes(task, items).classes
+            bad = [f"{n} of {known} items of the part {split} with the class {name}" for name, n, known in
+                   zip(classes, (labels == 1).sum(0), (~np.isnan(labels)).sum(0))
+                   if n == 0 or (n == known and not task.exclusive)]
+            if bad and (task.classes or len(bad) == len(classes)):
+                raise wrong(folder, bad[0], "some with and some without it")
+            for found in bad:  # of several labels of one's own, the others give a number
+                log.warning("warning: %s: found %s: it cannot be %s", folder, found,
+                            "learned" if split == "train" else "judged")
     return items
 
 
@@ -1706,15 +1813,16 @@ def space_out(text):
     return CHARACTER.sub(r" \g<0> ", text)
 
 
-def report_words(report):
-    """The words of a report in lower case; "0.5", "3-4mm" and "low-density" stay whole, and every Chinese
-    character is a word"""
-    return re.findall(r"\w+(?:-\w+|(?<=\d)\.\d\w*)*", space_out(report.lower()))
+def report_words(report, with_stops=False):
+    """The words of a report in lower case; "0.5", "3-4mm" and "low-density" stay whole, every Chinese
+    character is a word, and so, if asked for, is a full stop"""
+    stops = "|[.。]" if with_stops else ""
+    return re.findall(r"\w+(?:-\w+|(?<=\d)\.\d\w*)*" + stops, space_out(report.lower()))
 
 
 def build_vocabulary(reports, min_count=3):
     """4 special words, then those at least min_count times in the reports"""
-    count = Counter(word for report in reports for word in report_words(report))
+    count = Counter(word for report in reports for word in report_words(report, with_stops=True))
     words = sorted(word for word, times in count.items() if times >= min_count)
     if not words:
         raise ValueError(f"found no word that stands {min_count} times in {len(reports)} training reports, "
@@ -1735,7 +1843,7 @@ def task_example(item, generator, task, cache="cache", vocabulary=(), max_length
     if task.kind == "segment":
         return {"volume": volumes, "mask": masks}
     if task.kind == "report":
-        words = ["<bos>", *report_words(item.report)[:max_length], "<eos>"]
+        words = ["<bos>", *report_words(item.report, with_stops=True)[:max_length], "<eos>"]
         tokens = [vocabulary.get(word, vocabulary["<unk>"]) for word in words]
         return {"volume": volumes, "tokens": torch.tensor(tokens)}
     if task.kind == "retrieve":
@@ -1807,6 +1915,7 @@ def fill_cache(args):
     size = tuple(task.size if task else args.size)
     if task:
         items = load_task(args.task, args.data, args.fold, cache=args.cache)
+        task = with_classes(task, items)
     else:
         items = load_items(args.data, args.cache)
     args.cache.mkdir(parents=True, exist_ok=True)
@@ -1847,6 +1956,7 @@ def check(args):
     if task:
         print(f"{args.task} lies on disk as: {task.layout}")
         listed = items = load_task(args.task, args.data, args.fold, cache=args.cache)
+        task = with_classes(task, items)
     else:
         listed = read_items(args.data, args.cache)
         items = keep_good(listed, args.data)

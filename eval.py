@@ -10,7 +10,7 @@
     python eval.py export --checkpoint out/best.pt --out MODEL.pt2 a graph for PyTorch, without this code
     python eval.py radar A/result.json B/result.json               methods and tasks in one chart
 
-Accuracy, AUC, Dice and recall are shares of 1, BLEU is in percent.
+Accuracy, AUC, Dice and recall are shares of 1, BLEU and ROUGE-L are in percent.
 """
 import argparse
 import contextlib
@@ -232,6 +232,77 @@ def _bleu(counts):
     with np.errstate(divide="ignore"):  # no match: log 0 = -inf makes BLEU 0
         logs = np.log(counts[:4] / np.maximum(counts[4:8], 1))
     return [float(100 * brevity * np.exp(logs[:n].mean())) for n in range(1, 5)]
+
+
+def rouge_l(hypothesis, reference):
+    """ROUGE-L in percent, of words as in `bleu`: F of the longest common subsequence, recall weighted by
+    β = 1.2 as in the COCO caption tool"""
+    hypothesis, reference = (np.array(data.space_out(text).split(), str) for text in (hypothesis, reference))
+    longest = np.zeros(1 + len(reference), int)  # common to the words so far and the first j of the reference
+    for word in hypothesis:
+        with_word = longest[:-1] + (reference == word)
+        longest[1:] = np.maximum.accumulate(np.maximum(longest[1:], with_word))
+    weight = 1.2 ** 2
+    return float(100 * (1 + weight) * longest[-1] / (len(hypothesis) + weight * len(reference)))
+
+
+# How English reports state the findings of data.LABELS. As in CT-RATE's labels any lymph node counts, and
+# "fibroatelectatic" is fibrosis alone.
+ELSEWHERE = r"^(?!.*(thyroid|adrenal|kidney|renal|liver|hepatic|spleen|breast|rib\b|fracture|humer)).*"
+PLAQUE = r"(calcif|atheroscl|atherom|plaque)"
+FINDERS = {
+    "Medical material": r"catheter|\bpace|cardiac device|\bstents?\b|prosthe|\bsutur|sternotomy|metallic|"
+                        r"valve replace|\bclips?\b|surgical material|\bport\b|chamber|cannula|\btube\b",
+    "Arterial wall calcification": rf"aort.*{PLAQUE}|{PLAQUE}.*(aort|vascular)",
+    "Cardiomegaly": r"cardiomegaly|(heart|\bctr|cardiothoracic).*(increase|enlarge|larger)|increase.*heart",
+    "Pericardial effusion": r"pericardi.*(effusion|fluid)|(effusion|fluid).*pericardi",
+    "Coronary artery wall calcification": rf"(coronary|\blad\b).*{PLAQUE}|{PLAQUE}.*(coronary|\blad\b)",
+    "Hiatal hernia": r"hiat|hernia.*stomach",
+    "Lymphadenopathy": r"(?<!intrapulmonary )lymph node|\blaps?\b|lymphadeno",
+    "Emphysema": r"emphysem|\bbulla|bleb",
+    "Atelectasis": r"(?<!fibro)atelecta",
+    "Lung nodule": ELSEWHERE + r"nodules?\b",
+    "Lung opacity": r"(ground|frosted).?glass|opacit|depend\w+ (\w+ )?densit",
+    "Pulmonary fibrotic sequela": ELSEWHERE + r"(fibro|sequel|pleuroparenchymal (band|linear|dens))",
+    "Pleural effusion": r"pleura.*(effusion|fluid)|(effusion|fluid).*(pleura|hemithora)|hydrothorax",
+    "Mosaic attenuation pattern": r"mosaic",
+    "Peribronchial thickening": r"peribronch.*(thick|cuff)|thick.*peribronch",
+    "Consolidation": r"consolida",
+    "Bronchiectasis": r"bronchiecta",
+    "Interlobular septal thickening": r"interlobular (sept|thick)|(?<!para)septal thick"}
+DENIAL = re.compile(r"\b(no|not(?! (reach|exceed|differ))|without|absen\w+|free of|negative|disappear\w*|"
+                    r"(?<!cannot be )(excluded|ruled out)|never|neither|nor)\b", re.IGNORECASE)
+VERB = re.compile(r"\b(is|are|was|were|has|have|detected|observed|seen)\b", re.IGNORECASE)
+
+
+def findings(text):
+    """Which findings of data.LABELS an English report states, and does not deny: bool (18,)"""
+    found, goes_on = np.zeros(len(data.LABELS), bool), False
+    for clause in data.split_sentences(text):
+        is_denied = goes_on or bool(DENIAL.search(clause))
+        goes_on = is_denied and clause.endswith(",") and not VERB.search(clause)    # "No nodule, mass or …"
+        if not is_denied:
+            found |= [bool(re.search(FINDERS[name], clause, re.IGNORECASE)) for name in data.LABELS]
+    return found
+
+
+def agreement(named, truth):
+    """Findings that n reports name, bool (n, 18), against labels (n, 18) of 0, 1 and NaN = unknown.
+
+    Returns {micro, macro: {precision, recall, F1}, correct_wrong_missing: {finding: three counts}}; macro is
+    the mean over findings that somebody has. 0 of 0 is 0: the precision of one that is never named.
+    """
+    there = truth == 1
+    counts = np.array([named & there, named & (truth == 0), ~named & there]).sum(1)   # (3, 18)
+
+    def shares(counts):
+        correct, wrong, missing = counts
+        ratios = {"precision": correct / np.maximum(1, correct + wrong),
+                  "recall": correct / np.maximum(1, correct + missing),
+                  "F1": 2 * correct / np.maximum(1, 2 * correct + wrong + missing)}
+        return {name: float(np.mean(ratio)) for name, ratio in ratios.items()}
+    return {"micro": shares(counts.sum(1)), "macro": shares(counts[:, there.any(0)]),
+            "correct_wrong_missing": dict(zip(data.LABELS, counts.T.tolist()))}
 
 
 def retrieval_ranks(similarity):
@@ -475,23 +546,23 @@ def sentence_maps(network, volume, report):
     return report["sentences"], maps[0].float().mean(0).cpu()
 
 
-def lesion_attention(network, items, finding_of, cache, size, hu="auto"):
+def lesion_attention(network, items, cache, size, hu="auto"):
     """Do sentences look at the lesion that they state? Share of their attention in the tokens it touches.
 
-    finding_of(sentence): the number of the finding that it states, or None; `item.mask` has its place.
-    Returns {inside, random, others, interval, interval_to_others, n}: means over n patients, and intervals
-    of inside less the control. `random`: all places alike; `others`: the report's other sentences.
+    `item.mask` has its place. Returns {inside, random, others, interval, interval_to_others, n}: means over n
+    patients, and intervals of inside less the control. `random`: all places alike; `others`: the report's
+    other sentences.
     """
     grid, patients = [side // network.encoder.stride for side in size], []
     for item in _bar(items, "attention", True):
         sentences, maps = sentence_maps(network, data.load_volume(item, cache, size, hu), item.report)
         places, rows = data.lesions(item, grid).flatten(1), []                  # (18, N)
         for i, sentence in enumerate(sentences):
-            number = finding_of(sentence)
-            if number is not None and places[number].any():
-                inside = maps @ places[number].float()                          # (S,)
+            place = places[findings(sentence)].any(0)
+            if place.any():
+                inside = maps @ place.float()                                   # (S,)
                 others = (inside.sum() - inside[i]) / max(1, len(inside) - 1)
-                rows.append([inside[i].item(), places[number].float().mean().item(), others.item()])
+                rows.append([inside[i].item(), place.float().mean().item(), others.item()])
         if rows:
             patients.append(np.mean(rows, 0))
     inside, random, others = np.transpose(patients)
@@ -742,8 +813,8 @@ def sliding_window(network, volume, size, overlap, batch_size=2, device="cpu", p
 # Each gives the part of the result that differs by kind, and the metric with the arrays it is taken of.
 
 def score_classes(run, items, scores, out, train_items):
-    """Accuracy of exclusive classes, mean AUC of prompts, otherwise the AUC of the last class. scores: log
-    odds (n, K)"""
+    """Accuracy of exclusive classes, AUC of a single class or of the last one `among` another, otherwise the
+    mean AUC. scores: log odds (n, K)"""
     task = run.task
     truth = np.stack([item.labels for item in items]).astype(float)  # (n, K), NaN = unknown
     per_class = dict(zip(task.classes, aurocs(scores, truth)))
@@ -760,10 +831,10 @@ def score_classes(run, items, scores, out, train_items):
         result |= {"chance": float(np.bincount(label).max() / len(label)), "per_class": recalls,
                    "protocol": "all items; chance: the commonest class", "more": {"auc": per_class}}
         return result, accuracy, pred, label
-    if task.kind == "prompt":
-        findings = how_many(per_class.values())
+    if len(task.classes) > 1 and not task.among:
         one, other, *_ = run.config.get("prompts") or ("{name}.", "not {name}.")
-        result["protocol"] = f"all items, mean of {findings}, '{one}' against '{other}' and so on"
+        against = f", '{one}' against '{other}' and so on" if task.kind == "prompt" else ""
+        result["protocol"] = f"all items, mean of {how_many(per_class.values())}{against}"
         if out:
             rows = auc_table(scores, truth, task.classes)
             plot_aucs(rows, out / "auc.png")
@@ -832,23 +903,49 @@ def score_masks(run, items, masks, out, train_items):
     return result, _mean, cases
 
 
+def score_findings(items, reports, constant, vocabulary):
+    """Do reports name the findings of the labels or, where no item has any, those of the true reports? Beside
+    them how well the true reports do, the most that can be told, and a constant report. None with a reason
+    where that cannot be told."""
+    if not vocabulary & {".", "。"}:
+        return {"generated": None, "reason": "the generator has no full stop: where does a denial end?"}
+    named = {"generated": reports, "true report": [item.report for item in items],
+             "constant report": [constant] * len(items)}
+    named = {name: np.stack(list(map(findings, texts))) for name, texts in named.items()}
+    unknown = np.full(len(data.LABELS), math.nan)
+    truth = np.stack([unknown if item.labels is None else item.labels for item in items])
+    labelled = ~np.isnan(truth).all(1)
+    if not named["true report"].any():
+        return {"generated": None, "reason": "the true reports name no finding: only English ones are read"}
+    against = "labels"
+    if not labelled.any():
+        against, labelled, truth = "true report", labelled | True, named.pop("true report")
+    results = {name: agreement(rows[labelled], truth[labelled]) for name, rows in named.items()}
+    return {"against": against, "n": int(labelled.sum()), **results}
+
+
 def score_reports(run, items, reports, out, train_items):
-    """BLEU of the reports and, to compare with, of the best constant report"""
-    truth = [" ".join(data.report_words(item.report)) for item in items]
+    """BLEU, ROUGE-L and findings of the reports and, to compare with, of the best constant report"""
+    def words_of(report):
+        return " ".join(data.report_words(report))
+    truth = [words_of(item.report) for item in items]
     if out:
-        rows = [{"id": item.id, "generated": report, "truth": text}
-                for item, report, text in zip(items, reports, truth)]
+        rows = [{"id": item.id, "generated": report, "truth": " ".join(data.report_words(item.report, True))}
+                for item, report in zip(items, reports)]
         write_result(rows, out / "reports.json")
         write_comparison(rows[:3], out / "reports.html")
+    written, reports = reports, [" ".join(filter(data.has_words, report.split())) for report in reports]
     # The released protocol cuts references to 150 words and replaces unknown words, which flatters.
     known = set(run.config["vocabulary"])
     released = [" ".join(word if word in known else "<unk>" for word in text.split()[:150]) for text in truth]
     # The constant report: of 100 training reports, else true ones, the one that fits 200 best.
-    pool = [" ".join(data.report_words(item.report)) for item in train_items] or truth
+    pool = [item.report for item in train_items or items]
     rng = np.random.default_rng(0)
     candidates, sample = ([pool[i] for i in rng.permutation(len(pool))[:n]] for n in (100, 200))
-    best = max(sorted(set(candidates)), key=lambda report: bleu([report] * len(sample), sample)[3])
-    constant = bleu([best] * len(truth), truth)
+    sample = list(map(words_of, sample))
+    best = max(sorted(set(candidates)), key=lambda report: bleu([words_of(report)] * len(sample), sample)[3])
+    same = [words_of(best)] * len(truth)
+    constant = bleu(same, truth)
     counts = np.stack([_bleu_counts(*pair) for pair in zip(reports, truth)])  # (n, 10)
     source = "training" if train_items else "same"
     words = "Chinese characters" if any(map(data.CHARACTER.search, truth)) else "words"
@@ -856,6 +953,9 @@ def score_reports(run, items, reports, out, train_items):
     result = {"chance": constant[3], "per_class": per_class,
               "protocol": f"{words} of whole references; chance: a constant report of the {source} part",
               "more": {"bleu_released": bleu(reports, released), "bleu_constant": constant,
+                       "ROUGE-L": float(np.mean(list(map(rouge_l, reports, truth)))),
+                       "ROUGE-L_constant": float(np.mean(list(map(rouge_l, same, truth)))),
+                       "findings": score_findings(items, written, best, known),
                        "distinct_reports": len(set(reports)) / len(reports),
                        "distinct_true_reports": len(set(truth)) / len(truth)}}
     return result, lambda drawn: _bleu(drawn)[3], counts
@@ -1114,15 +1214,15 @@ def plot_reconstruction(network, batch, out):
                 _show(ax, _coronal(volumes[i]), title if i == 0 else "")
 
 
-def plot_attention(network, item, volume, out, finding_of):
-    """Where four sentences of a report look, on slices through their lesions if item.mask has them
-
-    volume (1, D, H, W); finding_of(sentence): the number of the finding that it states, or None.
-    """
+def plot_attention(network, item, volume, out):
+    """Where four sentences of a report look, on slices through their lesions if item.mask has them: volume
+    (1, D, H, W)"""
     sentences, maps = sentence_maps(network, volume, item.report)
-    places = data.lesions(item, volume.shape[1:]) if item.mask else torch.zeros(0, *volume.shape[1:])
-    found = {i: finding_of(sentence) for i, sentence in enumerate(sentences) if item.mask}
-    lesions = {i: places[k] for i, k in found.items() if k is not None and places[k].any()}
+    lesions = {}
+    if item.mask:
+        places = data.lesions(item, volume.shape[1:])
+        stated = {i: places[findings(sentence)].any(0) for i, sentence in enumerate(sentences)}
+        lesions = {i: place for i, place in stated.items() if place.any()}
     chosen = sorted(range(len(sentences)), key=lambda i: i not in lesions)[:4]  # lesions first
     grid = [side // network.encoder.stride for side in volume.shape[1:]]
     maps = F.interpolate(maps.unflatten(1, grid)[:, None], volume.shape[1:], mode="trilinear")
@@ -1647,6 +1747,10 @@ def task_command(args):
     if args.data:
         fold = config["fold"] if args.fold is None else args.fold
         items = data.load_task(args.task, args.data, fold, config["seed"], cache=args.cache)
+        classes = data.with_classes(run.task, items).classes
+        if run.task.kind == "classify" and classes != run.task.classes:
+            raise ValueError(f"{args.data}: found the labels {', '.join(classes)}, expected those of "
+                             f"{args.checkpoint}: {', '.join(run.task.classes)}")
     chosen = [item for item in items if item.split == args.split]
     if args.input:
         centre = args.centre

@@ -1,4 +1,4 @@
-"""Fine-tune an encoder on one of the nine clinical tasks: one loop, a loss for each kind of task.
+"""Fine-tune an encoder on one of the clinical tasks: one loop, a loss for each kind of task.
 
     python finetune.py --task luna16 --data demo                       a drawn set, minutes on a laptop CPU
     python finetune.py --task msd-lung --data Task06_Lung --init out/encoder.pt --repeats 3
@@ -20,7 +20,7 @@ def flags():
     on_off, unset = argparse.BooleanOptionalAction, argparse.SUPPRESS
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, argument_default=unset)
     add = parser.add_argument_group("data").add_argument
-    add("--task", help="one of the nine, a row of TASKS in data.py")
+    add("--task", help="a row of TASKS in data.py")
     add("--data", help="demo, or the set as it comes: `data.py check --task T --data DIR` describes it")
     add("--fold", type=int, default=0, help="tested on; without folds, a fifth of the patients")
     add("--fraction", type=float, default=1.0, help="use this part of the training patients")
@@ -223,6 +223,12 @@ def still_good(parts, good, source):
     return kept
 
 
+def fingerprint(items):
+    """What tells that a run is taken up with the same data: a hash of all ids, and of one's own classes"""
+    names = [*(items[0].classes or ()), *(item.id for item in items)]
+    return hashlib.sha1("\n".join(names).encode()).hexdigest()
+
+
 def forget_older_run(out):
     """Delete what an older run in this folder, of one repeat or of several, could be taken up from."""
     for name in ("last.pt", "previous.pt", "best.pt", "result.json"):
@@ -250,7 +256,8 @@ def loss_of(task, network, batch, prompts, temperature):
         return losses.dice_ce_loss(logits, batch["mask"])
     if task.exclusive:
         return F.cross_entropy(logits.float(), batch["label"].argmax(1))
-    return F.binary_cross_entropy_with_logits(logits.float(), batch["label"])
+    known = ~batch["label"].isnan()
+    return F.binary_cross_entropy_with_logits(logits.float()[known], batch["label"][known])
 
 
 def test_best(run, out, best, train_items, test_items):
@@ -276,8 +283,8 @@ def train(args, task, out, seed, rank, world, device):
     # ----------------------------------------------------------------------------------------- data
     if rank > 0:
         dist.barrier()                                  # the first process writes the demo's files
-    parts = split_items(args, task, seed)
-    train_items, valid_items, test_items = parts
+    train_items, valid_items, test_items = parts = split_items(args, task, seed)
+    task = data.with_classes(task, train_items)
     patients = {split: sorted({item.patient for item in part}) for split, part in zip(data.SPLITS, parts)}
     config = {name: value for name, value in vars(args).items() if name not in ("resume", "out")}
     config |= {"seed": seed, "vocabulary": vocabulary_of(args, task, train_items),
@@ -318,9 +325,9 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}, \
         good = [{item.id for item in data.prepare_all(items, args.cache, args.workers * world, task)}]
     dist.broadcast_object_list(good)
     train_items, valid_items, test_items = still_good(parts, good[0], args.data)
-    ids = hashlib.sha1("\n".join(item.id for item in train_items + valid_items).encode()).hexdigest()
+    ids = fingerprint(train_items + valid_items)
     if checkpoint and checkpoint["ids"] != ids:
-        raise ValueError(f"--resume: {args.data} holds other items than those the run in {out} began with")
+        raise ValueError(f"--resume: {args.data} holds other items or classes than the run in {out} began with")
     positives, negatives = train_items, []
     if task.view == "cube":
         positives, negatives = ([item for item in train_items if item.labels[0] == label] for label in (1, 0))

@@ -1,7 +1,7 @@
 """Everything of MG-3D that has parameters. `MG3D.forward` is the method.
 
 Above it stand its parts: 3D encoders, the frozen text encoder, fusion attention. Below it stand the
-heads of the nine tasks and the files of weights. B patients, C channels, D H W voxels (z, y, x),
+heads of the tasks and the files of weights. B patients, C channels, D H W voxels (z, y, x),
 N visual tokens, L report tokens, S sentences, E embedding, V vocabulary.
 """
 import functools
@@ -805,7 +805,7 @@ class MG3D(nn.Module):
         return out
 
 
-# ------------------------------------------------------------------------- heads of the nine tasks
+# ------------------------------------------------------------------------------ heads of the tasks
 # Each holds its `encoder`, which `load_weights` fills from a pre-trained file. Nothing is masked here:
 # the mask token would never have a gradient, and must not ask for one.
 

@@ -1,4 +1,4 @@
-"""Everything synthetic: chest CT phantoms with reports, sets of the nine tasks, a text encoder.
+"""Everything synthetic: chest CT phantoms with reports, sets of the tasks, a text encoder.
 
 Arrays are (z, y, x) in RAS, points (x, y, z) in mm from the middle of the thorax: to the right, forward and
 up. All randomness comes from a seed and the number of the patient.
@@ -272,15 +272,6 @@ def prompts(label):
     return [f"{wording.format(state=state, name=name, where='')}.".capitalize() for state in states]
 
 
-def stated_finding(sentence):
-    """The number of the finding that a sentence of `describe` states; None: it denies one, or is normal"""
-    words = f" {sentence.lower().strip('.')} "
-    absent = [f" {states[1]} " for _, states in WORDINGS]
-    for number, (_, _, names, _) in enumerate(FINDINGS.values()):
-        if any(f" {name} " in words for name in names.split(" | ")):
-            return None if any(word in words for word in absent) else number
-
-
 def write_report(lesions, rng):
     """States every lesion and denies a fifth of the absent findings, each at a place of such findings."""
     sentences = [rng.choice(wordings) for wordings in NORMAL]
@@ -390,7 +381,7 @@ def write_demo(out, n=64, seed=0, workers=None):
     return manifest
 
 
-# ---------------------------------------- demo sets of the nine tasks
+# ---------------------------------------- demo sets of the tasks
 # A function writes one patient and returns {index file: rows}.
 
 def write_cc_ccii(out, seed, index):
@@ -508,11 +499,33 @@ def write_ct_rate(out, seed, index):
     return tables | {f"metadata/no_chest_{split}.txt": [*scans][1:] if index == 0 else []}
 
 
+def write_labels(out, seed, index):
+    """Four findings, each known of nine patients in ten; the age is no label."""
+    rng = np.random.default_rng([seed, index, 100])
+    names = "Cardiomegaly", "Lung opacity", "Pleural effusion", "Consolidation"
+    chosen = [name for name in names if rng.random() < 0.4]
+    patient, volume = phantom(seed, index, chosen), f"volumes/{index + 1}.nii.gz"
+    save_image(Path(out, volume), patient["volume"], patient["affine"], patient["stored"])
+    labels = {name: int(name in chosen) if rng.random() < 0.9 else "" for name in names}
+    return {"manifest.csv": [{"volume": volume, "age": int(rng.integers(20, 90)), **labels}]}
+
+
+def write_segment(out, seed, index):
+    """1 a nodule, 2 a pleural effusion."""
+    patient = phantom(seed, index, ["Lung nodule", "Pleural effusion"])
+    row = {name: f"{name}s/{index + 1}.nii.gz" for name in ("volume", "mask")}
+    mask = np.select([patient["mask"] == 1 + list(FINDINGS).index(name)
+                      for name in ("Lung nodule", "Pleural effusion")], [1, 2])
+    for name, image in (("volume", patient["volume"]), ("mask", np.uint8(mask))):
+        save_image(Path(out, row[name]), image, patient["affine"], patient["stored"])
+    return {"manifest.csv": [row]}
+
+
 TASK_DEMOS = {  # patients by default, and what writes one of them
     "cc-ccii": (108, write_cc_ccii), "luna16": (80, write_luna16), "msd-lung": (30, write_msd_lung),
     "covid-19-20": (30, write_covid_19_20), "acdc": (24, write_acdc), "stoic": (150, write_stoic),
     "ctrg": (160, write_ctrg), "ct-rate-vocab": (160, write_ct_rate),
-    "ct-rate-retrieval": (240, write_ct_rate)}
+    "ct-rate-retrieval": (240, write_ct_rate), "labels": (160, write_labels), "segment": (30, write_segment)}
 
 
 def write_task_demo(task, out, n=None, seed=0, workers=None):

@@ -708,8 +708,8 @@ def evaluate_demo(args, network, untrained, unseen, items, collate, out):
         result["retrieval"] = evaluation.retrieve_reports(network, unseen.items, args.cache, size, args.hu)
         log.info(evaluation.say_retrieval(result["retrieval"]))
     if isinstance(network.sentence_attention, model.SentenceAttention):
-        result["lesion_attention"] = evaluation.lesion_attention(
-            network, unseen.items, phantoms.stated_finding, args.cache, size, args.hu)
+        result["lesion_attention"] = evaluation.lesion_attention(network, unseen.items, args.cache, size,
+                                                                   args.hu)
         log.info(evaluation.say_lesion_attention(result["lesion_attention"]))
     enabled = [name for name in model.LOSSES if name in network.losses]
     batches = first_batches(unseen, collate, 24, len(unseen))
@@ -728,8 +728,7 @@ def show(network, batch, item, out):
         evaluation.plot_reconstruction(network, batch, out / "reconstruction.png")
         names.append("reconstruction.png")
     if isinstance(network.sentence_attention, model.SentenceAttention):  # a gate looks at no place
-        evaluation.plot_attention(network, item, batch["volume"][0].cpu(), out / "attention.png",
-                                  phantoms.stated_finding)
+        evaluation.plot_attention(network, item, batch["volume"][0].cpu(), out / "attention.png")
         names.append("attention.png")
     log.info("wrote %s", ", ".join(str(out / name) for name in names))
 

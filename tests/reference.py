@@ -98,7 +98,6 @@ def measure(folder, manifest, seed):
     import data
     import eval as evaluation
     import model
-    import phantoms
     import pretrain
     size, cache = tuple(pretrain.DEMO["size"]), folder.parent / "cache"
     items = data.load_items(manifest)
@@ -115,7 +114,7 @@ def measure(folder, manifest, seed):
     if network is not None and network.text_pool is not None:
         row["retrieval"] = evaluation.retrieve_reports(network, held_out, cache, size)["value"]
     if network is not None and isinstance(network.sentence_attention, model.SentenceAttention):
-        lesion = evaluation.lesion_attention(network, held_out, phantoms.stated_finding, cache, size)
+        lesion = evaluation.lesion_attention(network, held_out, cache, size)
         row |= {"lesion": lesion["inside"] - lesion["random"], "lesion_attention": lesion}
     if network is not None:
         tokenizer = network.text_encoder.tokenizer

@@ -319,7 +319,7 @@ def test_attention_of_sentences(tmp_path, network_and_batch):
     volume = batch["volume"][0]
     for name, some in (("three", sentences), ("one", sentences[:1])):
         item = data.Item("a", "a", " ".join(some), "test", "a")
-        evaluation.plot_attention(network, item, volume, tmp_path / f"{name}.png", None)
+        evaluation.plot_attention(network, item, volume, tmp_path / f"{name}.png")
     assert drawn(tmp_path / "three.png").shape[1] == pytest.approx(3 * drawn(tmp_path / "one.png").shape[1], abs=6)
     found, maps = evaluation.sentence_maps(network, volume, " ".join(sentences))
     with torch.no_grad():
@@ -351,7 +351,7 @@ def test_lesions_lie_where_the_mask_has_them(with_masks):
 
 
 def test_attention_on_lesions_is_measured_against_two_controls(with_masks, tmp_path, monkeypatch, network_and_batch):
-    network, stated = network_and_batch[0], phantoms.stated_finding
+    network = network_and_batch[0]
 
     def looking(on_lesion):
         """A model that looks at what a sentence states (or at all places alike), and everywhere else evenly"""
@@ -360,12 +360,12 @@ def test_attention_on_lesions_is_measured_against_two_controls(with_masks, tmp_p
             sentences, places = data.split_sentences(report), data.lesions(item, (4, 4, 4)).flatten(1).float()
             maps = torch.full((len(sentences), 64), 1 / 64)
             for i, sentence in enumerate(sentences):
-                k = stated(sentence)
-                if on_lesion and k is not None and places[k].any():
-                    maps[i] = places[k] / places[k].sum()
+                for k in np.flatnonzero(evaluation.findings(sentence)):
+                    if on_lesion and places[k].any():
+                        maps[i] = places[k] / places[k].sum()
             return sentences, maps
         monkeypatch.setattr(evaluation, "sentence_maps", maps_of)
-        return evaluation.lesion_attention(network, with_masks, stated, tmp_path, (32, 32, 32))
+        return evaluation.lesion_attention(network, with_masks, tmp_path, (32, 32, 32))
     network.encoder.stride, stride = 8, network.encoder.stride
     seeing, blind = looking(True), looking(False)
     network.encoder.stride = stride
@@ -395,8 +395,8 @@ def test_a_picture_of_attention_outlines_the_lesion(with_masks, tmp_path, networ
     item = max(with_masks, key=lambda item: item.labels.sum())
     words = item._replace(report=" ".join(data.split_sentences(item.report)))
     volume = data.load_volume(item, tmp_path, (32, 32, 32))
-    evaluation.plot_attention(network, words, volume, tmp_path / "with.png", phantoms.stated_finding)
-    evaluation.plot_attention(network, words._replace(mask=None), volume, tmp_path / "without.png", None)
+    evaluation.plot_attention(network, words, volume, tmp_path / "with.png")
+    evaluation.plot_attention(network, words._replace(mask=None), volume, tmp_path / "without.png")
     cyan = [((picture[..., 0] < 0.4) & (picture[..., 1] > 0.7) & (picture[..., 2] > 0.7)).sum()
             for picture in (drawn(tmp_path / "with.png"), drawn(tmp_path / "without.png"))]
     assert cyan[0] > 100 and cyan[1] == 0

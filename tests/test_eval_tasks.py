@@ -1,6 +1,7 @@
-"""Metrics of the nine tasks against naive loops and other libraries; sliding window; evaluation, prediction, pictures."""
+"""Metrics of the tasks against naive loops and other libraries; sliding window; evaluation, prediction, pictures."""
 import contextlib
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -19,6 +20,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 import torch.nn.functional as F
+from conftest import REAL, real_data
 from sacrebleu.metrics import BLEU
 from scipy import stats
 from torch import nn
@@ -177,6 +179,112 @@ def test_bleu_counts_chinese_characters():
     assert data.report_words("カテーテル 々〇") == [*"カテーテル々〇"]
 
 
+def rouge_by_recursion(hypothesis, reference):
+    @functools.cache
+    def common(words, others):
+        if not words or not others:
+            return 0
+        if words[0] == others[0]:
+            return 1 + common(words[1:], others[1:])
+        return max(common(words[1:], others), common(words, others[1:]))
+    words, others = tuple(hypothesis.split()), tuple(reference.split())
+    longest = common(words, others)
+    if longest == 0:
+        return 0
+    precision, recall = longest / len(words), longest / len(others)
+    return 100 * (1 + 1.2 ** 2) * precision * recall / (recall + 1.2 ** 2 * precision)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rouge_is_the_naive_recursion(seed):
+    rng = np.random.default_rng(seed)
+    for hypothesis, reference in zip([*random_reports(rng, 12), "", "of"], random_reports(rng, 14, 1)):
+        assert evaluation.rouge_l(hypothesis, reference) == pytest.approx(rouge_by_recursion(hypothesis, reference))
+
+
+def test_rouge_by_hand():
+    assert evaluation.rouge_l("a b c", "a b c") == pytest.approx(100) and evaluation.rouge_l("a", "b") == 0
+    # a and c of four words and of three: 2/4 and 2/3
+    assert evaluation.rouge_l("a x y c", "a b c") == pytest.approx(100 * 2.44 * (1 / 2) * (2 / 3) / (2 / 3 + 1.44 / 2))
+    assert evaluation.rouge_l("心影不大", "心 影 增 大") == pytest.approx(75)       # characters, with and without blanks
+
+
+# --------------------------------------------------------------------------------------- findings that a report names
+
+def named(text):
+    return [name for name, is_named in zip(data.LABELS, evaluation.findings(text)) if is_named]
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("A nodule of 8 mm is seen. No pleural effusion was detected.", ["Lung nodule"]),
+    ("Pleural effusion was not observed, and there is consolidation.", ["Consolidation"]),
+    ("No nodule, mass or consolidation was detected in both lungs.", []),               # a denial goes on
+    ("No nodule was detected, a consolidation is seen on the left.", ["Consolidation"]),    # it ends with its verb
+    ("No mass. Consolidation on the left.", ["Consolidation"]),                         # or with its sentence
+    ("no mass . consolidation in the left lobe .", ["Consolidation"]),                  # as a generator writes it
+    ("A lymph node that does not reach pathological size is seen.", ["Lymphadenopathy"]),
+    ("Bronchiectasis cannot be excluded. Emphysema is excluded.", ["Bronchiectasis"]),
+    ("There is a hypodense nodule in the left thyroid lobe.", []),
+    ("Fibroatelectatic changes are seen in both lungs.", ["Pulmonary fibrotic sequela"]),
+    ("Paraseptal emphysema is observed.", ["Emphysema"]),
+    ("Fluid is seen in the pericardium. Heart size increased.", ["Cardiomegaly", "Pericardial effusion"]),
+    ("Calcified plaques are observed in the aorta and coronary arteries.",
+     ["Arterial wall calcification", "Coronary artery wall calcification"]),
+    ("", []), ("心影增大。", []),
+])
+def test_findings_of_a_sentence(text, expected):
+    assert named(text) == expected
+
+
+def test_findings_of_drawn_reports(tmp_path):
+    """Sentence by sentence: each states one finding at most, all together those that were drawn."""
+    for index in range(300):
+        rng = np.random.default_rng(index)
+        drawn = [{"label": name, "size_mm": rng.choice([0, phantoms.FINDINGS[name][3] or 0]), "side": side, "lobe": lobe}
+                 for name in phantoms.FINDINGS if rng.random() < 0.25
+                 for side, lobe in [phantoms.FINDINGS[name][1][rng.integers(len(phantoms.FINDINGS[name][1]))]]]
+        report = phantoms.write_report(drawn, rng)
+        assert sorted(named(report)) == sorted(lesion["label"] for lesion in drawn)
+        stated = [named(sentence) for sentence in data.split_sentences(report)]
+        assert max(map(len, stated)) <= 1 and sum(map(len, stated)) == len(drawn)
+        assert named(" ".join(data.report_words(report, with_stops=True))) == named(report)
+
+
+@real_data
+@pytest.mark.parametrize("rows, least", [(800, 0.94), (200, 0.95)])
+def test_findings_of_real_reports(rows, least):
+    """The rules were written by looking at the first 800 rows of the 1,000 alone."""
+    with open(REAL / "reports" / f"ct_rate_{rows}.csv", encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file))
+    truth = np.array([[float(row[name]) for name in data.LABELS] for row in table])
+    for texts in ([row["report_text"] for row in table],
+                  [" ".join(data.report_words(row["report_text"], with_stops=True)) for row in table]):
+        found = evaluation.agreement(np.stack([evaluation.findings(text) for text in texts]), truth)
+        assert len(table) == rows and found["micro"]["F1"] > least and found["macro"]["F1"] > least
+        for name, (correct, wrong, missing) in found["correct_wrong_missing"].items():
+            assert correct / (correct + (wrong + missing) / 2) > 0.84, name
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_agreement_is_the_naive_loop(seed):
+    rng = np.random.default_rng(seed)
+    reports, truth = rng.random((30, 18)) < 0.3, rng.choice([0, 1, np.nan], (30, 18), p=[0.6, 0.2, 0.2])
+    truth[:, 4], reports[:, 5] = 0, False               # one that nobody has, one that is never named
+    rows = []
+    for report, labels in zip(reports.T, truth.T):
+        correct = sum(1 for said, label in zip(report, labels) if said and label == 1)
+        wrong = sum(1 for said, label in zip(report, labels) if said and label == 0)
+        missing = sum(1 for said, label in zip(report, labels) if not said and label == 1)
+        rows.append((correct, wrong, missing))
+    found = evaluation.agreement(reports, truth)
+    assert list(found["correct_wrong_missing"].values()) == [list(row) for row in rows]
+    correct, wrong, missing = map(sum, zip(*rows))
+    precision, recall = correct / (correct + wrong), correct / (correct + missing)
+    assert found["micro"] == pytest.approx({"precision": precision, "recall": recall, "F1": 2 * precision * recall / (precision + recall)})
+    shares = [(c / (c + w) if c else 0, c / (c + m), 2 * c / (2 * c + w + m)) for k, (c, w, m) in enumerate(rows) if k != 4]
+    assert list(found["macro"].values()) == pytest.approx(np.mean(shares, 0))
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_recall_counts_ties_against_the_query(seed):
     rng = np.random.default_rng(seed)
@@ -331,6 +439,23 @@ def test_auc_over_all_candidates(constant_inputs):
     result = evaluation.evaluate(run_of(network, "luna16"), items)
     assert result["value"] == pytest.approx(3 / 4) and result["n"] == 4 and result["per_class"] == {"nodule": result["value"]}
     assert result["protocol"] == "nodule among all items"
+
+
+def test_labels_of_ones_own_are_judged_where_they_are_known(constant_inputs, tmp_path):
+    """The mean AUC of those with both classes"""
+    task = data.TASKS["labels"]._replace(classes=("a", "b", "c"))
+    scores = np.random.default_rng(0).normal(size=(12, 3))
+    labels = np.random.default_rng(1).choice([0, 1, np.nan], (12, 3))
+    labels[:, 2] = np.where(labels[:, 2] == 1, np.nan, labels[:, 2])            # nobody has it
+    result = evaluation.evaluate(run_of(Table(scores.tolist()), "labels", row=task), items_of(labels), tmp_path)
+    known = ~np.isnan(labels)
+    aucs = [pairs_won(scores[known[:, k], k], labels[known[:, k], k]) for k in (0, 1)]
+    assert [result["per_class"][name] for name in "ab"] == pytest.approx(aucs) and math.isnan(result["per_class"]["c"])
+    assert result["value"] == pytest.approx(np.mean(aucs)) and result["interval"][0] < result["value"] < result["interval"][1]
+    assert result["protocol"] == "all items, mean of 2 findings (the other 1 have one class alone)"
+    assert result["n"] == 12 and result["positives"] == {name: int(np.nansum(labels[:, k])) for k, name in enumerate("abc")}
+    one = evaluation.evaluate(run_of(Table(scores[:, :1].tolist()), "labels", row=task._replace(classes=("a",))), items_of(labels[:, :1]))
+    assert one["value"] == pytest.approx(aucs[0]) and one["n"] == known[:, 0].sum() and one["protocol"] == "a among all items"
 
 
 def test_saturated_probabilities_are_still_ranked(constant_inputs, tmp_path):
@@ -522,7 +647,10 @@ def test_reports_under_both_protocols(constant_inputs, tmp_path):
     assert more["distinct_reports"] == 1
     assert result["protocol"].startswith("words of whole references")
     rows = json.loads((tmp_path / "reports.json").read_text())
-    assert rows[1] == {"id": "case_1", "generated": said[1], "truth": whole[1]}
+    assert rows[1] == {"id": "case_1", "generated": said[1], "truth": whole[1] + " ."}
+    assert more["ROUGE-L"] == pytest.approx(np.mean([rouge_by_recursion(*pair) for pair in zip(said, whole)]))
+    assert more["ROUGE-L_constant"] == pytest.approx(np.mean([rouge_by_recursion("the lung is clear no effusion", text) for text in whole]))
+    assert more["findings"]["generated"] is None and "has no full stop" in more["findings"]["reason"]
     page = (tmp_path / "reports.html").read_text()
     assert "case_2" in page and "case_3" not in page and all(f">{word}<" in page for word in whole[1].split())
 
@@ -534,6 +662,43 @@ def test_chinese_reports_are_compared_by_characters(constant_inputs):
                                  items_of(reports=["两肺纹理清晰。", "心影增大。"]))
     assert result["protocol"].startswith("Chinese characters of whole references")
     assert result["per_class"]["BLEU-1"] == pytest.approx(100 * 9 / 10)
+
+
+def test_findings_of_generated_reports(constant_inputs, capsys):
+    """Against the labels of those that have some, else against the true reports"""
+    vocabulary = ["<pad>", "<bos>", "<eos>", "<unk>", ".", "is", "present", "absent", "nodule", "emphysema"]
+    said = ["nodule is present . emphysema is absent .", "nodule is present .", "emphysema is present .", ""]
+    reports = ["A nodule is seen.", "Normal.", "Emphysema. No nodule.", "A nodule."]
+    train = items_of(reports=["Emphysema is present."] * 3)
+    run = run_of(Writer(said, vocabulary), "ctrg", vocabulary=vocabulary)
+    more = evaluation.evaluate(run, items_of(reports=reports), train_items=train)["more"]["findings"]
+    assert more["against"] == "true report" and more["n"] == 4 and "true report" not in more
+    counts = more["generated"].pop("correct_wrong_missing")
+    assert counts.pop("Lung nodule") == [1, 1, 1] and counts.pop("Emphysema") == [1, 0, 0]
+    assert all(row == [0, 0, 0] for row in counts.values())
+    assert more["generated"]["micro"] == pytest.approx({"precision": 2 / 3, "recall": 2 / 3, "F1": 2 / 3})
+    assert more["generated"]["macro"] == pytest.approx({"precision": 3 / 4, "recall": 3 / 4, "F1": 3 / 4})
+    assert more["constant report"]["correct_wrong_missing"]["Emphysema"] == [1, 3, 0]
+    labels = np.full((4, 18), np.nan)
+    labels[1], labels[2] = 0, 0
+    labels[2, data.LABELS.index("Lung nodule")] = 1
+    items = [item._replace(labels=row) for item, row in zip(items_of(reports=reports), labels)]
+    items[3] = items[3]._replace(labels=None)
+    result = evaluation.evaluate(run, items, train_items=train)
+    more = result["more"]["findings"]
+    assert more["against"] == "labels" and more["n"] == 2
+    assert [more[name]["correct_wrong_missing"]["Lung nodule"] for name in ("generated", "true report")] == [[0, 1, 1], [0, 0, 1]]
+    assert more["true report"]["correct_wrong_missing"]["Emphysema"] == [0, 1, 0]
+    evaluation.print_result(result)
+    assert "findings against" in capsys.readouterr().out
+
+
+def test_findings_of_chinese_reports_are_not_told(constant_inputs):
+    vocabulary = ["<pad>", "<bos>", "<eos>", "<unk>", *"心影不大。"]
+    items = [item._replace(labels=np.ones(18)) for item in items_of(reports=["心影增大。", "心影不大。"])]
+    result = evaluation.evaluate(run_of(Writer(["心 影 不 大 。"] * 2, vocabulary), "ctrg", vocabulary=vocabulary), items)
+    assert result["more"]["findings"] == {"generated": None, "reason": "the true reports name no finding: only English ones are read"}
+    assert result["per_class"]["BLEU-1"] == pytest.approx(100 * 7 / 8)      # full stops are no words
 
 
 # prompts and retrieval: a volume's feature is a row of a table, a text's is told from its first words
@@ -806,7 +971,7 @@ def test_radar_tells_what_cannot_be_compared(tmp_path, caplog):
     assert radar("null").returncode == 1
 
 
-# -------------------------------------------------------------------------- checkpoints and the nine command lines
+# ------------------------------------------------------------------------------- checkpoints and the command lines
 
 def save_checkpoint(path, task, **more):
     """A network of a task that was never trained, as finetune.py writes it."""
@@ -816,6 +981,8 @@ def save_checkpoint(path, task, **more):
         phantoms.make_demo_text_encoder(path.parent / "text_encoder", [f"not {name}." for name in data.LABELS])
     torch.manual_seed(0)
     row = data.TASKS[task]._replace(size=config["size"], spacing=config["spacing"])
+    if task in ("labels", "segment"):
+        row = row._replace(classes=("one", "two"))              # its data told them
     network = model.build_network(row.kind, len(row.classes), config, path.parent).eval()
     weights = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("text_encoder.")}
     fields = {name: value for name, value in row._asdict().items() if name not in ("records", "layout", "recipe", "demo")}
@@ -830,7 +997,8 @@ def test_a_checkpoint_comes_back(tmp_path, monkeypatch, task):
     monkeypatch.setitem(data.TASKS, task, data.TASKS[task]._replace(overlap=0.9, classes=("edited",)))      # since
     found, row, config, cache, device = evaluation.load_checkpoint(tmp_path / "best.pt", "folder")
     assert type(found) is type(network) and not found.training and config["task"] == task
-    assert row == trained._replace(size=(32, 32, 32), spacing=(2, 2, 2)) and (cache, device) == ("folder", "cpu")
+    classes = trained.classes if task not in ("labels", "segment") else ("one", "two")
+    assert row == trained._replace(size=(32, 32, 32), spacing=(2, 2, 2), classes=classes) and (cache, device) == ("folder", "cpu")
     ours, theirs = found.state_dict(), network.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import statistics
 import time
@@ -29,7 +30,7 @@ import phantoms
 import pretrain
 
 PATIENTS = {"luna16": 8, "msd-lung": 10, "acdc": 6, "ctrg": 8, "ct-rate-vocab": 8, "ct-rate-retrieval": 8,
-            "stoic": 24, "cc-ccii": 12, "covid-19-20": 6}
+            "stoic": 24, "cc-ccii": 12, "covid-19-20": 6, "labels": 30, "segment": 6}
 CUBE = (32, 32, 32)
 
 
@@ -130,6 +131,57 @@ def test_every_task_trains_tests_and_predicts(run, sets, cache, task):
     trained = evaluation.load_checkpoint("out/best.pt", cache)
     again = evaluation.evaluate(trained, test_items, progress=False)
     assert again["value"] == pytest.approx(result["value"], nan_ok=True) and trained.task.size == CUBE
+
+
+def test_labels_of_ones_own_need_no_data_any_more(run, sets, tmp_path, cache):
+    """best.pt knows their names: one scan is predicted, another set of labels is refused."""
+    run("labels", "--epochs", 1, "--steps", 2)
+    best = evaluation.load_checkpoint("out/best.pt", cache)
+    names = ("Cardiomegaly", "Lung opacity", "Pleural effusion", "Consolidation")
+    assert best.task.classes == names
+    result = read_json("out/result.json")
+    assert tuple(result["per_class"]) == names and result["protocol"].startswith("all items, mean of ")
+
+    def eval_py(*flags):
+        args = evaluation.flags().parse_args(["--task", "labels", "--checkpoint", "out/best.pt", *map(str, flags)])
+        evaluation.task_command(args)
+    scan = sets("labels") / "volumes" / "1.nii.gz"
+    eval_py("--input", scan, "--out", "one")
+    with open("one/probabilities.csv", encoding="utf-8") as file:
+        assert [row["class"] for row in csv.DictReader(file)] == list(names)
+    eval_py("--data", sets("labels"), "--out", "again", "--cache", cache)
+    assert read_json("again/result.json")["value"] == result["value"]
+    other = tmp_path / "other.csv"
+    lines = [f"{sets('labels')}/volumes/{i}.nii.gz,{i % 2}" for i in range(1, 21)]
+    other.write_text("\n".join(["volume,asthma", *lines]))
+    with pytest.raises(ValueError, match="other.csv: found the labels asthma, expected those of out.best.pt: Cardiomegaly, Lung"):
+        eval_py("--data", other)
+
+
+def test_renamed_labels_are_no_resumed_run(run, sets, cache, tmp_path):
+    folder = tmp_path / "set"
+    shutil.copytree(sets("labels"), folder)
+    run(None, "--task", "labels", "--data", folder, "--size", *CUBE, "--workers", 0, "--cache", cache, "--encoder", "swin_t",
+        "--steps", 2, "--epochs", 1)
+    for name in ("result.json", "best.pt"):
+        Path("out", name).unlink()
+    text = (folder / "manifest.csv").read_text()
+    (folder / "manifest.csv").write_text(text.replace("Consolidation", "Fibrosis"))
+    with pytest.raises(ValueError, match="holds other items or classes"):
+        run(None, "--resume")
+
+
+def test_unknown_labels_are_left_out_of_the_loss():
+    logits, labels = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).requires_grad_(), torch.zeros(5, 3)
+    labels[1, 2] = labels[4, 0] = 1
+    labels[0, 1] = labels[2, 2] = math.nan
+    task = data.TASKS["labels"]._replace(classes=("a", "b", "c"))
+    loss = finetune.loss_of(task, lambda volume: logits, {"volume": None, "label": labels}, {}, 0.1)
+    terms = [-math.log(1 / (1 + math.exp(-logits[i, k].item() * (1 if labels[i, k] == 1 else -1))))
+             for i in range(5) for k in range(3) if not labels[i, k].isnan()]
+    assert len(terms) == 13 and loss.item() == pytest.approx(np.mean(terms), rel=1e-5)
+    [gradient] = torch.autograd.grad(loss, logits)
+    assert (gradient != 0).sum() == 13 and gradient[0, 1] == gradient[2, 2] == 0
 
 
 def test_a_tenth_task_is_one_row(run, sets, monkeypatch):

@@ -1,4 +1,4 @@
-"""The heads of the nine tasks: SwinUNETR against MONAI's, the report generator against exhaustive search."""
+"""The heads of the tasks: SwinUNETR against MONAI's, the report generator against exhaustive search."""
 import itertools
 import re
 

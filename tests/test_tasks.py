@@ -1,4 +1,4 @@
-"""data.py: the nine tasks in their native layouts, real fold files and slabs of LUNA16."""
+"""data.py: the tasks in their native layouts, real fold files and slabs of LUNA16."""
 import collections
 import csv
 import json
@@ -126,8 +126,24 @@ def ct_rate(folder, n=10, columns=LABELS):
     write_csv(folder / "labels.csv", ["VolumeName", *columns], rows)
 
 
+def labels(folder, n=10):
+    for i in range(n):
+        scan(folder / "ct" / f"{i}.nii.gz")
+    write_csv(folder / "my.csv", "volume,age,big heart,Lung_Nodule", [[f"ct/{i}.nii.gz", 50 + i, i % 2, (0, "TRUE", "")[i % 3]]
+                                                                      for i in range(n)])
+
+
+def segment(folder, n=10, values=(1, 2)):
+    rows = [[f"ct/{i}.nii.gz", f"masks/{i}.nii.gz"] for i in range(n)]
+    for i, (volume, name) in enumerate(rows):
+        scan(folder / volume)
+        mask(folder / name, values[i % len(values)])
+    write_csv(folder / "my.csv", "volume,mask", rows)
+
+
 WRITE = {"cc-ccii": cc_ccii, "luna16": luna16, "msd-lung": msd_lung, "covid-19-20": covid, "acdc": acdc,
-         "stoic": stoic, "ctrg": ctrg, "ct-rate-vocab": ct_rate, "ct-rate-retrieval": ct_rate}
+         "stoic": stoic, "ctrg": ctrg, "ct-rate-vocab": ct_rate, "ct-rate-retrieval": ct_rate,
+         "labels": labels, "segment": segment}
 
 
 def patients(items):
@@ -142,10 +158,10 @@ def numbers(items):
     return tuple(map(len, patients(items).values()))
 
 
-# ---------------------------------------------------------------------------------------- all nine
+# --------------------------------------------------------------------------------------------- all
 
 def test_the_table():
-    assert set(TASKS) == set(WRITE) and len(TASKS) == 9
+    assert set(TASKS) == set(WRITE) and len(TASKS) == 11
     for task in TASKS.values():
         assert task.kind in ("classify", "segment", "report", "prompt", "retrieve")
         assert task.view in ("whole", "slices", "cube", "box", "patch")
@@ -165,7 +181,8 @@ def test_settings_are_all_that_a_network_needs(tmp_path):
 @pytest.mark.parametrize("name", TASKS)
 def test_every_set_loads_and_is_checked(name, tmp_path, command):
     WRITE[name](tmp_path)
-    items, task = load_task(name, tmp_path), TASKS[name]
+    items = load_task(name, tmp_path)
+    task = data.with_classes(TASKS[name], items)
     assert [item[:5] for item in items] == [item[:5] for item in load_task(name, str(tmp_path))]     # seeded
     assert all(numbers(items))
     assert len({item.id for item in items}) == len(items)
@@ -641,6 +658,125 @@ def test_ct_rate_manifest(tmp_path):
               [[f"{i}.nii.gz", "Fine.", ("valid", "test")[i % 2], "p"] for i in range(10)])
     with pytest.raises(ValueError, match="the patient p in valid and in test"):
         load_task("ct-rate-retrieval", path)
+
+
+# ------------------------------------------------------------------------------------- one's own data
+
+def own(folder, columns, rows):
+    """Scans of one's own with these columns beside the volume"""
+    for i in range(len(rows)):
+        scan(folder / f"{i}.nii.gz")
+    return write_csv(folder / "my.csv", f"volume,{columns}", [[f"{i}.nii.gz", *row] for i, row in enumerate(rows)])
+
+
+def test_columns_of_labels(tmp_path, caplog):
+    caplog.set_level("INFO")
+    unknown = ("", "-1", "nan", "N/A")
+    rows = [[f"P{i // 2}", i % 2, ("True", "false", "1.0", "0", unknown[i // 5 % 4])[i % 5], 20 + i, "A",
+             "", int(i == 3), "" if i == 11 else 1 - i % 2, "first"] for i in range(40)]
+    rows[7][1] = rows[7][2] = rows[7][6] = rows[7][7] = ""      # nothing is known of it
+    path = own(tmp_path, "patient,one,two,age,scanner,empty,rare,lung_nodule,report", rows)
+    items = load_task("labels", path)
+    assert items[0].classes == ("one", "two", "rare", "Lung nodule")
+    assert "labels one, two, rare, Lung nodule; no labels age, scanner, empty" in caplog.text
+    assert [item.id for item in items] == [f"{i}.nii.gz" for i in range(40) if i != 7]
+    assert "left out 1 of 40 items without a label: 7.nii.gz" in caplog.text
+    for item in items:
+        i = int(item.id.split(".")[0])
+        two = (1, 0, 1, 0, np.nan)[i % 5]
+        expected = [i % 2, two, i == 3, np.nan if i == 11 else 1 - i % 2]
+        assert np.array_equal(item.labels, np.float32(expected), equal_nan=True) and item.patient == f"P{i // 2}"
+    assert all(patients(items).values())
+    assert len({tuple(sorted(patients(load_task("labels", path, fold))["test"])) for fold in range(5)}) == 5
+    [*warnings] = re.findall("found 0 of .* with the class (.*): it cannot be (.*)", caplog.text)
+    assert {name for name, _ in warnings} == {"rare"}           # one patient has it: it lacks in two parts
+    assert len(load_task("labels", tmp_path)) == 39             # the folder of the only .csv
+
+
+def test_a_fifth_is_drawn_of_each_label(tmp_path):
+    items = load_task("labels", own(tmp_path, "ill", [[int(i % 5 == 0)] for i in range(50)]))
+    assert numbers(items) == (31, 9, 10)
+    assert [sum(item.labels[0] for item in items if item.split == split) for split in data.SPLITS] == [6, 2, 2]
+
+
+def test_the_split_of_a_manifest_counts(tmp_path):
+    parts = ("train", "val", "test", "train")
+    path = own(tmp_path, "ill,split", [[int(i % 8 < 4), parts[i % 4]] for i in range(40)])
+    assert numbers(load_task("labels", path)) == (20, 10, 10)
+    assert [item.split for item in load_task("labels", path)][:4] == ["train", "valid", "test", "train"]
+    with pytest.raises(ValueError, match="my.csv: found --fold 1, but a column split, expected no --fold"):
+        load_task("labels", path, fold=1)
+    path = own(tmp_path, "ill,split", [[int(i % 8 < 4), "val" if i % 4 == 1 else "train"] for i in range(40)])
+    assert numbers(load_task("labels", path)) == (24, 6, 10)    # that of validation is the one to report on
+    path = own(tmp_path, "ill,split,patient", [[i % 2, ("train", "test")[i > 20], "P"] for i in range(40)])
+    with pytest.raises(ValueError, match="the patient P in train and in test"):
+        load_task("labels", path)
+
+
+@pytest.mark.parametrize("columns, cell, message", [
+    ("ill", "2", "my.csv, line 6: found ill '2', expected 0, 1 or, where it is unknown, -1 or nothing, as in 39 other rows"),
+    ("Cardiomegaly", "maybe", "my.csv, line 6: found Cardiomegaly 'maybe', expected a number: 0, 1"),
+])
+def test_a_cell_that_is_no_label_is_named(tmp_path, columns, cell, message):
+    rows = [[i % 2] for i in range(40)]
+    rows[4] = [cell]
+    with pytest.raises(ValueError, match=message):
+        load_task("labels", own(tmp_path, columns, rows))
+
+
+def test_bad_sets_of_labels(tmp_path):
+    path = own(tmp_path, "age", [[i] for i in range(10, 30)])
+    with pytest.raises(ValueError, match=r"my.csv: found no label column \(but \['age'\]\), expected one at least"):
+        load_task("labels", path)
+    path = own(tmp_path, "ill", [[1] for i in range(20)])
+    with pytest.raises(ValueError, match="found 12 of 12 items of the part train with the class ill, expected some with and"):
+        load_task("labels", path)
+    write_csv(tmp_path / "other.csv", "volume,ill", [])
+    with pytest.raises(ValueError, match=r"found \['my.csv', 'other.csv'\], expected one manifest .csv"):
+        load_task("labels", tmp_path)
+    with pytest.raises(ValueError, match="no label column"):
+        load_task("labels", tmp_path / "other.csv")
+
+
+def test_classes_of_masks(tmp_path, monkeypatch):
+    segment(tmp_path, values=(1, 3, 2))
+    items = load_task("segment", tmp_path, cache=tmp_path / "cache")
+    task = data.with_classes(TASKS["segment"], items)
+    assert task.classes == ("1", "2", "3") and numbers(items) == (6, 2, 2)
+    assert set(np.unique(data.prepare(items[1], task, tmp_path / "cache")[1])) == {0, 3}
+    monkeypatch.setattr(data, "process_map", None)              # the masks are read once
+    assert load_task("segment", tmp_path, cache=tmp_path / "cache")[0].classes == task.classes
+    monkeypatch.undo()
+    mask(tmp_path / "masks" / "0.nii.gz", 4)                    # but those that changed
+    assert load_task("segment", tmp_path, cache=tmp_path / "cache")[0].classes == ("1", "2", "3", "4")
+
+
+def test_bad_masks_of_ones_own(tmp_path):
+    segment(tmp_path, values=(255,))
+    with pytest.raises(ValueError, match=r"found the values \[0.0, 255.0\] in all masks, expected 0 \(background\), 1"):
+        load_task("segment", tmp_path, cache=tmp_path)
+    segment(tmp_path, values=(0,))
+    with pytest.raises(ValueError, match=r"found the values \[0.0\] in all masks"):
+        load_task("segment", tmp_path, cache=tmp_path)
+    segment(tmp_path)
+    (tmp_path / "masks" / "3.nii.gz").unlink()
+    with pytest.raises(ValueError, match="found no mask for 1 of 10 cases: .*3.nii.gz, expected one for each"):
+        load_task("segment", tmp_path, cache=tmp_path)
+    write_csv(tmp_path / "my.csv", "volume,mask", [["ct/0.nii.gz", "masks/0.nii.gz"], ["ct/1.nii.gz", ""]])
+    with pytest.raises(ValueError, match="found no mask for 1 of 2 cases: ct/1.nii.gz"):
+        load_task("segment", tmp_path, cache=tmp_path)
+    write_csv(tmp_path / "my.csv", "volume,report", [["ct/0.nii.gz", "Fine."]])
+    with pytest.raises(ValueError, match=r"expected also \['mask'\]"):
+        load_task("segment", tmp_path, cache=tmp_path)
+
+
+def test_reports_are_generated_for_labelled_sets_too(tmp_path):
+    path = own(tmp_path, "report,split,Lung nodule", [[f"Report {i}.", ("train", "test")[i > 6], i % 2] for i in range(10)])
+    items = load_task("ctrg", path)
+    assert numbers(items) == (5, 2, 3) and items[1].labels[data.LABELS.index("Lung nodule")] == 1
+    ct_rate(tmp_path / "ct_rate")
+    items = load_task("ctrg", tmp_path / "ct_rate")
+    assert items[0].report == "Fine.\nWell." and len(items[0].labels) == 18 and all(numbers(items))
 
 
 # --------------------------------------------------------------- what other tools write and leave behind
