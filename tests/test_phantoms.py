@@ -13,6 +13,7 @@ import SimpleITK as sitk
 from scipy import ndimage
 
 import data
+import eval as evaluation
 import phantoms
 from phantoms import FINDINGS, TASK_DEMOS, phantom
 
@@ -486,7 +487,8 @@ def test_prompts_are_sentences_of_reports():
              for word in phantoms.describe(label, (None, None), 20, is_present, np.random.default_rng(seed)).split()}
     for number, label in enumerate(phantoms.FINDINGS):
         positive, negative = phantoms.prompts(label)
-        assert phantoms.stated_finding(positive) == number and phantoms.stated_finding(negative) is None
+        assert np.flatnonzero(evaluation.findings(positive)) == [number]
+        assert not evaluation.findings(negative).any()
         assert {*positive.lower().strip(".").split(), *negative.lower().strip(".").split()} <= words
     assert data.demo_prompts() == [text for label in data.LABELS for text in phantoms.prompts(label)]
     assert phantoms.prompts("Cardiomegaly") == ["There is some cardiomegaly.", "There is no cardiomegaly."]
