@@ -2225,8 +2225,8 @@ def make_cache(args):
                     summary = f"{len(problems)} of {len(mine)} volumes are wrong, more than 5 %:"
                     raise ValueError("\n  ".join([summary, *problems[:5]]))
                 if n == 2 * args.workers < len(todo):
-                    hours = (time.perf_counter() - started) * (len(todo) / n - 1) / 3600
-                    tqdm.write(f"by the first {n}, the others will take {hours:.2f} hours")
+                    seconds = (time.perf_counter() - started) * (len(todo) / n - 1)
+                    tqdm.write(f"as fast as the first {n}, the others take {tqdm.format_interval(seconds)}")
         for problem in sorted(problems):
             log.warning("left out %s", problem)
         _rows_of(folder, items, shard, own)
