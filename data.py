@@ -1159,9 +1159,10 @@ def _cache_rows(folder):
         with open(manifest, "rb") as lines:
             for line in lines:
                 if line.endswith(b"\n"):  # else it is being written, or was cut off
-                    with expecting(f"{manifest}, byte {place}", "a row of JSON"):
-                        row = json.loads(line)
-                    yield manifest, place, row
+                    try:
+                        yield manifest, place, json.loads(line)
+                    except json.JSONDecodeError as error:
+                        raise wrong(f"{manifest}, byte {place}", error, "a row of JSON") from None
                 place += len(line)
 
 
@@ -2171,8 +2172,7 @@ def _check_made(items, rows, folder, workers):
                         "the same id", f"one source of an id; {remedy}")
         if changed:
             log.warning("%s: it has changed since it was cached; %s", volume, remedy)
-    stale = [item.id for item in items if item.id in rows and
-             _described(item) != {key: rows[item.id][key] for key in _described(item)}]
+    stale = [item.id for item in items if rows.get(item.id, {}) != rows.get(item.id, {}) | _described(item)]
     if stale:
         log.warning("%s: keeps another report, split, patient or labels of %d volumes than the data: %s; %s",
                     folder, len(stale), shorten(stale), remedy)
