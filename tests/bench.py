@@ -471,7 +471,7 @@ def write_cache(folder, volumes, size):
             phantoms.write_demo(drawn, 64)
             table, column = Path(drawn, "manifest.csv"), "report"
         with open(table, newline="", encoding="utf-8") as file:
-            said = [json.dumps({"split": "train", "report": row[column], "labels": [float(row.get(name) or 0) for name in names]})[1:]
+            said = [json.dumps({"split": "train", "labels": [float(row.get(name) or 0) for name in names], "report": row[column]})[1:]
                     for row in csv.DictReader(file)]
     data.begin_cache(folder, size, "auto")
     rng = np.random.default_rng(0)
