@@ -2,31 +2,37 @@
 
     python data.py check --data X                    a table of volumes; exits 1 on a problem
     python data.py check --task T --data DIR         the same for one of the tasks
-    python data.py cache --data X --cache DIR        preprocess every volume; also with --task T
+    python data.py cache --data X --out DIR          preprocess every volume: DIR is a data set of its own
+    python data.py cache --task T --data DIR         prepare the scans of a task in the folder of --cache
     python data.py demo --out DIR --n 64             write synthetic chests with reports
     python data.py demo --task luna16 --out DIR      write a synthetic set in that task's own layout
 
 X is a manifest .csv (`volume,report[,split][,patient][,label columns]`, paths relative to it), a
-CT-RATE folder or a CTRG-Chest .json. First half: pre-training, in the order in which a volume walks
-through; second half: the tasks. Whatever is wrong with a file raises ValueError.
+CT-RATE folder, a CTRG-Chest .json or a folder that `cache --out` made. First half: pre-training, in the
+order in which a volume walks through; second half: the tasks. What is wrong with a file raises ValueError.
 B patients, D H W voxels (z, y, x), L report tokens, S sentences.
 """
 import argparse
 import contextlib
 import csv
 import functools
+import gc
 import hashlib
 import io
 import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import re
 import shutil
 import sys
-import tempfile
+import threading
+import time
+import uuid
 from collections import Counter, defaultdict
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
@@ -41,9 +47,13 @@ import torch.nn.functional as F
 from scipy.spatial.transform import Rotation
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from tqdm.contrib.concurrent import process_map
 
 import phantoms
+
+try:
+    import fcntl
+except ImportError:             # Windows
+    fcntl = None
 
 log = logging.getLogger("mg3d")
 
@@ -65,6 +75,7 @@ SPLIT_NAMES = {"train": "train", "training": "train", "val": "valid", "valid": "
 NO_TEXT = ("", "nan", "none", "null", "na", "n/a", "not given", "not given.")
 UNIT = r'(?im)^(?:(?:space )?units: *"|DistanceUnits *= *)(m|cm|um|microns?)\b'  # not mm
 ENDING = re.compile(r"\.(nii|nii\.gz|mha|mhd|nrrd|nhdr|npz|npy)$", re.IGNORECASE)  # of a volume
+CACHE_VERSION = 1               # of the folders that `data.py cache --out` writes
 DEMO_SIZE = 1430                # phantoms of --data demo: 1001 to train on, 429 held out
 
 
@@ -606,7 +617,8 @@ def mask_volume(size, mask_size, mask_ratio, generator):
 
 # ------------------------------------------------------------------------------------------ sets
 LAYOUTS = ("a manifest .csv (volume,report[,split][,patient][,label columns]), a CT-RATE folder "
-           "(train/…/*.nii.gz or .npz; reports, labels and metadata CSVs) or a CTRG-Chest .json")
+           "(train/…/*.nii.gz or .npz; reports, labels and metadata CSVs), a CTRG-Chest .json or a folder "
+           "of `data.py cache --out`")
 NUMBERS = (*LABELS, "RescaleSlope", "RescaleIntercept", "coordX", "coordY", "coordZ")
 COLUMNS = (*NUMBERS, *GEOMETRY, "split", "patient", "mask", "VolumeName", "Findings_EN",
            "Impressions_EN")
@@ -625,6 +637,26 @@ class Item(NamedTuple):
     centre: tuple | None = None       # (x, y, z) of a LUNA16 candidate, RAS mm
     geometry: tuple | None = None     # CT-RATE: the line of the metadata, and the texts of GEOMETRY there
     classes: tuple | None = None      # of a task whose classes its data tell
+
+
+class CachedItem(Item):
+    """An item of a cache folder. The fields `volume` and `report` hold the manifest and the place of a row
+    there: of a million reports none is kept in memory."""
+    __slots__ = ()
+
+    @property
+    def row(self):
+        with open(self[1], "rb") as manifest:
+            manifest.seek(self[2])
+            return json.loads(manifest.readline())
+
+    @property
+    def volume(self):
+        return self[1].parent / cache_name(self.id)
+
+    @property
+    def report(self):
+        return self[2] if isinstance(self[2], str) else self.row["report"]  # text after `_replace`
 
 
 def walk(folder):
@@ -853,7 +885,7 @@ def _note(notes, name, value, where):
         raise wrong(where, f"other values for {name}", f"those in {first}")
 
 
-def _ct_rate_items(folder):
+def _ct_rate_items(folder, with_absent=False):
     # By volume; what a CSV holds is told by its columns
     reports, labels, rescales, geometries = {}, {}, {}, {}
     files = find(folder, r".+\.(csv|nii|nii\.gz|npz)|no_chest.*\.txt")  # once: there are 50,000 folders
@@ -877,6 +909,9 @@ def _ct_rate_items(folder):
         raise wrong(folder, "no CSV with VolumeName, Findings_EN, Impressions_EN", LAYOUTS)
     no_chest = {Path(line).name.split(".")[0] for file in files if file.suffix.lower() == ".txt"
                 for line in read_text(file).splitlines()}
+    if with_absent:  # to be downloaded, or deleted
+        absent = sorted(reports.keys() - set(map(stem, files)))
+        files += [folder / f"{name}.nii.gz" for name in absent]
     items = []
     for file in files:
         name = stem(file)
@@ -888,17 +923,20 @@ def _ct_rate_items(folder):
             items.append(Item(name, file, reports[name][0], split, "_".join(name.split("_")[:2]),
                               labels.get(name, (None,))[0], rescales.get(name, (None,))[0],
                               geometry=(where, *texts)))
-    if len(items) < len(reports):  # most people have the CSVs of the whole and a part of the volumes
+    if len(items) < len(reports) and not with_absent:  # most people have the CSVs of the whole and a part of the volumes
         log.warning("%s: %d of %d reports have a volume here that no_chest_*.txt does not leave out",
                     folder, len(items), len(reports))
     return items
 
 
-def read_items(data, cache="cache"):
-    """All that a data set lists, good or not; see `load_items`"""
+def read_items(data, cache="cache", with_absent=False):
+    """All that a data set lists, good or not; with_absent: of CT-RATE also what is not there; see
+    `load_items`"""
     data = phantoms.write_demo(Path(cache, "demo"), DEMO_SIZE) if str(data) == "demo" else Path(data)
+    if is_cache(data):
+        return _cache_items(data)
     if data.is_dir():
-        return _ct_rate_items(data)
+        return _ct_rate_items(data, with_absent)
     if not data.is_file():
         raise wrong(data, "nothing there", LAYOUTS)
     is_json = read_text(data).lstrip().startswith(("{", "["))
@@ -925,15 +963,19 @@ def shorten(names):
     return ", ".join(map(str, names[:3])) + (" …" if len(names) > 3 else "")
 
 
-def with_a_file(items, source):
-    """The items whose volume is there. Others are named; more than 5 % of them are refused."""
-    exists = {volume: volume.exists() for volume in dict.fromkeys(item.volume for item in items)}
-    absent = [volume for volume in exists if not exists[volume]]
+def tell_absent(absent, n, source):
+    """Name those of n volumes that have no file; more than 5 % are refused."""
     if absent:
-        found = f"no file for {len(absent)} of {len(exists)} volumes: {shorten(absent)}"
-        if len(absent) > 0.05 * len(exists):
+        found = f"no file for {len(absent)} of {n} volumes: {shorten(absent)}"
+        if len(absent) > 0.05 * n:
             raise wrong(source, found, "at most 5 % to be missing")
         log.warning("%s: found %s; left out", source, found)
+
+
+def with_a_file(items, source):
+    """The items whose volume is there; see `tell_absent`"""
+    exists = {volume: volume.exists() for volume in dict.fromkeys(item.volume for item in items)}
+    tell_absent([volume for volume in exists if not exists[volume]], len(exists), source)
     return [item for item in items if exists[item.volume]]
 
 
@@ -941,7 +983,8 @@ def check_identities(items, source, side_of):
     """Refuse an item or a volume that is there twice, and a patient on two sides of a split."""
     seen, first = {}, {}
     for item in items:
-        for key in {item.id} if item.centre else {item.id, os.path.normpath(item.volume)}:
+        is_told_by_id = item.centre or isinstance(item, CachedItem)
+        for key in {item.id} if is_told_by_id else {item.id, os.path.normpath(item.volume)}:
             if key in seen:
                 raise wrong(source, f"{item.id} ({item.volume}) twice", f"it once, {seen[key].volume}")
             seen[key] = item
@@ -951,23 +994,28 @@ def check_identities(items, source, side_of):
                         "it in one of them")
 
 
-def keep_good(items, data):
-    """The items of `read_items` to train on; see `load_items`"""
-    check_identities(items, data, lambda item: item.split == "train")
-    items = with_a_file(items, data)
+def with_words(items, data):
+    """The items that have a report; the number of others is told."""
     silent = [item.id for item in items if not has_words(item.report)]
     if silent:
         log.warning("%s: left out %d of %d items with an empty report: %s", data, len(silent), len(items),
                     shorten(silent))
-    items = [item for item in items if has_words(item.report)]
+    return [item for item in items if has_words(item.report)]
+
+
+def keep_good(items, data):
+    """The items of `read_items` to train on; see `load_items`"""
+    check_identities(items, data, lambda item: item.split == "train")
+    if not is_cache(data):  # which holds good ones alone
+        items = with_words(with_a_file(items, data), data)
     if not items:
         raise wrong(data, "no item with a volume and a report", f"at least one in {LAYOUTS}")
     return items
 
 
 def load_items(data, cache="cache"):
-    """A manifest .csv, a CT-RATE folder or a CTRG-Chest .json -> list of Item. "demo": DEMO_SIZE phantoms,
-    written to CACHE/demo once. Items without a report, and up to 5 % without a file, are logged and left
+    """A manifest .csv, a CT-RATE folder, a CTRG-Chest .json or a cache folder -> list of Item. "demo":
+    DEMO_SIZE phantoms, written to CACHE/demo once. Items without a report, and up to 5 % without a file, are logged and left
     out; a volume twice, or a patient in train and elsewhere, is refused."""
     return keep_good(read_items(data, cache), data)
 
@@ -1002,14 +1050,19 @@ def cache_file(cache, volumes, *settings):
     return Path(cache) / f"{hashlib.sha1(repr((stats, settings)).encode()).hexdigest()}.npy"
 
 
-def save_array(path, array):
-    """Write an array whole or not at all."""
+def save_array(path, array, shard=""):
+    """Write an array whole or not at all. A kill may leave a file NAME[.SHARD].….part behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        temporary = Path(folder, path.name)
-        with open(temporary, "wb") as file:
+    part = path.with_name(f"{path.name}{shard and '.'}{shard}.{uuid.uuid4().hex}.part")
+    try:
+        with open(part, "wb") as file:
             np.save(file, array)
-        os.replace(temporary, path)
+            if shard:  # a row of a manifest relies on it
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def volume_file(item, cache, size=SIZE, hu="auto"):
@@ -1018,18 +1071,184 @@ def volume_file(item, cache, size=SIZE, hu="auto"):
                       item.geometry and item.geometry[1:])
 
 
+def _read_prepared(path, size):
+    try:
+        volume = np.load(path, mmap_mode="r", allow_pickle=False)
+        if volume.shape != (1, *size) or volume.dtype != np.float16:
+            raise ValueError(f"{volume.dtype} of shape {volume.shape}")
+        return torch.from_numpy(volume.astype(np.float32))
+    except (OSError, EOFError, ValueError) as error:
+        raise wrong(path, error, f"a preprocessed volume, float16 of shape {(1, *size)}") from None
+
+
+def make_volume(item, size=SIZE, hu="auto"):
+    """A raw volume, preprocessed: float16 (1, D, H, W) in [0, 1]"""
+    array, spacing, _ = to_ras(item.volume, *read_item(item))
+    array, _ = to_hounsfield(array, item.volume, hu, item.rescale)
+    return preprocess(array, spacing, size).half()
+
+
 def load_volume(item, cache=None, size=SIZE, hu="auto"):
     """The preprocessed volume of an item, float32 (1, D, H, W) in [0, 1], from the cache or made.
     It is rounded to float16 with and without a cache, so that both give the same numbers."""
+    if check_prepared([item], size, hu):
+        return _read_prepared(item.volume, size)
     path = volume_file(item, cache, size, hu) if cache and item.volume.exists() else None
     if path and path.exists():
-        return torch.from_numpy(np.load(path, mmap_mode="r", allow_pickle=False).astype(np.float32))
-    array, spacing, _ = to_ras(item.volume, *read_item(item))
-    array, _ = to_hounsfield(array, item.volume, hu, item.rescale)
-    volume = preprocess(array, spacing, size).half()
+        return _read_prepared(path, size)
+    volume = make_volume(item, size, hu)
     if path:
         save_array(path, volume.numpy())
     return volume.float()
+
+
+# A cache folder is a data set of its own: `<id>.npy`, a line of manifest-K-of-N.jsonl for each of them, and
+# cache.json, which tells how they were made. Rows of a manifest come after their volume, and only its shard
+# writes it, so that a kill leaves at most a volume without a row and a row that is cut off.
+
+def file_name(text):
+    """A text as the name of a file: what a system may refuse there is percent-encoded"""
+    return re.sub(r'[\x00-\x1f%/\\:*?"<>|]|^\.', lambda match: f"%{ord(match[0]):02X}", text)
+
+
+def cache_name(name):
+    """The file of a cache folder that holds the volume of an id"""
+    name = file_name(name)
+    if len(name.encode()) > 150:  # systems end at 255, temporary files have more behind
+        name = f"{name[:30]}%-{hashlib.sha1(name.encode()).hexdigest()}"
+    return f"{name}.npy"
+
+
+def is_cache(data):
+    return Path(data, "cache.json").exists()
+
+
+def read_cache(folder):
+    """cache.json of a cache folder"""
+    path = folder / "cache.json"
+    with expecting(path, "JSON as `data.py cache --out` writes it"):
+        made = json.loads(read_text(path))
+        version = made["version"]
+    if version != CACHE_VERSION:
+        raise wrong(path, f"a cache of version {version}", f"version {CACHE_VERSION}")
+    return made
+
+
+def preprocessing(size, hu):
+    """What cache.json tells of how volumes were made"""
+    return {"version": CACHE_VERSION, "size": list(size), "hu": hu, "crop": list(CROP),
+            "window": list(WINDOW), "dtype": "float16"}
+
+
+@functools.cache
+def check_settings(folder, size, hu):
+    """ValueError if the volumes of a cache folder were made in another way"""
+    made, wanted = read_cache(folder), preprocessing(size, hu)
+    differ = [key for key in wanted if made.get(key) != wanted[key]]
+
+    def say(settings):
+        texts = [re.sub(r"[][',]", "", str(settings.get(key))) for key in differ]
+        return ", ".join(f"{'--' * (key in ('size', 'hu'))}{key} {text}" for key, text in zip(differ, texts))
+    if differ:
+        raise wrong(folder, f"a cache made with {say(made)}", f"{say(wanted)}; give the flags that it was "
+                    "made with, or make another")
+
+
+def check_prepared(items, size, hu):
+    """Are these items of a cache folder? ValueError if it was made with another size or source of HU"""
+    is_prepared = bool(items) and isinstance(items[0], CachedItem)
+    if is_prepared:
+        check_settings(items[0].volume.parent, tuple(size), hu)
+    return is_prepared
+
+
+def _cache_rows(folder, with_report=True):
+    """All rows of a cache folder: (manifest, place of the row in it, row). Without the report, which comes
+    last, a million are read in half of the time."""
+    for manifest in sorted(folder.glob("manifest-*.jsonl")):
+        place = 0
+        with open(manifest, "rb") as lines:
+            for line in lines:
+                if line.endswith(b"\n"):  # else it is being written, or was cut off
+                    try:
+                        head = line if with_report else line.partition(b', "report": ')[0] + b"}"
+                        yield manifest, place, json.loads(head.decode())
+                    except json.JSONDecodeError as error:
+                        raise wrong(f"{manifest}, byte {place}", error, "a row of JSON") from None
+                place += len(line)
+
+
+def _size_and_time(volume):
+    """Bytes of all files of a volume, and the newest of their times in ns"""
+    stats = [file.stat() for file in files_of(volume)]
+    return [sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)]
+
+
+def _content_hash(volume):
+    """sha256 of the files of a volume in a row"""
+    content = hashlib.sha256()
+    for file in files_of(volume):
+        with open(file, "rb") as stream:
+            for block in iter(partial(stream.read, 1 << 20), b""):
+                content.update(block)
+    return content.hexdigest()
+
+
+def _looks_changed(source, volume):
+    return _size_and_time(volume) != [source["size"], source["mtime_ns"]]
+
+
+def has_changed(source_and_volume):
+    """Has a raw volume another content than the source of a row? Read only if size or time differ."""
+    source, volume = source_and_volume
+    return _looks_changed(source, volume) and _content_hash(volume) != source["sha256"]
+
+
+@functools.cache
+def _shared_labels(values):
+    return np.array(values, np.float32)  # None becomes NaN
+
+
+@contextlib.contextmanager
+def _without_gc():
+    """Looking again and again through a million objects, none of which is waste, takes as long as reading."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@_without_gc()
+def _cache_items(folder):
+    """The items of a cache folder, sorted by id. Of an id that a manifest has twice the last row counts."""
+    volumes, items, suspects = read_cache(folder).get("volumes", 0), {}, []
+    is_first = os.environ.get("RANK", "0") == "0"  # one process is enough to look for the raw files
+    for manifest, place, row in _cache_rows(folder, with_report=False):
+        name, source = row["id"], row["source"]
+        other = items.get(name)
+        if other and other[1] != manifest and other.row["source"]["sha256"] != source["sha256"]:
+            raise wrong(manifest, f"{name} of {source['path']}",
+                        f"one source of it, {other.row['source']['path']} in {other[1]}")
+        labels = row["labels"] and _shared_labels(tuple(row["labels"]))
+        patient = sys.intern(row["patient"])
+        items[name] = CachedItem(name, manifest, place, row["split"], patient, labels)
+        if is_first and os.path.exists(source["path"]) and _looks_changed(source, Path(source["path"])):
+            suspects.append(source)
+    names = set(os.listdir(folder))  # a question for each of a million files would take long
+    absent = {name for name in items if cache_name(name) not in names}
+    tell_absent(sorted(absent), len(items), folder)
+    changed = [source["path"] for source in suspects[:100] if has_changed((source, Path(source["path"])))]
+    if changed:
+        log.warning("%s: %d raw volumes have changed since: %s", folder, len(changed), shorten(changed))
+    if len(suspects) > 100:
+        log.warning("%s: %d more raw volumes have another size or time; `data.py cache` compares the content",
+                    folder, len(suspects) - 100)
+    items = [items[name] for name in sorted(items.keys() - absent)]
+    if len(items) < volumes:
+        log.warning("%s: holds %d of %d volumes: `data.py cache` has not made the others", folder, len(items),
+                    volumes)
+    return items
 
 
 def lesions(item, size):
@@ -1120,18 +1339,55 @@ def collate(examples, pad_id=0):
     return batch
 
 
+def keep_apart(order, patients, size):
+    """Swap volumes of an epoch, in place, until no batch holds two of one patient, where that can be.
+
+    order (n,): indices of volumes, batches of `size` in a row, the rest is dropped; patients (n,): numbers.
+    """
+    kept = len(order) // size * size
+    batches, rest = order[:kept].reshape(-1, size), order[kept:]        # views
+    counts = np.bincount(patients[order[:kept]], minlength=len(patients))
+    for k in range(len(rest)) if counts.max() > len(batches) else ():  # drop some of such a patient
+        crowded = np.flatnonzero(counts[patients[order[:kept]]] > len(batches))
+        if len(crowded) and counts[patients[rest[k]]] < len(batches):
+            order[crowded[0]], rest[k] = rest[k], order[crowded[0]]
+            counts = np.bincount(patients[order[:kept]], minlength=len(patients))
+    place, by_patient = np.argsort(order), np.argsort(patients, kind="stable")
+    starts = np.searchsorted(patients[by_patient], np.arange(patients.max() + 2))
+    who = patients[batches]                             # (batches, size)
+    ordered = np.sort(who, 1)
+    for patient in np.unique(ordered[:, 1:][ordered[:, 1:] == ordered[:, :-1]]):
+        places = np.sort(place[by_patient[starts[patient]:starts[patient + 1]]])
+        rows = places[places < kept] // size
+        second = places[1:len(rows)][rows[1:] == rows[:-1]]
+        for i, row in zip(second, np.setdiff1d(np.arange(len(batches)), rows)):
+            # This batch has a volume of a patient that the other has not, or two of one: after every change
+            # of places fewer volumes are not alone.
+            fits = ~np.isin(who[row], who[i // size], kind="sort")
+            if not fits.any():
+                fits = (who[row, :, None] == who[row]).sum(1) > 1
+            j = row * size + fits.argmax()
+            order[[i, j]] = order[[j, i]]
+            place[order[[i, j]]] = i, j
+            who.flat[[i, j]] = who.flat[[j, i]]
+
+
 class Batches:
     """Batch sampler without end, from step `start`: lists of (index, step) for one of `world` processes.
     An epoch is a permutation seeded by (seed, epoch), cut into global batches of batch_size · world; the
-    rest is dropped. W processes with batch B see, in rank order, what one sees with W·B."""
-    # NOTE(paper): reconstructions of one scan are separate volumes, negatives in a batch of each other.
+    rest is dropped. W processes with batch B see, in rank order, what one sees with W·B. patients: one of
+    each volume; see `keep_apart`."""
+    # NOTE(paper): reconstructions of one scan are separate volumes. In one batch they would be negatives of
+    # each other.
 
-    def __init__(self, n, batch_size, rank=0, world=1, seed=0, start=0):
+    def __init__(self, n, batch_size, rank=0, world=1, seed=0, start=0, patients=()):
         if batch_size * world > n:
             needed = f"{batch_size} x {world} = {batch_size * world}"
             raise ValueError(f"found {n} volumes, expected at least a global batch of {needed}")
         self.n, self.batch_size, self.rank, self.world = n, batch_size, rank, world
         self.seed, self.start = seed, start
+        numbers = {}
+        self.patients = np.array([numbers.setdefault(name, len(numbers)) for name in patients])
 
     def __iter__(self):
         epoch_of_order = None
@@ -1139,6 +1395,8 @@ class Batches:
             epoch, batch = divmod(step, self.n // (self.batch_size * self.world))
             if epoch != epoch_of_order:
                 order = np.random.default_rng((self.seed, epoch)).permutation(self.n)
+                if len(self.patients):
+                    keep_apart(order, self.patients, self.batch_size * self.world)
                 epoch_of_order = epoch
             first = (batch * self.world + self.rank) * self.batch_size
             yield [(int(index), step) for index in order[first:first + self.batch_size]]
@@ -1489,7 +1747,7 @@ def _demo(epochs, batch_size, size=(32, 32, 32), lr=1e-3, **more):
 # and covid-19-20. msd-lung is not cropped to the foreground; patches without foreground are drawn in the
 # body instead. luna16 has the LayerNorm of the others.
 OR_A_LIST = f", or a JSON {CASE_LIST} anywhere in the folder, or nnU-Net's imagesTr/*_0000, labelsTr/*"
-CT_RATE = "a CT-RATE folder (volumes, reports and labels CSVs) or a manifest .csv"
+CT_RATE = "a CT-RATE folder (volumes, reports and labels CSVs), a cache folder of it or a manifest .csv"
 MILD = {"affine": .3, "zoom": .3, "scale": .3, "shift": .3}
 SEGMENT_DEMO = _demo(15, 1, spacing=(6., 6., 6.), eval_every=5)
 TASKS = {
@@ -1617,6 +1875,8 @@ def load_task(name, folder, fold=0, seed=0, cache="cache"):
             phantoms.write_task_demo(name, folder.with_suffix(".part")).rename(folder)
     if not folder.exists():
         raise wrong(folder, "nothing there", task.layout)
+    if is_cache(folder) and task.records is not _ct_rate_task_items:
+        raise wrong(folder, f"a cache of preprocessed volumes, whose raw scans {name} needs", task.layout)
     if fold and task.records in (_luna16_items, _ctrg_task_items, _ct_rate_task_items):
         raise wrong(folder, f"--fold {fold}, but one split of its own and no folds", "no --fold")
     items = with_a_file(task.records(folder, fold), folder)
@@ -1871,9 +2131,32 @@ def by_volume(items):
     return groups
 
 
+def _begin_worker():
+    """One thread is enough for a worker, and without its main process it would wait for ever."""
+    def end():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    torch.set_num_threads(1)
+    threading.Thread(target=end, daemon=True).start()
+
+
+def in_processes(job, jobs, workers, name, ordered=True):
+    """Yield job(x) for each of a list, from `workers` processes, in order or as they come."""
+    with ProcessPoolExecutor(max(1, workers), initializer=_begin_worker) as pool:
+        futures = [pool.submit(job, one) for one in jobs]
+        try:
+            for future in tqdm(futures if ordered else as_completed(futures), desc=name, unit="scan",
+                               total=len(futures), disable=None):
+                yield future.result()
+        except BrokenProcessPool:
+            killed = "that one was killed, probably for want of memory"
+            raise wrong(f"--workers {workers}", killed, "fewer") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 def _problem(items, task, cache, size, hu):
     """Put the volume of these items into the cache -> what is wrong with it, or None"""
-    torch.set_num_threads(1)
     try:
         if task is None or task.view == "whole":
             size, hu = (task.size, task.hu) if task else (size, hu)
@@ -1891,15 +2174,12 @@ def _problem(items, task, cache, size, hu):
 def prepare_all(items, cache="cache", workers=1, task=None, size=SIZE, hu="auto"):
     """Put every volume into the cache, in `workers` processes -> the items that are good.
     A volume that is wrong is named and left out; ValueError if that happens to more than 5 %."""
+    if check_prepared(items, task.size if task else size, hu):
+        return items
     groups = by_volume(items)
     task = task and task._replace(records=None)  # other processes need not know this function
     job = partial(_problem, task=task, cache=cache, size=size, hu=hu)
-    try:
-        problems = process_map(job, groups.values(), max_workers=max(1, workers), chunksize=1,
-                               desc="prepare", unit="scan", disable=None)
-    except BrokenProcessPool:
-        killed = "that one was killed, probably for want of memory"
-        raise wrong(f"--workers {workers}", killed, "fewer") from None
+    problems = in_processes(job, groups.values(), workers, "prepare")
     bad = {volume: problem for volume, problem in zip(groups, problems) if problem}
     if len(bad) > 0.05 * len(groups):
         summary = f"{len(bad)} of {len(groups)} scans are wrong, more than 5 %:"
@@ -1907,6 +2187,15 @@ def prepare_all(items, cache="cache", workers=1, task=None, size=SIZE, hu="auto"
     for problem in sorted(bad.values()):
         log.warning("left out %s", problem)
     return [item for item in items if item.volume not in bad]
+
+
+def check_space(folder, volumes, size):
+    """What so many volumes will take of a disk, in words. ValueError if it has less."""
+    needed = volumes * math.prod(size) * 2 / 1e9
+    free = shutil.disk_usage(folder).free / 1e9
+    if needed > free:
+        raise wrong(folder, f"{free:.2f} GB free", f"{needed:.2f} GB for {volumes} volumes")
+    return f"{needed:.2f} GB of {free:.2f} GB free"
 
 
 def fill_cache(args):
@@ -1921,19 +2210,173 @@ def fill_cache(args):
     args.cache.mkdir(parents=True, exist_ok=True)
     if task is None or task.view == "whole":
         missing = sum(not volume_file(item, args.cache, size, args.hu).exists() for item in items)
-        needed = missing * math.prod(size) * 2 / 1e9
-        free = shutil.disk_usage(args.cache).free / 1e9
         print(f"{len(items)} volumes, {len(items) - missing} of them in {args.cache}; the rest takes "
-              f"{needed:.2f} GB of {free:.2f} GB free")
-        if needed > free:
-            raise wrong(args.cache, f"{free:.2f} GB free", f"{needed:.2f} GB")
+              f"{check_space(args.cache, missing, size)}")
     good = prepare_all(items, args.cache, args.workers, task, size, args.hu)
     print(f"{len(good)} of {len(items)} items are ready in {args.cache}")
+
+
+def read_shard(text):
+    """"3/16" -> "3-of-16", and which of the numbers that `_number_of` gives to ids are its own"""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    k, n = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= k <= n:
+        raise wrong("--shard", text, "a shard from 1/n to n/n, such as 3/16")
+    return f"{k}-of-{n}", range(*[-(-i * 2 ** 32 // n) for i in (k - 1, k)])
+
+
+def _number_of(name):
+    """Of an id, below 2^32. It alone tells the shard: neither the order nor what else is listed matters."""
+    return int(hashlib.sha1(name.encode()).hexdigest()[:8], 16)
+
+
+def _write_settings(folder, settings, put):
+    part = folder / f".{uuid.uuid4().hex}.part"
+    try:
+        with open(part, "w") as file:
+            json.dump(settings, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        put(part, folder / "cache.json")
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def begin_cache(folder, size, hu):
+    """Make a cache folder, or see that one was begun in the same way."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [name for name in os.listdir(folder) if not is_hidden(name)]
+    if not is_cache(folder):
+        if files:
+            raise wrong(folder, f"other files, such as {files[0]}", "a new folder for the cache, or one")
+        with contextlib.suppress(FileExistsError):  # another shard was faster: its settings stay
+            _write_settings(folder, preprocessing(size, hu), os.link)
+    check_settings(folder, tuple(size), hu)
+
+
+@contextlib.contextmanager
+def claim_shard(folder, shard, own):
+    """The manifest of a shard, to be written, without what a kill left. ValueError if another process makes
+    volumes whose numbers are in `own`, of whatever shard."""
+    with open(folder / ".lock", "ab") as lock, open(folder / f"manifest-{shard}.jsonl", "ab+") as manifest:
+        try:
+            if fcntl:  # a range of the file stands for that of the ids; the end of a process frees it
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, len(own), own.start)
+        except (BlockingIOError, PermissionError):
+            raise wrong(folder, f"another process that makes volumes of the shard {shard}",
+                        "it to end first") from None
+        except OSError as error:
+            log.warning("%s: cannot be locked (%s): see to it that no shard runs twice", folder, error)
+        manifest.seek(0)
+        manifest.truncate(sum(len(line) for line in manifest if line.endswith(b"\n")))
+        for part in folder.glob(f"*.{shard}.*.part"):
+            part.unlink()
+        yield manifest
+
+
+def _cache_volume(item, folder, shard, size, hu):
+    """Put a volume into a cache folder -> its row of the manifest, or a text on what is wrong with it"""
+    try:
+        size_and_time = _size_and_time(item.volume)
+        content = _content_hash(item.volume)
+        volume = make_volume(item, size, hu)
+    except (ValueError, OSError) as error:
+        return str(error)
+    save_array(folder / cache_name(item.id), volume.numpy(), shard)
+    source = {"path": str(item.volume.resolve()), **dict(zip(("size", "mtime_ns"), size_and_time)),
+              "sha256": content}
+    return {"source": source} | _described(item)
+
+
+def _described(item):
+    """What a row says of an item beside its source"""
+    labels = item.labels
+    if labels is not None:
+        labels = [None if math.isnan(value) else value for value in labels.tolist()]
+    return {"id": item.id, "split": item.split, "patient": item.patient, "labels": labels,
+            "report": item.report}
+
+
+def _check_made(items, rows, folder, workers):
+    """Tell which volumes that a cache folder has are another now, and refuse another source of an id."""
+    there = [item for item in items if item.id in rows and item.volume.exists()]
+    there = [item for item in there if _looks_changed(rows[item.id]["source"], item.volume)]
+    pairs = [(rows[item.id]["source"], item.volume) for item in there]
+    remedy = f"to make it anew, delete its row in {folder}"
+    for (source, volume), changed in zip(pairs, in_processes(has_changed, pairs, workers, "compare")):
+        if changed and source["path"] != str(volume.resolve()):
+            raise wrong(volume, f"another content than that of {source['path']}, from which {folder} has "
+                        "the same id", f"one source of an id; {remedy}")
+        if changed:
+            log.warning("%s: it has changed since it was cached; %s", volume, remedy)
+    stale = [item.id for item in items if rows.get(item.id, {}) != rows.get(item.id, {}) | _described(item)]
+    if stale:
+        log.warning("%s: keeps another report, split, patient or labels of %d volumes than the data: %s; %s",
+                    folder, len(stale), shorten(stale), remedy)
+
+
+def _rows_of(folder, items, shard, own):
+    """{id: row if the shard's own, else None} of what a cache folder holds; says how much of `items`"""
+    names = set(os.listdir(folder))
+    rows = {row["id"]: row if _number_of(row["id"]) in own else None for _, _, row in _cache_rows(folder)}
+    rows = {name: row for name, row in rows.items() if cache_name(name) in names}
+    mine = [item.id for item in items if _number_of(item.id) in own]
+    done = sum(item.id in rows for item in items)
+    print(f"{folder}: {sum(name in rows for name in mine)} of {len(mine)} volumes of the shard {shard}, "
+          f"{done} of {len(items)} of all shards; {len(items) - done} still lack", flush=True)
+    return rows
+
+
+def make_cache(args):
+    """Add to OUT what it lacks of a shard of the data. A volume that is wrong is named and left out."""
+    (shard, own), folder, size = read_shard(args.shard or "1/1"), args.out, tuple(args.size)
+    if is_cache(args.data):
+        raise wrong(args.data, "a cache folder", "raw volumes")
+    items = with_words(read_items(args.data, args.cache, with_absent=True), args.data)
+    check_identities(items, args.data, lambda item: item.split == "train")
+    begin_cache(folder, size, args.hu)
+    with claim_shard(folder, shard, own) as manifest:
+        rows = _rows_of(folder, items, shard, own)
+        if not any(item.id in rows or item.volume.exists() for item in items):
+            raise wrong(args.data, f"no file for any of {len(items)} volumes", "one at least")
+        volumes = len(rows.keys() | {item.id for item in items})
+        if read_cache(folder).get("volumes") != volumes:
+            _write_settings(folder, preprocessing(size, args.hu) | {"volumes": volumes}, os.replace)
+        mine = [item for item in items if _number_of(item.id) in own]
+        _check_made(mine, rows, folder, args.workers)
+        lacking = [item for item in mine if item.id not in rows]
+        todo = [item for item in lacking if item.volume.exists()]
+        print(f"to make: {len(todo)} volumes, {check_space(folder, len(todo), size)}; there is no file here for "
+              f"{len(lacking) - len(todo)} that lack", flush=True)
+        job = partial(_cache_volume, folder=folder, shard=shard, size=size, hu=args.hu)
+        started, problems = time.perf_counter(), []
+        with contextlib.closing(in_processes(job, todo, args.workers, "cache", ordered=False)) as results:
+            for n, result in enumerate(results, 1):
+                if isinstance(result, str):
+                    problems.append(result)
+                else:
+                    manifest.write(json.dumps(result).encode() + b"\n")
+                    manifest.flush()
+                    os.fsync(manifest.fileno())
+                if len(problems) > 0.05 * len(mine):
+                    summary = f"{len(problems)} of {len(mine)} volumes are wrong, more than 5 %:"
+                    raise ValueError("\n  ".join([summary, *problems[:5]]))
+                if n == 2 * args.workers < len(todo):
+                    seconds = (time.perf_counter() - started) * (len(todo) / n - 1)
+                    tqdm.write(f"as fast as the first {n}, the others take {tqdm.format_interval(seconds)}")
+        for problem in sorted(problems):
+            log.warning("left out %s", problem)
+        _rows_of(folder, items, shard, own)
 
 
 def _check_volume(items, task, hu):
     """A line of the table of `check`, for the items of one volume"""
     item = items[0]
+    if isinstance(item, CachedItem):
+        made = read_cache(item.volume.parent)
+        volume = load_volume(item, None, made["size"], made["hu"])[0]
+        shape = "x".join(map(str, volume.shape))
+        return f"{shape:>13} {'':17} {'':4} {f'{volume.min():.2f}..{volume.max():.2f}':>13}  preprocessed"
     xyz, stored_affine = read_item(item)
     array, spacing, affine = to_ras(item.volume, xyz, stored_affine)
     note = "no CT: z-score"
@@ -1950,6 +2393,14 @@ def _check_volume(items, task, hu):
     return f"{shape:>13} {mm:>17} {axes:4} {values:>13}  {note}"
 
 
+def _check_scan(items, task, hu):
+    """The line of `_check_volume` and True, or what is wrong and False"""
+    try:
+        return _check_volume(items, task, hu), True
+    except ValueError as error:
+        return f"PROBLEM {error}", False
+
+
 def check(args):
     """Print what the data hold and a line for each of the first --limit volumes -> number of problems."""
     task = TASKS.get(args.task)
@@ -1963,13 +2414,10 @@ def check(args):
     print(f"{'volume':32} {'z, y, x':>13} {'spacing (mm)':>17} {'axes':4} {'values':>13}  note")
     scans = list(by_volume(items).values())[:args.limit]
     problems = 0
-    for scan in tqdm(scans, unit="scan", disable=None):
+    job = partial(_check_scan, task=task and task._replace(records=None), hu=args.hu)
+    for scan, (line, is_good) in zip(scans, in_processes(job, scans, args.workers, "check")):
         item = scan[0]
-        try:
-            line = _check_volume(scan, task, args.hu)
-        except ValueError as error:
-            problems += 1
-            line = f"PROBLEM {error}"
+        problems += not is_good
         if item.report:
             words, sentences = len(item.report.split()), len(split_sentences(item.report))
             line += f"; {words} words in {sentences} sentences"
@@ -1998,7 +2446,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("command", choices=("check", "cache", "demo"))
-    add("--data", type=Path, help="manifest .csv, CT-RATE folder, CTRG-Chest .json, or demo")
+    add("--data", type=Path, help="manifest .csv, CT-RATE folder, CTRG-Chest .json, cache folder, or demo")
     add("--task", choices=TASKS, help="--data is the folder of this task in its native layout")
     add("--fold", type=int, default=0, help="fold of --task that is the test part")
     add("--cache", type=Path, default=Path("cache"), metavar="DIR", help="of prepared volumes")
@@ -2006,8 +2454,9 @@ def main():
     add("--hu", choices=("auto", "header", "csv"), default="auto",
         help="Hounsfield units: told from the values, as stored, or rescaled by the metadata CSV")
     add("--limit", type=int, metavar="N", help="check: read only the first N volumes")
-    add("--workers", type=int, default=os.cpu_count(), help="cache: processes")
-    add("--out", type=Path, metavar="DIR", help="demo: the folder to write")
+    add("--workers", type=int, default=os.cpu_count(), help="cache, check: processes")
+    add("--out", type=Path, metavar="DIR", help="the folder to write; cache: a data set of its own")
+    add("--shard", metavar="K/N", help="cache --out: make part K of N alone; others may run at once")
     add("--n", type=int, help="demo: patients; by default 64, or as many as the task needs")
     add("--seed", type=int, default=0, help="demo: the same seed gives the same bytes")
     args = parser.parse_args()
@@ -2017,10 +2466,14 @@ def main():
         needed = "out" if args.command == "demo" else "data"
         if getattr(args, needed) is None:
             raise wrong(args.command, f"no --{needed}", "it")
+        if args.shard and (args.command != "cache" or not args.out):
+            raise wrong(f"--shard {args.shard}", "no folder of `cache --out DIR`", "one, of which it makes a part")
+        if args.command == "cache" and args.task and args.out:
+            raise wrong("cache", "--task and --out", "one: scans of a task go into the folder of --cache")
         if args.command == "check":
             sys.exit(int(check(args) > 0))
         elif args.command == "cache":
-            fill_cache(args)
+            make_cache(args) if args.out else fill_cache(args)
         elif args.task:
             print(phantoms.write_task_demo(args.task, args.out, args.n, args.seed))
         else:

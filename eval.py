@@ -1087,9 +1087,8 @@ def _write_csv(path, header, rows):
 
 
 def _file_name(item):
-    """The id without its ending as the name of a file: what a system may refuse there is percent-encoded"""
-    name = data.ENDING.sub("", item.id)
-    return re.sub(r'[\x00-\x1f%/\\:*?"<>|]|^\.', lambda match: f"%{ord(match[0]):02X}", name)
+    """The id without its ending as the name of a file"""
+    return data.file_name(data.ENDING.sub("", item.id))
 
 
 def _file_names(items):
@@ -1527,6 +1526,7 @@ def evaluate_towers(run, items, args, score):
 def pairing_command(args):
     network, config = load_pretrained(args.checkpoint, DEVICE)
     held_out = [item for item in data.load_items(args.data, args.cache) if item.split != "train"]
+    data.check_prepared(held_out, config["size"], config["hu"])
     items = list({item.patient: item for item in held_out}.values())    # a second scan has the same report
     if len(items) < 2 or args.batch_size < 2:
         raise ValueError(f"{args.data}: found {len(items)} held-out patients and --batch_size "

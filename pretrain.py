@@ -26,7 +26,8 @@ def flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, epilog=f"In the demo: {DEMO}")
     on_off, kinds = argparse.BooleanOptionalAction, ["proposed", "classical"]
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="demo", help="demo, a manifest .csv, a CT-RATE folder, or a CTRG-Chest .json")
+    add("--data", default="demo", help="demo, a manifest .csv, a CT-RATE folder, a CTRG-Chest .json, or a "
+        "folder of `data.py cache --out`")
     add("--fraction", type=float, default=1.0, help="of the training volumes; in Table V 2.8K is 0.06")
     add("--size", type=int, nargs=3, metavar=("D", "H", "W"), help="voxels (z, y, x), multiples of 32")
     add("--permute_reports", action="store_true", help="control: train with the reports of "
@@ -519,12 +520,13 @@ def main(args, given):
     if rank > 0:
         dist.barrier()                                  # the first process writes the demo's files
     items = data.load_items(args.data, args.cache)
+    data.check_prepared(items, size, args.hu)
     train_items, held_out = choose_items(args, items)
     ids = hashlib.sha1("\n".join(item.id for item in train_items).encode()).hexdigest()
     if checkpoint and checkpoint["ids"] != ids:
         raise ValueError(f"--resume: {args.data} holds other training volumes than those the run began with")
     if args.text_encoder == "demo" and rank == 0 and not checkpoint:
-        phantoms.make_demo_text_encoder(out / "text_encoder", [item.report for item in train_items])
+        phantoms.make_demo_text_encoder(out / "text_encoder", (item.report for item in train_items))
     if rank == 0:
         dist.barrier()
     if args.permute_reports:
@@ -555,7 +557,8 @@ def main(args, given):
         data.pretraining_example, tokenizer=tokenizer, cache=args.cache, size=size, hu=args.hu,
         mask_size=args.mask_size, mask_ratio=args.mask_ratio, mlm_prob=args.mlm_prob)
     collate = functools.partial(data.collate, pad_id=tokenizer.pad_token_id)
-    batches = data.Batches(len(train_items), args.batch_size, rank, world, args.seed, step * args.accumulate)
+    batches = data.Batches(len(train_items), args.batch_size, rank, world, args.seed, step * args.accumulate,
+                           [item.patient for item in train_items])
     examples = data.Examples(train_items, make_example, args.seed)
     loader = DataLoader(examples, batch_sampler=batches, collate_fn=collate,
                         num_workers=args.workers, pin_memory=device.type == "cuda")

@@ -6,6 +6,7 @@
     python tests/bench.py loader                  reading, preprocessing, waiting for data, the start of a script
     python tests/bench.py growth --plot g.png     time and memory as volumes, batches and reports grow
     python tests/bench.py memory                  the largest batch for cards of 8 to 80 GB, computed from small batches
+    python tests/bench.py scale                   a cache folder of 50,000 and of 1,000,000 volumes, for one of 64 processes
     python tests/bench.py all
 
 Figures of encoder and growth are medians of --rounds measurements, each in a process of its own so that its peak memory is its
@@ -13,10 +14,13 @@ own, and those that are compared take turns (A B A B), since machines are noisy.
 loader in this one. Memory is the peak above what the process held before.
 """
 import argparse
+import contextlib
+import csv
 import functools
 import gzip
 import json
 import math
+import os
 import resource
 import shutil
 import statistics
@@ -32,7 +36,8 @@ sys.path.insert(0, str(ROOT))
 
 def flags():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["encoder", "small", "step", "loader", "growth", "memory", "all", "one"],
+    parser.add_argument("what", choices=["encoder", "small", "step", "loader", "growth", "memory", "scale", "all",
+                                               "one"],
                         help="one: for this script itself")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda runs in bf16 autocast (default: cpu)")
     parser.add_argument("--encoder", default="swin_b", choices=["swin_b", "swin_l", "swin_t"])
@@ -454,6 +459,104 @@ def memory_bench(args):
     table(["encoder", "--use_checkpoint", "GB, batch 1", "GB, batch 2", "batch in 8 GB", "in 12 GB", "in 24 GB", "in 80 GB"], rows)
 
 
+FILES = 128                                     # real .npy of a cache folder; its other names are links to them
+
+
+def write_cache(folder, volumes, size):
+    """A cache folder with the names of CT-RATE: real reports where there are some, else those of phantoms; links to few files"""
+    folder.mkdir()
+    with tempfile.TemporaryDirectory() as drawn:
+        table, column, names = Path(os.environ.get("MG3D_REAL_DATA", drawn), "reports", "ct_rate_800.csv"), "report_text", data.LABELS
+        if not table.exists():
+            phantoms.write_demo(drawn, 64)
+            table, column = Path(drawn, "manifest.csv"), "report"
+        with open(table, newline="", encoding="utf-8") as file:
+            said = [json.dumps({"split": "train", "labels": [float(row.get(name) or 0) for name in names], "report": row[column]})[1:]
+                    for row in csv.DictReader(file)]
+    data.begin_cache(folder, size, "auto")
+    rng = np.random.default_rng(0)
+    for k in range(FILES):
+        with open(folder / f"{k}.real", "wb") as file:
+            np.save(file, rng.random((1, *size), np.float32).astype(np.float16))
+    patients = 1 + np.cumsum(rng.random(volumes) < 0.43)       # CT-RATE trains on 47,149 volumes of 20,000 patients
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(folder / f"manifest-{k}-of-16.jsonl", "w")) for k in range(1, 17)]
+        for i, patient in enumerate(tqdm(patients.tolist(), desc="write", disable=None)):
+            name = f"train_{patient}_a_{i}"
+            os.link(folder / f"{i % FILES}.real", folder / data.cache_name(name))
+            files[data._number_of(name) >> 28].write(
+                f'{{"id": "{name}", "patient": "train_{patient}", "source": {{"path": "/gone/train/train_{patient}/{name}.nii.gz", '
+                f'"size": 250000000, "mtime_ns": 1700000000000000000, "sha256": "{i:064x}"}}, {said[patient % len(said)]}\n')
+
+
+class Cold(data.Examples):
+    """Examples whose volume is not in the page cache"""
+
+    def __getitem__(self, index_and_step):
+        file = os.open(self.items[index_and_step[0]].volume, os.O_RDONLY)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
+        return super().__getitem__(index_and_step)
+
+
+def measure_scale(job):
+    """What one of 64 processes with 4 volumes a step needs, from the start of `pretrain.main` to its batches"""
+    import pretrain
+    before = peak()
+    folder, size, begun, worked = Path(job["folder"]), tuple(job["size"]), time.perf_counter(), time.process_time()
+    items, _ = pretrain.choose_items(argparse.Namespace(data=folder, seed=0, fraction=1.0), data.load_items(folder))
+    data.check_prepared(items, size, "auto")
+    data.patient_hashes(item.patient for item in items)
+    out = {"open": time.perf_counter() - begun, "cpu": time.process_time() - worked, "before": before, "open_gb": peak()}
+    patients, per_epoch = [item.patient for item in items], len(items) // 256
+    for name, step in (("shuffle", 0), ("resume", 5 * per_epoch // 2)):
+        begun = time.perf_counter()
+        next(iter(data.Batches(len(items), 4, 5, 64, 0, step, patients)))
+        out[name] = time.perf_counter() - begun
+    out["gb"] = peak()
+    phantoms.make_demo_text_encoder(job["text"], [item.report for item in items[:1000]])
+    tokenizer = model.TextEncoder(job["text"]).tokenizer
+    make = functools.partial(data.pretraining_example, tokenizer=tokenizer, size=size)
+    for name, kind in (("cold", Cold), ("warm", data.Examples)):
+        loader = torch.utils.data.DataLoader(kind(items, make), batch_sampler=data.Batches(len(items), 4, patients=patients),
+                                             num_workers=2, collate_fn=functools.partial(data.collate, pad_id=0))
+        stream = iter(loader)
+        for _ in range(40):                     # with those that were loaded ahead; all files are read once
+            next(stream)
+        begun = time.perf_counter()
+        for _ in range(60):
+            next(stream)
+        out[name] = 60 / (time.perf_counter() - begun)
+    if len(items) <= 100_000:
+        order = np.zeros((per_epoch, 256), int)
+        for rank in range(64):
+            stream = iter(data.Batches(len(items), 4, rank, 64, 0, 0, patients))
+            order[:, 4 * rank:4 * rank + 4] = [[index for index, _ in next(stream)] for _ in range(per_epoch)]
+        numbers = np.unique(patients, return_inverse=True)[1]
+        shuffled = np.random.default_rng((0, 0)).permutation(len(items))[:order.size].reshape(order.shape)
+        out["once"] = len(np.unique(order)) == order.size
+        out["steps"] = [sum(len(set(row)) < 256 for row in numbers[one]) for one in (shuffled, order)]
+    return out
+
+
+def scale_bench(args):
+    rows, simulated = [], None
+    for volumes in (50_000, 1_000_000):
+        with tempfile.TemporaryDirectory() as folder:
+            cache = Path(folder, "cache")
+            write_cache(cache, volumes, args.size)
+            gb = sum(path.stat().st_size for path in cache.glob("manifest-*")) / 1e9
+            this = one({"kind": "measure_scale", "folder": str(cache), "size": args.size, "text": str(Path(folder, "text"))})
+        simulated = simulated or this
+        rows.append([volumes, gb, against(this["open"], 60, False), this["cpu"],
+                     against(this["gb"], 1.5, False), this["before"], this["shuffle"],
+                     against(this["resume"], 5, False), this["cold"], this["warm"]])
+    table(["volumes", "manifests, GB", "open, s", "of the processor", "GB a process", "of that before", "shuffle an epoch, s", "resume in the middle of one, s",
+           "batches a second, cold", "warm"], rows)
+    print(f"64 processes with 4 volumes each, 50,000 volumes: each once an epoch: {simulated['once']}; steps with a patient twice, "
+          f"as shuffled and as kept apart: {simulated['steps'][0]} and {simulated['steps'][1]}\n")
+
+
 if __name__ == "__main__":
     if args.what == "one":
         job = json.loads(args.job)
@@ -462,6 +565,6 @@ if __name__ == "__main__":
     else:
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads"
               + (f", {torch.cuda.get_device_name()}" if args.device == "cuda" else ""))
-        for name, bench in {"encoder": encoder_bench, "small": small_bench, "step": step_bench, "loader": loader_bench, "growth": growth_bench, "memory": memory_bench}.items():
+        for name, bench in {"encoder": encoder_bench, "small": small_bench, "step": step_bench, "loader": loader_bench, "growth": growth_bench, "memory": memory_bench, "scale": scale_bench}.items():
             if args.what in (name, "all"):
                 bench(args)

@@ -3,18 +3,26 @@ import collections
 import csv
 import functools
 import gzip
+import hashlib
 import itertools
 import json
+import multiprocessing
 import os
+import pickle
 import random
 import re
+import runpy
+import shutil
+import signal
+import sys
+import time
 
 import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import AFFINE, REAL, SMALL, chest, python, real_data, save_nifti, write_csv
+from conftest import AFFINE, REAL, ROOT, SMALL, chest, python, real_data, save_nifti, write_csv
 
 import data
 from data import split_sentences
@@ -1342,6 +1350,336 @@ def test_cache_is_atomic(tmp_path, monkeypatch):
     assert data.load_volume(item, tmp_path / "cache", SMALL).shape == (1, *SMALL)
 
 
+# ------------------------------------------------------------------------------------- cache folders
+
+def many(folder, n=10):
+    """A manifest of n scans in folders, of which two have names that a careless encoding would mix up"""
+    names = ["a/0.nii.gz", "a%2F0.nii.gz", *(f"b/{i}.nii.gz" for i in range(2, n))]
+    for i, name in enumerate(names):
+        save_nifti(folder / name, chest(seed=i))
+    return manifest(folder, n, volume=names, split=["train"] * (n - 2) + ["valid", "test"],
+                    patient=[f"P{i // 2}" for i in range(n)],
+                    **{"Lung nodule": ["1", "0", ""] + ["0"] * (n - 3)})
+
+
+def cache_flags(path, out, *more):
+    return "data.py", "cache", "--data", path, "--out", out, "--size", *SMALL, "--workers", 2, *more
+
+
+def cached_rows(out):
+    return [json.loads(line) for path in sorted(out.glob("manifest-*.jsonl"))
+            for line in path.read_text().splitlines()]
+
+
+def is_whole(out, ids):
+    """One row and one volume for each id, and nothing else"""
+    names = {file.name for file in out.iterdir()}
+    volumes = {name for name in names if name.endswith(".npy")}
+    others = {name for name in names - volumes if not name.startswith("manifest-")}
+    assert others == {"cache.json", ".lock"}
+    assert sorted(row["id"] for row in cached_rows(out)) == sorted(ids)
+    assert volumes == {data.cache_name(name) for name in ids} and len(volumes) == len(ids)
+    return True
+
+
+def test_cache_folder_stands_alone(tmp_path, command):
+    path, out = many(tmp_path / "raw"), tmp_path / "made"
+    before = {item.id: item for item in data.load_items(path)}
+    volumes = {name: data.load_volume(item, None, SMALL) for name, item in before.items()}
+    code, text = command(*cache_flags(path, out))
+    assert code == 0 and is_whole(out, before)
+    assert f"{out}: 10 of 10 volumes of the shard 1-of-1, 10 of 10 of all shards; 0 still lack" in text
+    for row in cached_rows(out):
+        file = before[row["id"]].volume
+        assert row["source"] == {"path": str(file), "size": file.stat().st_size, "mtime_ns": file.stat().st_mtime_ns,
+                                 "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    made = json.loads((out / "cache.json").read_text())
+    assert made == {"version": 1, "size": [32, 32, 32], "hu": "auto", "crop": [0.88, 0.66, 0.88],
+                    "window": [-1000, 1000], "dtype": "float16", "volumes": 10}
+    stored = np.load(out / data.cache_name("a/0.nii.gz"))
+    assert stored.dtype == np.float16 and stored.shape == (1, *SMALL)
+
+    shutil.rmtree(tmp_path / "raw")
+    moved = out.rename(tmp_path / "elsewhere")
+    items = data.load_items(moved)
+    assert [item.id for item in items] == sorted(before)
+    for item in items:
+        old = before[item.id]
+        assert (item.report, item.split, item.patient) == (old.report, old.split, old.patient)
+        np.testing.assert_array_equal(item.labels, old.labels)
+        for one in (item, pickle.loads(pickle.dumps(item)), item._replace(split="test", report="Another.")):
+            assert torch.equal(data.load_volume(one, tmp_path / "unused", SMALL), volumes[item.id])
+        assert one.report == "Another." and one.split == "test"
+    assert data.prepare_all(items, tmp_path / "unused", 1, size=SMALL) == items
+    assert not (tmp_path / "unused").exists()
+    code, text = command("data.py", "check", "--data", moved)
+    assert code == 0 and len(re.findall("32x32x32 .* preprocessed; 3 words", text)) == 10
+
+
+def test_a_cache_folder_refuses_other_preprocessing(tmp_path, command, monkeypatch):
+    path, out = many(tmp_path), tmp_path / "made"
+    assert command(*cache_flags(path, out, "--hu", "header"))[0] == 0
+    items = data.load_items(out)
+    for size, hu, found, expected in ((data.SIZE, "header", "--size 32 32 32", "--size 128 96 128"),
+                                      (SMALL, "auto", "--hu header", "--hu auto"),
+                                      (data.SIZE, "csv", "--size 32 32 32, --hu header", "--size 128 96 128, --hu csv")):
+        words = re.escape(f"{out}: found a cache made with {found}, expected {expected};")
+        for refused in (lambda: data.load_volume(items[0], None, size, hu),
+                        lambda: data.prepare_all(items, None, 1, None, size, hu)):
+            with pytest.raises(ValueError, match=words):
+                refused()
+    code, text = command(*cache_flags(path, out))
+    assert code == 1 and f"{out}: found a cache made with --hu header, expected --hu auto" in text
+    monkeypatch.setattr(data, "WINDOW", (-500., 500.))
+    with pytest.raises(ValueError, match="window -1000.0 1000.0, expected window -500.0 500.0"):
+        data.load_volume(items[1], None, [32, 32, 32], "header")
+    for content, words in (('{"version": 2}', "a cache of version 2, expected version 1"),
+                           ("{}", "KeyError: 'version'"), ("", "JSON")):
+        (out / "cache.json").write_text(content)
+        for refused in (command(*cache_flags(path, out))[1], command("data.py", "check", "--data", out)[1]):
+            assert f"{out / 'cache.json'}: " in refused and words in refused
+    assert len(cached_rows(out)) == len(list(out.glob("*.npy"))) == 10
+
+
+def test_every_volume_has_one_shard(tmp_path):
+    names = [f"train_{i}_a_1" for i in range(1000)]
+    for n in (1, 2, 7, 16):
+        shards = [data.read_shard(f"{k}/{n}") for k in range(1, n + 1)]
+        assert [name for name, _ in shards] == [f"{k}-of-{n}" for k in range(1, n + 1)]
+        counts = [sum(data._number_of(name) in own for name in names) for _, own in shards]
+        assert sum(counts) == 1000 and min(counts) > 500 / n
+        assert [own.start for _, own in shards[1:]] == [own.stop for _, own in shards[:-1]]
+        assert shards[0][1].start == 0 and shards[-1][1].stop == 2 ** 32
+
+
+@pytest.mark.parametrize("more, words", [
+    *[(["--shard", shard], f"--shard: found {shard}, expected a shard from 1/n to n/n")
+      for shard in ("0/4", "5/4", "x", "1/0", "1.5/4", "1/4/2")],
+    (["--task", "msd-lung"], "found --task and --out")])
+def test_bad_shards_make_nothing(tmp_path, command, more, words):
+    code, text = command(*cache_flags(manifest(tmp_path), tmp_path / "made", *more))
+    assert code == 1 and words in text and not (tmp_path / "made").exists()
+
+
+def test_what_cannot_be_cached_is_refused(tmp_path, command):
+    path, out = manifest(tmp_path / "raw"), tmp_path / "made"
+    code, text = command("data.py", "cache", "--data", path, "--shard", "1/2")
+    assert code == 1 and "--shard 1/2: found no folder of `cache --out DIR`" in text
+    code, text = command(*cache_flags(path, path.parent))           # it would become a cache itself
+    assert code == 1 and "found other files" in text and not data.is_cache(path.parent)
+    code, text = command(*cache_flags(path, out, "--size", 32000, 32000, 32000))
+    assert code == 1 and "GB free, expected" in text
+    shutil.rmtree(out)
+    command(*cache_flags(path, out))
+    code, text = command(*cache_flags(out, tmp_path / "again"))
+    assert code == 1 and f"{out}: found a cache folder, expected raw volumes" in text
+    for name in ("msd-lung", "ctrg", "stoic"):
+        with pytest.raises(ValueError, match=f"a cache of preprocessed volumes, whose raw scans {name} needs"):
+            data.load_task(name, out)
+    for volume in path.parent.glob("*.nii.gz"):
+        volume.write_bytes(b"broken")
+    shutil.rmtree(out)
+    code, text = command(*cache_flags(path, out))
+    assert code == 1 and "1 of 4 volumes are wrong, more than 5 %" in text and ".nii.gz: cannot be read" in text
+    for volume in path.parent.glob("*.nii.gz"):
+        volume.unlink()
+    code, text = command(*cache_flags(path, out))
+    assert code == 1 and f"{path}: found no file for any of 4 volumes, expected one at least" in text
+
+
+def test_broken_volumes_of_a_cache_folder_are_named(tmp_path, command):
+    out = tmp_path / "made"
+    command(*cache_flags(manifest(tmp_path, 20), out))
+    items = data.load_items(out)
+    for item, content in zip(items, (b"", b"\x93NUMPY", items[2].volume.read_bytes()[:5000])):
+        item.volume.write_bytes(content)
+    np.save(items[3].volume, np.zeros((1, 32, 32, 64), np.float16))
+    np.save(items[4].volume, np.zeros((1, *SMALL), np.float32))
+    for item in items[:5]:
+        with pytest.raises(ValueError, match=re.escape(f"{item.volume}: found ") + ".*, expected a preprocessed"):
+            data.load_volume(item, None, SMALL)
+    items[0].volume.unlink()
+    assert [item.id for item in data.load_items(out)] == [item.id for item in items[1:]]
+    items[1].volume.unlink()
+    with pytest.raises(ValueError, match=f"{out}: found no file for 2 of 20 volumes: scan0.*expected at most 5 %"):
+        data.load_items(out)
+    os.truncate(items[2].volume, 0)
+    code, text = command(*cache_flags(tmp_path / "data.csv", out))
+    assert code == 0 and "18 of 20 volumes of the shard 1-of-1" in text     # made again
+    assert len(data.load_items(out)) == 20
+
+
+@pytest.mark.parametrize("end", ["mhd", "dicom"])
+def test_the_source_of_a_cached_volume_is_all_its_files(tmp_path, end):
+    path, _ = many_files(tmp_path, end)
+    row = data._cache_volume(data.Item("a", path, "Fine.", "train", "a"), tmp_path / "made", "", SMALL, "header")
+    files = sorted(path.iterdir()) if path.is_dir() else [path, tmp_path / "a.raw"]
+    assert row["source"]["size"] == sum(file.stat().st_size for file in files)
+    assert row["source"]["sha256"] == hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def start(*flags):
+    """A script that goes on in the background, in a forked process, which need not import torch anew"""
+    def execute():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        sys.argv = list(map(str, flags))
+        runpy.run_path(str(ROOT / "data.py"), run_name="__main__")
+    process = multiprocessing.get_context("fork").Process(target=execute)
+    process.start()
+    return process
+
+
+@pytest.mark.parametrize("shards", [["1/1"], ["1/2", "2/2"]])
+def test_killed_in_the_midst_nothing_is_lost_or_doubled(tmp_path, command, shards):
+    path, out = manifest(tmp_path, 40), tmp_path / "made"
+    running = [start(*cache_flags(path, out, "--shard", shard)) for shard in shards]
+    end = time.time() + 100
+    names = [out / f"manifest-{shard.replace('/', '-of-')}.jsonl" for shard in shards]
+    while not all(name.exists() and name.stat().st_size > 500 for name in names):
+        assert time.time() < end and all(process.is_alive() for process in running)
+        time.sleep(0.002)
+    for process in running:
+        process.kill()
+    for process in running:
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    before = cached_rows(out)
+    assert 2 <= len(before) < 40
+    with open(names[0], "a") as rows:                               # as if the kill had come while it wrote
+        rows.write('{"id": "scan')
+    items = data.load_items(out)                                    # what is there can be used
+    assert {item.id for item in items} == {row["id"] for row in before}
+    stamps = {item.id: item.volume.stat().st_mtime_ns for item in items}
+    (out / f"x.npy.{names[0].stem[9:]}.0.part").write_bytes(b"half")
+    (out / "x.npy.9-of-9.0.part").write_bytes(b"of a shard that may be running")
+    for shard in shards:
+        code, text = command(*cache_flags(path, out, "--shard", shard))
+        assert code == 0
+    assert "40 of 40 of all shards; 0 still lack" in text
+    (out / "x.npy.9-of-9.0.part").unlink()                          # which nobody else may do
+    assert is_whole(out, [f"scan{i}.nii.gz" for i in range(40)])
+    for item in data.load_items(out):
+        assert stamps.get(item.id, 0) in (0, item.volume.stat().st_mtime_ns)        # none was made again
+        raw = data.Item("", tmp_path / item.id, "", "train", "")
+        assert torch.equal(data.load_volume(item, None, SMALL), data.load_volume(raw, None, SMALL))
+
+
+def test_volumes_that_are_being_made_are_left_to_that_process(tmp_path, command):
+    path, out = manifest(tmp_path, 20), tmp_path / "made"
+    data.begin_cache(out, SMALL, "auto")
+    shard = data.read_shard("1/2")
+    claimed, finished = multiprocessing.Event(), multiprocessing.Event()
+
+    def hold():
+        with data.claim_shard(out, *shard):
+            claimed.set()
+            finished.wait(60)
+    process = multiprocessing.get_context("fork").Process(target=hold)
+    process.start()
+    claimed.wait(60)
+    for other in ("1/2", "1/1", "1/4", "2/3"):                      # all or a part of the same
+        code, text = command(*cache_flags(path, out, "--shard", other))
+        assert code == 1 and f"{out}: found another process that makes volumes of the shard" in text
+    assert not cached_rows(out)
+    assert command(*cache_flags(path, out, "--shard", "2/2"))[0] == 0
+    finished.set()
+    process.join()
+    assert command(*cache_flags(path, out))[0] == 0 and is_whole(out, [f"scan{i}.nii.gz" for i in range(20)])
+
+
+def test_download_a_part_cache_it_delete_it(tmp_path, command, caplog):
+    names = [f"train_{i}_a_1" for i in range(1, 5)] + ["valid_1_a_1", "valid_2_a_1"]
+    ct_rate(tmp_path / "all", names)
+    files, part, out = {path.name: path for path in (tmp_path / "all").rglob("*.nii.gz")}, tmp_path / "part", tmp_path / "made"
+    for table in (tmp_path / "all").rglob("*.csv"):
+        (part / table.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(table, part / table.parent.name)
+    for k, chosen in enumerate((names[:3], names[3:4], names[4:])):
+        for name in chosen:
+            shutil.copy(files[f"{name}.nii.gz"], part)
+        code, text = command(*cache_flags(part, out))
+        done = (3, 4, 6)[k]
+        assert code == 0 and f"{done} of 6 of all shards; {6 - done} still lack" in text
+        assert f"to make: {len(chosen)} volumes" in text and f"no file here for {6 - done} that lack" in text
+        for name in chosen:
+            (part / f"{name}.nii.gz").unlink()
+        caplog.clear()
+        assert len(data.load_items(out)) == done
+        assert (f"{out}: holds {done} of 6 volumes" in caplog.text) == (done < 6)
+    assert is_whole(out, names)
+    whole = {item.id: item for item in data.load_items(tmp_path / "all")}
+    for item in data.load_items(out):
+        old = whole[item.id]
+        assert (item.report, item.split, item.patient) == (old.report, old.split, old.patient)
+        assert torch.equal(data.load_volume(item, None, SMALL), data.load_volume(old, None, SMALL))
+    shutil.rmtree(tmp_path / "all")
+    items = data.load_task("ct-rate-retrieval", out)
+    assert {item.split for item in items} == {"train", "valid", "test"} and len(items) == 6
+    task = data.TASKS["ct-rate-retrieval"]._replace(size=SMALL)
+    assert data.prepare_all(items, tmp_path / "unused", 1, task) == items
+    assert data.network_input(items[0], task).shape == (1, *SMALL)
+    with pytest.raises(ValueError, match="found a cache made with --size 32 32 32, expected --size 128 96 128"):
+        data.prepare_all(items, tmp_path / "unused", 1, data.TASKS["ct-rate-vocab"])
+
+
+def test_a_changed_source_is_told(tmp_path, command, monkeypatch, caplog):
+    path, out = manifest(tmp_path, 20), tmp_path / "made"
+    command(*cache_flags(path, out))
+    hashed, honest = [], data._content_hash
+    monkeypatch.setattr(data, "_content_hash", lambda volume: hashed.append(volume.name) or honest(volume))
+    caplog.clear()
+    data.load_items(out)
+    assert not hashed and "changed" not in caplog.text
+    for name, content in (("scan1", 4), ("scan2", 5)):              # touched; another content
+        file = tmp_path / f"{name}.nii.gz"
+        content = file.read_bytes() if name == "scan1" else file.read_bytes()[:-1] + b"x"
+        file.write_bytes(content)
+        os.utime(file, ns=(1, 1))
+    save_nifti(tmp_path / "scan3.nii.gz", chest((20, 24, 30)))      # another size
+    data.load_items(out)
+    assert sorted(hashed) == ["scan1.nii.gz", "scan2.nii.gz", "scan3.nii.gz"]
+    assert f"{out}: 2 raw volumes have changed since: {tmp_path / 'scan2.nii.gz'}, {tmp_path / 'scan3.nii.gz'}" in caplog.text
+    code, text = command(*cache_flags(path, out))
+    for name in ("scan2", "scan3"):
+        assert f"{tmp_path / name}.nii.gz: it has changed since it was cached; to make it anew, delete its row" in text
+    assert code == 0 and "scan1.nii.gz" not in text
+    monkeypatch.setenv("RANK", "1")                                 # one process is enough
+    hashed.clear()
+    data.load_items(out)
+    assert not hashed
+
+
+def test_two_sources_with_one_id(tmp_path, command):
+    a, b, out = manifest(tmp_path / "a"), manifest(tmp_path / "b"), tmp_path / "made"
+    command(*cache_flags(a, out))
+    code, text = command(*cache_flags(b, out))                      # the same files, copied
+    assert code == 0 and "to make: 0 volumes" in text
+    save_nifti(tmp_path / "b" / "scan1.nii.gz", chest(seed=99))
+    code, text = command(*cache_flags(b, out))
+    assert code == 1 and f"{tmp_path / 'b' / 'scan1.nii.gz'}: found another content than that of " \
+                         f"{tmp_path / 'a' / 'scan1.nii.gz'}" in text and is_whole(out, [f"scan{i}.nii.gz" for i in range(4)])
+    code, text = command(*cache_flags(manifest(tmp_path / "b", volume=["scan0.nii.gz"] * 4), tmp_path / "new"))
+    assert code == 1 and "twice, expected it once" in text
+    manifest(tmp_path / "a", report=["Fine."] * 4)
+    code, text = command(*cache_flags(a, out))
+    assert f"{out}: keeps another report, split, patient or labels of 4 volumes than the data" in text
+    rows = cached_rows(out)                                         # two folders, put together
+    rows[2]["source"]["sha256"] = "0"
+    (out / "manifest-2-of-2.jsonl").write_text(json.dumps(rows[2]) + "\n")
+    with pytest.raises(ValueError, match=rf"manifest-2-of-2.jsonl: found {rows[2]['id']} of .*, expected one source"):
+        data.load_items(out)
+
+
+def test_check_in_processes_prints_what_one_prints(tmp_path, command):
+    path = manifest(tmp_path, 6)
+    (tmp_path / "scan3.nii.gz").write_bytes(b"broken")
+    one, three = (command("data.py", "check", "--data", path, "--workers", n) for n in (1, 3))
+    assert one[0] == three[0] == 1
+    lines = [[line for line in text.splitlines() if line.startswith("scan")] for _, text in (one, three)]
+    assert lines[0] == lines[1] and [line[:5] for line in lines[0]] == [f"scan{i}" for i in range(6)]
+
+
 # ------------------------------------------------------------------------------------------ dataset
 
 def examples(folder, tokenizer, seed=0):
@@ -1456,6 +1794,37 @@ def test_batches():
     assert take(9, 13, 4, seed=4) != whole
     with pytest.raises(ValueError, match="13.*7 x 2 = 14"):
         data.Batches(13, 7, world=2)
+    assert take(9, 13, 4, seed=3, patients="abcdefghijklm") == whole    # nothing to keep apart
+
+
+def test_patients_are_kept_apart():
+    """Against the smallest number of volumes that cannot be alone: those of a patient with more than batches,
+    less what is dropped"""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        n = int(rng.integers(4, 40))
+        size, patients = int(rng.integers(2, min(n, 8) + 1)), rng.integers(0, rng.integers(2, n + 1), n)
+        before = rng.permutation(n)
+        order, kept = before.copy(), n // size * size
+        data.keep_apart(order, patients, size)
+        assert sorted(order) == list(range(n))
+        alone = [sum(len(set(row)) for row in patients[one[:kept]].reshape(-1, size)) for one in (before, order)]
+        least = np.maximum(np.bincount(patients) - n // size, 0).sum() - (n - kept)
+        assert kept - alone[1] == max(0, least)
+        assert alone[0] < alone[1] or (order == before).all()
+
+
+def test_64_processes_see_each_volume_once_and_no_patient_twice_in_a_step():
+    patients = [f"P{i // 3}" for i in range(576)]
+    settings = {"world": 64, "seed": 1, "patients": patients}
+    ranks = [take(18, 576, 1, rank=rank, **settings) for rank in range(64)]         # two epochs of nine steps
+    for epoch in (0, 1):
+        seen = [index for batches in ranks for batch in batches[9 * epoch:9 * epoch + 9] for index, _ in batch]
+        assert sorted(seen) == list(range(576))
+    for step in range(18):
+        assert len({patients[index] for batches in ranks for index, _ in batches[step]}) == 64
+    for rank in (0, 37):
+        assert take(5, 576, 1, rank=rank, start=13, **settings) == ranks[rank][13:]
 
 
 # ----------------------------------------------------------------------------------------- commands

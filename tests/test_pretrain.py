@@ -808,6 +808,28 @@ def test_permuted_reports_and_levels(run, folder):
     assert not (folder / "true" / "result.json").exists()       # of the demo alone
 
 
+def test_a_cache_folder_is_enough_to_train_on(run, folder, tmp_path, command):
+    shutil.copytree(folder, tmp_path / "raw", ignore=shutil.ignore_patterns("[!0-9m]*"))
+    made, out = tmp_path / "made", tmp_path / "out"
+    code, text = command("data.py", "cache", "--data", tmp_path / "raw" / "m.csv", "--out", made, "--size", 32, 32, 64)
+    assert code == 0, text
+    shutil.rmtree(tmp_path / "raw")
+    flags = SMALL.replace("m.csv", str(made))
+    done = run(f"{flags} --steps 3 --out {out} --cache {tmp_path / 'unused'}").succeeded()
+    assert f"{made}: 10 volumes to train on, 2 held out" in done.text and not (tmp_path / "unused").exists()
+    vocabulary = (out / "text_encoder" / "vocab.txt").read_text().split()
+    assert {"nodule", "effusion", "heart"} <= set(vocabulary)
+    moved = made.rename(tmp_path / "moved")
+    run(f"--resume --out {out} --data {moved} --steps 5").succeeded()
+    assert [row["step"] for row in read_log(out)] == [0, 1, 2, 3, 4]
+    flags = flags.replace(str(made), str(moved))
+    run(f"{flags} --size 32 32 32 --out {tmp_path / 'new'}").refused(f"{moved}: ", "--size 32 32 64", "--size 32 32 32")
+    settings = json.loads((moved / "cache.json").read_text())
+    (moved / "cache.json").write_text(json.dumps(settings | {"hu": "header"}))
+    code, text = command("eval.py", "pairing", "--data", moved, "--checkpoint", out / "last.pt", "--batch_size", 2)
+    assert code == 1 and "found a cache made with --hu header, expected --hu auto" in text
+
+
 def test_pairing_command(command, uninterrupted, folder, tmp_path):
     run_folder = uninterrupted[1][0]
     flags = ["pairing", "--data", folder / "m.csv", "--cache", tmp_path, "--batch_size", 2, "--out", tmp_path]
