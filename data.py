@@ -923,7 +923,7 @@ def _ct_rate_items(folder, with_absent=False):
             items.append(Item(name, file, reports[name][0], split, "_".join(name.split("_")[:2]),
                               labels.get(name, (None,))[0], rescales.get(name, (None,))[0],
                               geometry=(where, *texts)))
-    if len(items) < len(reports) and not with_absent:  # most people have the CSVs of the whole and a part of the volumes
+    if len(items) < len(reports) and not with_absent:  # most have all CSVs and a part of the volumes
         log.warning("%s: %d of %d reports have a volume here that no_chest_*.txt does not leave out",
                     folder, len(items), len(reports))
     return items
@@ -1015,8 +1015,8 @@ def keep_good(items, data):
 
 def load_items(data, cache="cache"):
     """A manifest .csv, a CT-RATE folder, a CTRG-Chest .json or a cache folder -> list of Item. "demo":
-    DEMO_SIZE phantoms, written to CACHE/demo once. Items without a report, and up to 5 % without a file, are logged and left
-    out; a volume twice, or a patient in train and elsewhere, is refused."""
+    DEMO_SIZE phantoms, written to CACHE/demo once. Items without a report, and up to 5 % without a file,
+    are logged and left out; a volume twice, or a patient in train and elsewhere, is refused."""
     return keep_good(read_items(data, cache), data)
 
 
@@ -1690,9 +1690,8 @@ def _mask_classes(items, folder, cache):
     masks = [item.mask for item in items]
     path = cache_file(cache, masks, "values")
     if not path.exists():
-        found = process_map(_mask_values, masks, max_workers=os.cpu_count(), chunksize=1,
-                            desc="values of masks", unit="mask", disable=None)
-        save_array(path, np.unique(np.concatenate(found)))
+        found = in_processes(_mask_values, masks, os.cpu_count(), "values of masks")
+        save_array(path, np.unique(np.concatenate(list(found))))
     values = np.load(path, allow_pickle=False).tolist()
     classes = [value for value in values if value != 0]
     if not 0 < len(classes) < 256 or classes != list(range(1, 1 + len(classes))):
@@ -2346,8 +2345,8 @@ def make_cache(args):
         _check_made(mine, rows, folder, args.workers)
         lacking = [item for item in mine if item.id not in rows]
         todo = [item for item in lacking if item.volume.exists()]
-        print(f"to make: {len(todo)} volumes, {check_space(folder, len(todo), size)}; there is no file here for "
-              f"{len(lacking) - len(todo)} that lack", flush=True)
+        print(f"to make: {len(todo)} volumes, {check_space(folder, len(todo), size)}; there is no file here "
+              f"for {len(lacking) - len(todo)} that lack", flush=True)
         job = partial(_cache_volume, folder=folder, shard=shard, size=size, hu=args.hu)
         started, problems = time.perf_counter(), []
         with contextlib.closing(in_processes(job, todo, args.workers, "cache", ordered=False)) as results:
@@ -2467,7 +2466,8 @@ def main():
         if getattr(args, needed) is None:
             raise wrong(args.command, f"no --{needed}", "it")
         if args.shard and (args.command != "cache" or not args.out):
-            raise wrong(f"--shard {args.shard}", "no folder of `cache --out DIR`", "one, of which it makes a part")
+            raise wrong(f"--shard {args.shard}", "no folder of `cache --out DIR`",
+                        "one, of which it makes a part")
         if args.command == "cache" and args.task and args.out:
             raise wrong("cache", "--task and --out", "one: scans of a task go into the folder of --cache")
         if args.command == "check":
