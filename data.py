@@ -2,14 +2,14 @@
 
     python data.py check --data X                    a table of volumes; exits 1 on a problem
     python data.py check --task T --data DIR         the same for one of the tasks
-    python data.py cache --data X --out DIR          preprocess every volume: DIR is a data set of its own
-    python data.py cache --task T --data DIR         prepare the scans of a task in the folder of --cache
+    python data.py cache --data X --out DIR          preprocess every volume: DIR is a new data set
+    python data.py cache --task T --data DIR         prepare every scan of a task, in --cache
     python data.py demo --out DIR --n 64             write synthetic chests with reports
     python data.py demo --task luna16 --out DIR      write a synthetic set in that task's own layout
 
-X is a manifest .csv (`volume,report[,split][,patient][,label columns]`, paths relative to it), a
-CT-RATE folder, a CTRG-Chest .json or a folder that `cache --out` made. First half: pre-training, in the
-order in which a volume walks through; second half: the tasks. What is wrong with a file raises ValueError.
+X is a manifest .csv (`volume,report[,split][,patient][,label columns]`, paths relative to it), a CT-RATE
+folder, a CTRG-Chest .json or a folder of `cache --out`. First half: pre-training, in the order in which a
+volume walks through; second half: the tasks. Whatever is wrong with a file raises ValueError.
 B patients, D H W voxels (z, y, x), L report tokens, S sentences.
 """
 import argparse
@@ -617,8 +617,8 @@ def mask_volume(size, mask_size, mask_ratio, generator):
 
 # ------------------------------------------------------------------------------------------ sets
 LAYOUTS = ("a manifest .csv (volume,report[,split][,patient][,label columns]), a CT-RATE folder "
-           "(train/…/*.nii.gz or .npz; reports, labels and metadata CSVs), a CTRG-Chest .json or a folder "
-           "of `data.py cache --out`")
+           "(train/…/*.nii.gz or .npz; reports, labels and metadata CSVs), a CTRG-Chest .json or a "
+           "folder of `data.py cache --out`")
 NUMBERS = (*LABELS, "RescaleSlope", "RescaleIntercept", "coordX", "coordY", "coordZ")
 COLUMNS = (*NUMBERS, *GEOMETRY, "split", "patient", "mask", "VolumeName", "Findings_EN",
            "Impressions_EN")
@@ -1015,8 +1015,8 @@ def keep_good(items, data):
 
 def load_items(data, cache="cache"):
     """A manifest .csv, a CT-RATE folder, a CTRG-Chest .json or a cache folder -> list of Item. "demo":
-    DEMO_SIZE phantoms, written to CACHE/demo once. Items without a report, and up to 5 % without a file,
-    are logged and left out; a volume twice, or a patient in train and elsewhere, is refused."""
+    DEMO_SIZE phantoms, written to CACHE/demo once. Items without a report, and up to 5 % without a file, are
+    logged and left out; a volume twice, or a patient in train and elsewhere, is refused."""
     return keep_good(read_items(data, cache), data)
 
 
@@ -1147,15 +1147,15 @@ def check_settings(folder, size, hu):
     differ = [key for key in wanted if made.get(key) != wanted[key]]
 
     def say(settings):
-        texts = [re.sub(r"[][',]", "", str(settings.get(key))) for key in differ]
-        return ", ".join(f"{'--' * (key in ('size', 'hu'))}{key} {text}" for key, text in zip(differ, texts))
+        texts = [f"{'--' * (key in ('size', 'hu'))}{key} {settings.get(key)}" for key in differ]
+        return re.sub(r"[][,]", "", "; ".join(texts))
     if differ:
-        raise wrong(folder, f"a cache made with {say(made)}", f"{say(wanted)}; give the flags that it was "
-                    "made with, or make another")
+        raise wrong(folder, f"a cache made with {say(made)}",
+                    f"{say(wanted)}. Give the flags that it was made with, or make another")
 
 
 def check_prepared(items, size, hu):
-    """Are these items of a cache folder? ValueError if it was made with another size or source of HU"""
+    """Are these items of a cache folder? ValueError if it was made in another way"""
     is_prepared = bool(items) and isinstance(items[0], CachedItem)
     if is_prepared:
         check_settings(items[0].volume.parent, tuple(size), hu)
@@ -1199,7 +1199,7 @@ def _looks_changed(source, volume):
 
 
 def has_changed(source_and_volume):
-    """Has a raw volume another content than the source of a row? Read only if size or time differ."""
+    """Has a raw volume another content than a row notes? It is read only if size or time differ."""
     source, volume = source_and_volume
     return _looks_changed(source, volume) and _content_hash(volume) != source["sha256"]
 
@@ -1233,21 +1233,21 @@ def _cache_items(folder):
         labels = row["labels"] and _shared_labels(tuple(row["labels"]))
         patient = sys.intern(row["patient"])
         items[name] = CachedItem(name, manifest, place, row["split"], patient, labels)
-        if is_first and os.path.exists(source["path"]) and _looks_changed(source, Path(source["path"])):
-            suspects.append(source)
+        raw = source["path"]
+        if is_first and os.path.exists(raw) and _looks_changed(source, Path(raw)):
+            suspects.append((source, Path(raw)))
     names = set(os.listdir(folder))  # a question for each of a million files would take long
     absent = {name for name in items if cache_name(name) not in names}
     tell_absent(sorted(absent), len(items), folder)
-    changed = [source["path"] for source in suspects[:100] if has_changed((source, Path(source["path"])))]
+    changed = [volume for source, volume in suspects[:100] if has_changed((source, volume))]
     if changed:
         log.warning("%s: %d raw volumes have changed since: %s", folder, len(changed), shorten(changed))
     if len(suspects) > 100:
-        log.warning("%s: %d more raw volumes have another size or time; `data.py cache` compares the content",
-                    folder, len(suspects) - 100)
+        log.warning("%s: %d more have another size or time; `data.py cache` compares their content", folder,
+                    len(suspects) - 100)
     items = [items[name] for name in sorted(items.keys() - absent)]
     if len(items) < volumes:
-        log.warning("%s: holds %d of %d volumes: `data.py cache` has not made the others", folder, len(items),
-                    volumes)
+        log.warning("%s: holds %d of %d volumes; `data.py cache` goes on", folder, len(items), volumes)
     return items
 
 
@@ -1361,8 +1361,8 @@ def keep_apart(order, patients, size):
         rows = places[places < kept] // size
         second = places[1:len(rows)][rows[1:] == rows[:-1]]
         for i, row in zip(second, np.setdiff1d(np.arange(len(batches)), rows)):
-            # This batch has a volume of a patient that the other has not, or two of one: after every change
-            # of places fewer volumes are not alone.
+            # This batch has a volume of a patient whom the other lacks, or two of one: with every
+            # change of places fewer volumes are not alone.
             fits = ~np.isin(who[row], who[i // size], kind="sort")
             if not fits.any():
                 fits = (who[row, :, None] == who[row]).sum(1) > 1
@@ -1746,7 +1746,7 @@ def _demo(epochs, batch_size, size=(32, 32, 32), lr=1e-3, **more):
 # and covid-19-20. msd-lung is not cropped to the foreground; patches without foreground are drawn in the
 # body instead. luna16 has the LayerNorm of the others.
 OR_A_LIST = f", or a JSON {CASE_LIST} anywhere in the folder, or nnU-Net's imagesTr/*_0000, labelsTr/*"
-CT_RATE = "a CT-RATE folder (volumes, reports and labels CSVs), a cache folder of it or a manifest .csv"
+CT_RATE = "a CT-RATE folder (volumes, reports and labels CSVs), a cache folder or a manifest .csv"
 MILD = {"affine": .3, "zoom": .3, "scale": .3, "shift": .3}
 SEGMENT_DEMO = _demo(15, 1, spacing=(6., 6., 6.), eval_every=5)
 TASKS = {
@@ -2144,8 +2144,8 @@ def in_processes(job, jobs, workers, name, ordered=True):
     with ProcessPoolExecutor(max(1, workers), initializer=_begin_worker) as pool:
         futures = [pool.submit(job, one) for one in jobs]
         try:
-            for future in tqdm(futures if ordered else as_completed(futures), desc=name, unit="scan",
-                               total=len(futures), disable=None):
+            done = futures if ordered else as_completed(futures)
+            for future in tqdm(done, name, total=len(futures), unit="scan", disable=None):
                 yield future.result()
         except BrokenProcessPool:
             killed = "that one was killed, probably for want of memory"
@@ -2225,7 +2225,7 @@ def read_shard(text):
 
 
 def _number_of(name):
-    """Of an id, below 2^32. It alone tells the shard: neither the order nor what else is listed matters."""
+    """Of an id, below 2^32. It alone tells the shard, whatever else is listed, in whatever order."""
     return int(hashlib.sha1(name.encode()).hexdigest()[:8], 16)
 
 
@@ -2247,7 +2247,7 @@ def begin_cache(folder, size, hu):
     files = [name for name in os.listdir(folder) if not is_hidden(name)]
     if not is_cache(folder):
         if files:
-            raise wrong(folder, f"other files, such as {files[0]}", "a new folder for the cache, or one")
+            raise wrong(folder, f"other files, such as {files[0]}", "a new folder or a cache")
         with contextlib.suppress(FileExistsError):  # another shard was faster: its settings stay
             _write_settings(folder, preprocessing(size, hu), os.link)
     check_settings(folder, tuple(size), hu)
@@ -2257,9 +2257,10 @@ def begin_cache(folder, size, hu):
 def claim_shard(folder, shard, own):
     """The manifest of a shard, to be written, without what a kill left. ValueError if another process makes
     volumes whose numbers are in `own`, of whatever shard."""
-    with open(folder / ".lock", "ab") as lock, open(folder / f"manifest-{shard}.jsonl", "ab+") as manifest:
+    path = folder / f"manifest-{shard}.jsonl"
+    with open(folder / ".lock", "ab") as lock, open(path, "ab+") as manifest:
         try:
-            if fcntl:  # a range of the file stands for that of the ids; the end of a process frees it
+            if fcntl:  # bytes of the file stand for ids; the end of a process frees them
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, len(own), own.start)
         except (BlockingIOError, PermissionError):
             raise wrong(folder, f"another process that makes volumes of the shard {shard}",
@@ -2274,7 +2275,7 @@ def claim_shard(folder, shard, own):
 
 
 def _cache_volume(item, folder, shard, size, hu):
-    """Put a volume into a cache folder -> its row of the manifest, or a text on what is wrong with it"""
+    """Put a volume into a cache folder -> its row of the manifest, or a text: what is wrong with it"""
     try:
         size_and_time = _size_and_time(item.volume)
         content = _content_hash(item.volume)
@@ -2297,37 +2298,39 @@ def _described(item):
 
 
 def _check_made(items, rows, folder, workers):
-    """Tell which volumes that a cache folder has are another now, and refuse another source of an id."""
+    """Tell which volumes of a cache folder have changed since; refuse another source of an id."""
     there = [item for item in items if item.id in rows and item.volume.exists()]
     there = [item for item in there if _looks_changed(rows[item.id]["source"], item.volume)]
     pairs = [(rows[item.id]["source"], item.volume) for item in there]
     remedy = f"to make it anew, delete its row in {folder}"
-    for (source, volume), changed in zip(pairs, in_processes(has_changed, pairs, workers, "compare")):
+    results = in_processes(has_changed, pairs, workers, "compare")
+    for (source, volume), changed in zip(pairs, results):
         if changed and source["path"] != str(volume.resolve()):
-            raise wrong(volume, f"another content than that of {source['path']}, from which {folder} has "
-                        "the same id", f"one source of an id; {remedy}")
+            raise wrong(volume, f"another content than in {source['path']}, of which {folder} has the id",
+                        f"one source of an id; {remedy}")
         if changed:
             log.warning("%s: it has changed since it was cached; %s", volume, remedy)
-    stale = [item.id for item in items if rows.get(item.id, {}) != rows.get(item.id, {}) | _described(item)]
+    stale = [item.id for item in items
+             if item.id in rows and rows[item.id] != rows[item.id] | _described(item)]
     if stale:
-        log.warning("%s: keeps another report, split, patient or labels of %d volumes than the data: %s; %s",
-                    folder, len(stale), shorten(stale), remedy)
+        log.warning("%s: keeps another report, split, patient or labels of %d volumes than the data: %s; "
+                    "%s", folder, len(stale), shorten(stale), remedy)
 
 
 def _rows_of(folder, items, shard, own):
     """{id: row if the shard's own, else None} of what a cache folder holds; says how much of `items`"""
     names = set(os.listdir(folder))
-    rows = {row["id"]: row if _number_of(row["id"]) in own else None for _, _, row in _cache_rows(folder)}
-    rows = {name: row for name, row in rows.items() if cache_name(name) in names}
-    mine = [item.id for item in items if _number_of(item.id) in own]
+    rows = {row["id"]: row if _number_of(row["id"]) in own else None
+            for _, _, row in _cache_rows(folder) if cache_name(row["id"]) in names}
+    mine = [item.id in rows for item in items if _number_of(item.id) in own]
     done = sum(item.id in rows for item in items)
-    print(f"{folder}: {sum(name in rows for name in mine)} of {len(mine)} volumes of the shard {shard}, "
-          f"{done} of {len(items)} of all shards; {len(items) - done} still lack", flush=True)
+    print(f"{folder}: {sum(mine)} of {len(mine)} volumes of the shard {shard}, {done} of {len(items)} of "
+          f"all shards; {len(items) - done} still lack", flush=True)
     return rows
 
 
 def make_cache(args):
-    """Add to OUT what it lacks of a shard of the data. A volume that is wrong is named and left out."""
+    """Add to OUT what it lacks of a shard. A volume that is wrong is named and left out."""
     (shard, own), folder, size = read_shard(args.shard or "1/1"), args.out, tuple(args.size)
     if is_cache(args.data):
         raise wrong(args.data, "a cache folder", "raw volumes")
@@ -2349,7 +2352,8 @@ def make_cache(args):
               f"for {len(lacking) - len(todo)} that lack", flush=True)
         job = partial(_cache_volume, folder=folder, shard=shard, size=size, hu=args.hu)
         started, problems = time.perf_counter(), []
-        with contextlib.closing(in_processes(job, todo, args.workers, "cache", ordered=False)) as results:
+        results = in_processes(job, todo, args.workers, "cache", ordered=False)
+        with contextlib.closing(results):
             for n, result in enumerate(results, 1):
                 if isinstance(result, str):
                     problems.append(result)
@@ -2362,7 +2366,7 @@ def make_cache(args):
                     raise ValueError("\n  ".join([summary, *problems[:5]]))
                 if n == 2 * args.workers < len(todo):
                     seconds = (time.perf_counter() - started) * (len(todo) / n - 1)
-                    tqdm.write(f"as fast as the first {n}, the others take {tqdm.format_interval(seconds)}")
+                    tqdm.write(f"like the first {n}, the others take {tqdm.format_interval(seconds)}")
         for problem in sorted(problems):
             log.warning("left out %s", problem)
         _rows_of(folder, items, shard, own)
@@ -2374,8 +2378,8 @@ def _check_volume(items, task, hu):
     if isinstance(item, CachedItem):
         made = read_cache(item.volume.parent)
         volume = load_volume(item, None, made["size"], made["hu"])[0]
-        shape = "x".join(map(str, volume.shape))
-        return f"{shape:>13} {'':17} {'':4} {f'{volume.min():.2f}..{volume.max():.2f}':>13}  preprocessed"
+        shape, values = "x".join(map(str, volume.shape)), f"{volume.min():.2f}..{volume.max():.2f}"
+        return f"{shape:>13} {'':22} {values:>13}  preprocessed"
     xyz, stored_affine = read_item(item)
     array, spacing, affine = to_ras(item.volume, xyz, stored_affine)
     note = "no CT: z-score"
@@ -2445,7 +2449,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("command", choices=("check", "cache", "demo"))
-    add("--data", type=Path, help="manifest .csv, CT-RATE folder, CTRG-Chest .json, cache folder, or demo")
+    add("--data", type=Path, help="manifest .csv, CT-RATE or cache folder, CTRG-Chest .json, or demo")
     add("--task", choices=TASKS, help="--data is the folder of this task in its native layout")
     add("--fold", type=int, default=0, help="fold of --task that is the test part")
     add("--cache", type=Path, default=Path("cache"), metavar="DIR", help="of prepared volumes")
@@ -2466,10 +2470,9 @@ def main():
         if getattr(args, needed) is None:
             raise wrong(args.command, f"no --{needed}", "it")
         if args.shard and (args.command != "cache" or not args.out):
-            raise wrong(f"--shard {args.shard}", "no folder of `cache --out DIR`",
-                        "one, of which it makes a part")
+            raise wrong(f"--shard {args.shard}", "no `cache --out DIR`", "a folder of which to make a part")
         if args.command == "cache" and args.task and args.out:
-            raise wrong("cache", "--task and --out", "one: scans of a task go into the folder of --cache")
+            raise wrong("cache", "--task and --out", "one: scans of a task go into --cache")
         if args.command == "check":
             sys.exit(int(check(args) > 0))
         elif args.command == "cache":

@@ -502,12 +502,11 @@ class Cold(data.Examples):
 def measure_scale(job):
     """What one of 64 processes with 4 volumes a step needs, from the start of `pretrain.main` to its batches"""
     import pretrain
-    before = peak()
     folder, size, begun, worked = Path(job["folder"]), tuple(job["size"]), time.perf_counter(), time.process_time()
     items, _ = pretrain.choose_items(argparse.Namespace(data=folder, seed=0, fraction=1.0), data.load_items(folder))
     data.check_prepared(items, size, "auto")
     data.patient_hashes(item.patient for item in items)
-    out = {"open": time.perf_counter() - begun, "cpu": time.process_time() - worked, "before": before, "open_gb": peak()}
+    out = {"open": time.perf_counter() - begun, "cpu": time.process_time() - worked}
     patients, per_epoch = [item.patient for item in items], len(items) // 256
     for name, step in (("shuffle", 0), ("resume", 5 * per_epoch // 2)):
         begun = time.perf_counter()
@@ -549,9 +548,9 @@ def scale_bench(args):
             this = one({"kind": "measure_scale", "folder": str(cache), "size": args.size, "text": str(Path(folder, "text"))})
         simulated = simulated or this
         rows.append([volumes, gb, against(this["open"], 60, False), this["cpu"],
-                     against(this["gb"], 1.5, False), this["before"], this["shuffle"],
+                     against(this["gb"], 1.5, False), this["shuffle"],
                      against(this["resume"], 5, False), this["cold"], this["warm"]])
-    table(["volumes", "manifests, GB", "open, s", "of the processor", "GB a process", "of that before", "shuffle an epoch, s", "resume in the middle of one, s",
+    table(["volumes", "manifests, GB", "open, s", "of the processor", "GB a process", "shuffle an epoch, s", "resume in the middle of one, s",
            "batches a second, cold", "warm"], rows)
     print(f"64 processes with 4 volumes each, 50,000 volumes: each once an epoch: {simulated['once']}; steps with a patient twice, "
           f"as shuffled and as kept apart: {simulated['steps'][0]} and {simulated['steps'][1]}\n")

@@ -1422,8 +1422,8 @@ def test_a_cache_folder_refuses_other_preprocessing(tmp_path, command, monkeypat
     items = data.load_items(out)
     for size, hu, found, expected in ((data.SIZE, "header", "--size 32 32 32", "--size 128 96 128"),
                                       (SMALL, "auto", "--hu header", "--hu auto"),
-                                      (data.SIZE, "csv", "--size 32 32 32, --hu header", "--size 128 96 128, --hu csv")):
-        words = re.escape(f"{out}: found a cache made with {found}, expected {expected};")
+                                      (data.SIZE, "csv", "--size 32 32 32; --hu header", "--size 128 96 128; --hu csv")):
+        words = re.escape(f"{out}: found a cache made with {found}, expected {expected}.")
         for refused in (lambda: data.load_volume(items[0], None, size, hu),
                         lambda: data.prepare_all(items, None, 1, None, size, hu)):
             with pytest.raises(ValueError, match=words):
@@ -1464,7 +1464,7 @@ def test_bad_shards_make_nothing(tmp_path, command, more, words):
 def test_what_cannot_be_cached_is_refused(tmp_path, command):
     path, out = manifest(tmp_path / "raw"), tmp_path / "made"
     code, text = command("data.py", "cache", "--data", path, "--shard", "1/2")
-    assert code == 1 and "--shard 1/2: found no folder of `cache --out DIR`" in text
+    assert code == 1 and "--shard 1/2: found no `cache --out DIR`" in text
     code, text = command(*cache_flags(path, path.parent))           # it would become a cache itself
     assert code == 1 and "found other files" in text and not data.is_cache(path.parent)
     code, text = command(*cache_flags(path, out, "--size", 32000, 32000, 32000))
@@ -1606,7 +1606,7 @@ def test_download_a_part_cache_it_delete_it(tmp_path, command, caplog):
             (part / f"{name}.nii.gz").unlink()
         caplog.clear()
         assert len(data.load_items(out)) == done
-        assert (f"{out}: holds {done} of 6 volumes" in caplog.text) == (done < 6)
+        assert (f"{out}: holds {done} of 6 volumes; `data.py cache` goes on" in caplog.text) == (done < 6)
     assert is_whole(out, names)
     whole = {item.id: item for item in data.load_items(tmp_path / "all")}
     for item in data.load_items(out):
@@ -1657,7 +1657,7 @@ def test_two_sources_with_one_id(tmp_path, command):
     assert code == 0 and "to make: 0 volumes" in text
     save_nifti(tmp_path / "b" / "scan1.nii.gz", chest(seed=99))
     code, text = command(*cache_flags(b, out))
-    assert code == 1 and f"{tmp_path / 'b' / 'scan1.nii.gz'}: found another content than that of " \
+    assert code == 1 and f"{tmp_path / 'b' / 'scan1.nii.gz'}: found another content than in " \
                          f"{tmp_path / 'a' / 'scan1.nii.gz'}" in text and is_whole(out, [f"scan{i}.nii.gz" for i in range(4)])
     code, text = command(*cache_flags(manifest(tmp_path / "b", volume=["scan0.nii.gz"] * 4), tmp_path / "new"))
     assert code == 1 and "twice, expected it once" in text
