@@ -1613,7 +1613,9 @@ def _stoic_items(folder, fold):
 def _ctrg_task_items(folder, fold):
     lists = _visible_files(folder) if folder.is_dir() else [folder]
     lists = [path for path in lists if path.suffix.lower() == ".json"]
-    if not lists:
+    if is_cache(folder):
+        log.warning("%s: reports as they were cached, those of CTRG-Chest with their impressions", folder)
+    if not lists or is_cache(folder):
         return _ct_rate_task_items(folder, fold)
     if len(lists) > 1:
         raise wrong(folder, [path.name for path in lists], "one .json")
@@ -1700,7 +1702,9 @@ def _mask_classes(items, folder, cache):
 
 
 def with_classes(task, items):
-    """The task, with the classes that the data of its items tell if its row names none"""
+    """The task, with what the data of its items tell: classes if its row names none, HU if they are cached"""
+    if isinstance(items[0], CachedItem):
+        return task._replace(hu=read_cache(items[0].volume.parent)["hu"])
     return task._replace(classes=items[0].classes) if items[0].classes else task
 
 
@@ -1874,7 +1878,7 @@ def load_task(name, folder, fold=0, seed=0, cache="cache"):
             phantoms.write_task_demo(name, folder.with_suffix(".part")).rename(folder)
     if not folder.exists():
         raise wrong(folder, "nothing there", task.layout)
-    if is_cache(folder) and task.records is not _ct_rate_task_items:
+    if is_cache(folder) and task.records not in (_ct_rate_task_items, _ctrg_task_items):
         raise wrong(folder, f"a cache of preprocessed volumes, whose raw scans {name} needs", task.layout)
     if fold and task.records in (_luna16_items, _ctrg_task_items, _ct_rate_task_items):
         raise wrong(folder, f"--fold {fold}, but one split of its own and no folds", "no --fold")
@@ -2158,7 +2162,6 @@ def _problem(items, task, cache, size, hu):
     """Put the volume of these items into the cache -> what is wrong with it, or None"""
     try:
         if task is None or task.view == "whole":
-            size, hu = (task.size, task.hu) if task else (size, hu)
             if not volume_file(items[0], cache, size, hu).exists():
                 load_volume(items[0], cache, size, hu)
             return None
@@ -2173,7 +2176,9 @@ def _problem(items, task, cache, size, hu):
 def prepare_all(items, cache="cache", workers=1, task=None, size=SIZE, hu="auto"):
     """Put every volume into the cache, in `workers` processes -> the items that are good.
     A volume that is wrong is named and left out; ValueError if that happens to more than 5 %."""
-    if check_prepared(items, task.size if task else size, hu):
+    if task:
+        size, hu = task.size, task.hu
+    if check_prepared(items, size, hu):
         return items
     groups = by_volume(items)
     task = task and task._replace(records=None)  # other processes need not know this function
@@ -2199,19 +2204,19 @@ def check_space(folder, volumes, size):
 
 def fill_cache(args):
     """Prepare all volumes that the cache lacks."""
-    task = TASKS.get(args.task)
-    size = tuple(task.size if task else args.size)
+    task, size, hu = TASKS.get(args.task), tuple(args.size), args.hu
     if task:
         items = load_task(args.task, args.data, args.fold, cache=args.cache)
         task = with_classes(task, items)
+        size, hu = task.size, task.hu
     else:
         items = load_items(args.data, args.cache)
     args.cache.mkdir(parents=True, exist_ok=True)
-    if task is None or task.view == "whole":
-        missing = sum(not volume_file(item, args.cache, size, args.hu).exists() for item in items)
+    if (task is None or task.view == "whole") and not check_prepared(items, size, hu):
+        missing = sum(not volume_file(item, args.cache, size, hu).exists() for item in items)
         print(f"{len(items)} volumes, {len(items) - missing} of them in {args.cache}; the rest takes "
               f"{check_space(args.cache, missing, size)}")
-    good = prepare_all(items, args.cache, args.workers, task, size, args.hu)
+    good = prepare_all(items, args.cache, args.workers, task, size, hu)
     print(f"{len(good)} of {len(items)} items are ready in {args.cache}")
 
 
@@ -2294,7 +2299,8 @@ def _described(item):
     if labels is not None:
         labels = [None if math.isnan(value) else value for value in labels.tolist()]
     return {"id": item.id, "split": item.split, "patient": item.patient, "labels": labels,
-            "report": item.report}
+            "rescale": item.rescale and list(item.rescale),
+            "geometry": item.geometry and list(item.geometry[1:]), "report": item.report}
 
 
 def _check_made(items, rows, folder, workers):
@@ -2313,8 +2319,8 @@ def _check_made(items, rows, folder, workers):
     stale = [item.id for item in items
              if item.id in rows and rows[item.id] != rows[item.id] | _described(item)]
     if stale:
-        log.warning("%s: keeps another report, split, patient or labels of %d volumes than the data: %s; "
-                    "%s", folder, len(stale), shorten(stale), remedy)
+        log.warning("%s: keeps another report, split, patient, labels or metadata of %d volumes than the "
+                    "data: %s; %s", folder, len(stale), shorten(stale), remedy)
 
 
 def _rows_of(folder, items, shard, own):

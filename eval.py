@@ -1620,7 +1620,7 @@ def load_for_export(args):
         raise ValueError(f"{args.checkpoint}: found --encoder, --merging or --hu, expected none of them: a "
                          f"checkpoint of the task {config['task']} has its own")
     run = load_checkpoint(args.checkpoint)
-    notes = {"task": config["task"], **run.task.settings(), "hu": "auto"}
+    notes = {"task": config["task"], **run.task.settings()}
     notes |= {"size": args.size or notes["size"], "vocabulary": config["vocabulary"]}
     if run.task.kind == "prompt":  # log odds: (yes - no) / temperature, cosines of a feature and two texts
         texts = text_features(run.network, data.prompts(run.task.classes))

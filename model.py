@@ -43,7 +43,6 @@ MERGING_ORDERS = {"monai": ("000", "100", "010", "001", "110", "101", "011", "11
 #   - a CPU computes a few windows at a time, so that their scores stay in its cache.
 
 @functools.lru_cache(maxsize=64)
-@torch.compiler.assume_constant_result  # torch.export takes its numbers, and looks at no step
 def window_plan(batch, size, window, shift, device):
     """Which tokens share a window, for maps of `size` tokens; size, window and shift are (d, h, w).
 

@@ -1389,6 +1389,7 @@ def test_cache_folder_stands_alone(tmp_path, command):
     code, text = command(*cache_flags(path, out))
     assert code == 0 and is_whole(out, before)
     assert f"{out}: 10 of 10 volumes of the shard 1-of-1, 10 of 10 of all shards; 0 still lack" in text
+    assert "keeps another" not in text                              # it had nothing yet
     for row in cached_rows(out):
         file = before[row["id"]].volume
         assert row["source"] == {"path": str(file), "size": file.stat().st_size, "mtime_ns": file.stat().st_mtime_ns,
@@ -1430,6 +1431,10 @@ def test_a_cache_folder_refuses_other_preprocessing(tmp_path, command, monkeypat
                 refused()
     code, text = command(*cache_flags(path, out))
     assert code == 1 and f"{out}: found a cache made with --hu header, expected --hu auto" in text
+    task = data.with_classes(data.TASKS["ct-rate-retrieval"]._replace(size=SMALL), items)
+    assert task.hu == "header" and data.prepare_all(items, None, 1, task) == items
+    assert torch.equal(data.network_input(items[0], task), data.load_volume(items[0], None, SMALL, "header"))
+    data.check_settings.cache_clear()
     monkeypatch.setattr(data, "WINDOW", (-500., 500.))
     with pytest.raises(ValueError, match="window -1000.0 1000.0, expected window -500.0 500.0"):
         data.load_volume(items[1], None, [32, 32, 32], "header")
@@ -1473,7 +1478,7 @@ def test_what_cannot_be_cached_is_refused(tmp_path, command):
     command(*cache_flags(path, out))
     code, text = command(*cache_flags(out, tmp_path / "again"))
     assert code == 1 and f"{out}: found a cache folder, expected raw volumes" in text
-    for name in ("msd-lung", "ctrg", "stoic"):
+    for name in ("msd-lung", "stoic"):
         with pytest.raises(ValueError, match=f"a cache of preprocessed volumes, whose raw scans {name} needs"):
             data.load_task(name, out)
     for volume in path.parent.glob("*.nii.gz"):
@@ -1608,13 +1613,21 @@ def test_download_a_part_cache_it_delete_it(tmp_path, command, caplog):
         assert len(data.load_items(out)) == done
         assert (f"{out}: holds {done} of 6 volumes; `data.py cache` goes on" in caplog.text) == (done < 6)
     assert is_whole(out, names)
+    assert "keeps another" not in text
+    for tables in (part, tmp_path / "all"):
+        write_csv(tables / "metadata" / "valid.csv", "VolumeName,RescaleSlope,RescaleIntercept",
+                  [["valid_1_a_1.nii.gz", 1, -1000]])                       # the voxels would be others
+    code, text = command(*cache_flags(part, out))
+    assert "labels or metadata of 2 volumes than the data: valid_1_a_1, valid_2_a_1;" in text
     whole = {item.id: item for item in data.load_items(tmp_path / "all")}
     for item in data.load_items(out):
         old = whole[item.id]
         assert (item.report, item.split, item.patient) == (old.report, old.split, old.patient)
         assert torch.equal(data.load_volume(item, None, SMALL), data.load_volume(old, None, SMALL))
+    for name in ("ctrg", "ct-rate-retrieval"):
+        items, old = data.load_task(name, out), data.load_task(name, tmp_path / "all")
+        assert {(item.id, item.report) for item in items} == {(item.id, item.report) for item in old}
     shutil.rmtree(tmp_path / "all")
-    items = data.load_task("ct-rate-retrieval", out)
     assert {item.split for item in items} == {"train", "valid", "test"} and len(items) == 6
     task = data.TASKS["ct-rate-retrieval"]._replace(size=SMALL)
     assert data.prepare_all(items, tmp_path / "unused", 1, task) == items
@@ -1663,7 +1676,7 @@ def test_two_sources_with_one_id(tmp_path, command):
     assert code == 1 and "twice, expected it once" in text
     manifest(tmp_path / "a", report=["Fine."] * 4)
     code, text = command(*cache_flags(a, out))
-    assert f"{out}: keeps another report, split, patient or labels of 4 volumes than the data" in text
+    assert f"{out}: keeps another report, split, patient, labels or metadata of 4 volumes than the data" in text
     rows = cached_rows(out)                                         # two folders, put together
     rows[2]["source"]["sha256"] = "0"
     (out / "manifest-2-of-2.jsonl").write_text(json.dumps(rows[2]) + "\n")
