@@ -750,13 +750,15 @@ def predict_features(run, items, progress=False):
 
 @torch.no_grad()
 def text_features(network, texts):
-    """Global features of length 1 of reports or prompts: n str -> (n, E) on the CPU"""
-    device, rows = next(network.parameters()).device, []
-    for i in range(0, len(texts), 32):
-        batch = data.text_batch(network.text_encoder.tokenizer, texts[i:i + 32])
+    """Global features of length 1 of reports or prompts: n str -> (n, E) on the CPU. Equal texts have equal
+    ones, which tie in a retrieval: the padding of two batches would tell them apart."""
+    device, rows, different = next(network.parameters()).device, [], list(dict.fromkeys(texts))
+    for i in range(0, len(different), 32):
+        batch = data.text_batch(network.text_encoder.tokenizer, different[i:i + 32])
         row = network.encode_text(**{name: tensor.to(device) for name, tensor in batch.items()})
         rows.append(F.normalize(row.float(), dim=-1).cpu())
-    return torch.cat(rows)
+    place = {text: i for i, text in enumerate(different)}
+    return torch.cat(rows)[[place[text] for text in texts]]
 
 
 @torch.no_grad()

@@ -754,6 +754,9 @@ def test_texts_do_not_depend_on_their_batch(text_encoder):
     alone = torch.cat([evaluation.text_features(towers.network, [text]) for text in texts])
     assert together.shape == (3, 24) and torch.allclose(together, alone, atol=1e-5)
     assert torch.allclose(together.norm(dim=1), torch.ones(3))
+    others = [" ".join([texts[0]] * n) for n in range(2, 40)]
+    twice = evaluation.text_features(towers.network, [*texts, *others, *texts])
+    assert torch.equal(twice[:3], twice[-3:]) and torch.allclose(twice[:3], together, atol=1e-5)
 
 
 def test_retrieval_under_both_protocols(constant_inputs, text_encoder, tmp_path):
