@@ -1480,13 +1480,9 @@ def label_items(items, names, source):
     else:
         others = [name for name in names if name not in data.LABELS]
         raise data.wrong(source, f"no label columns {others}", "a manifest .csv that has them")
-    labelled = [item._replace(labels=labels[item.id]) for item in items
-                if item.id in labels and not np.isnan(labels[item.id]).all()]
+    labelled = data.with_labels(items, labels, source)
     if not labelled:
         raise data.wrong(source, f"no label of {data.shorten(names)} for {len(items)} volumes", "some")
-    if len(labelled) < len(items):
-        log.warning("%s: left out %d of %d volumes without any of the labels", source,
-                    len(items) - len(labelled), len(items))
     return labelled
 
 
