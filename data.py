@@ -1050,19 +1050,25 @@ def cache_file(cache, volumes, *settings):
     return Path(cache) / f"{hashlib.sha1(repr((stats, settings)).encode()).hexdigest()}.npy"
 
 
-def save_array(path, array, shard=""):
-    """Write an array whole or not at all. A kill may leave a file NAME[.SHARD].….part behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}{shard and '.'}{shard}.{uuid.uuid4().hex}.part")
+@contextlib.contextmanager
+def written_whole(path, shard="", put=os.replace):
+    """A file to write; then it becomes `path`, whole or not at all. A kill may leave .NAME.SHARD.….part."""
+    part = path.with_name(f".{path.name}.{shard}.{uuid.uuid4().hex}.part")
     try:
         with open(part, "wb") as file:
-            np.save(file, array)
+            yield file
             if shard:  # a row of a manifest relies on it
                 file.flush()
                 os.fsync(file.fileno())
-        os.replace(part, path)
+        put(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def save_array(path, array, shard=""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path, shard) as file:
+        np.save(file, array)
 
 
 def volume_file(item, cache, size=SIZE, hu="auto"):
@@ -2230,15 +2236,8 @@ def _number_of(name):
 
 
 def _write_settings(folder, settings, put):
-    part = folder / f".{uuid.uuid4().hex}.part"
-    try:
-        with open(part, "w") as file:
-            json.dump(settings, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        put(part, folder / "cache.json")
-    finally:
-        part.unlink(missing_ok=True)
+    with written_whole(folder / "cache.json", "settings", put) as file:
+        file.write(json.dumps(settings, indent=1).encode())
 
 
 def begin_cache(folder, size, hu):

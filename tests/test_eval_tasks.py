@@ -746,7 +746,7 @@ def test_prompts_are_compared_in_pairs(constant_inputs, text_encoder, tmp_path):
     drawn(tmp_path / "roc.png")
 
 
-def test_texts_do_not_depend_on_their_batch(text_encoder):
+def test_texts_do_not_depend_on_their_batch(text_encoder, monkeypatch):
     torch.manual_seed(0)
     towers = run_of(model.MG3D(model.build_encoder("swin_t"), text_encoder, losses=("clip",), embed_dim=24).eval(), "ct-rate-retrieval")
     texts = ["The lung is clear. No effusion in the left lobe. Nodule.", "No nodule.", "Heart. Lung is clear"]
@@ -754,9 +754,12 @@ def test_texts_do_not_depend_on_their_batch(text_encoder):
     alone = torch.cat([evaluation.text_features(towers.network, [text]) for text in texts])
     assert together.shape == (3, 24) and torch.allclose(together, alone, atol=1e-5)
     assert torch.allclose(together.norm(dim=1), torch.ones(3))
-    others = [" ".join([texts[0]] * n) for n in range(2, 40)]
-    twice = evaluation.text_features(towers.network, [*texts, *others[:29], *texts])    # of other padding
+    seen, make = [], data.text_batch
+    monkeypatch.setattr(data, "text_batch", lambda tokenizer, texts: seen.extend(texts) or make(tokenizer, texts))
+    others = [" ".join([texts[0]] * n) for n in range(2, 31)]
+    twice = evaluation.text_features(towers.network, [*texts, *others, *texts])
     assert torch.equal(twice[:3], twice[-3:]) and torch.allclose(twice[:3], together, atol=1e-5)
+    assert seen == [*texts, *others]                                # none twice, with another padding
 
 
 def test_retrieval_under_both_protocols(constant_inputs, text_encoder, tmp_path):
