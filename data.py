@@ -839,7 +839,7 @@ def _manifest_items(path, rows):
 
 def read_labels(path, names):
     """{id: labels (K,), NaN where unknown} of any label columns of a manifest"""
-    return {row["volume"].replace("\\", "/"): np.array([row[name] for name in names])
+    return {row["volume"].replace("\\", "/"): np.float32([row[name] for name in names])
             for _, row in read_table(path, "volume", labels=names)}
 
 
@@ -1050,19 +1050,25 @@ def cache_file(cache, volumes, *settings):
     return Path(cache) / f"{hashlib.sha1(repr((stats, settings)).encode()).hexdigest()}.npy"
 
 
-def save_array(path, array, shard=""):
-    """Write an array whole or not at all. A kill may leave a file NAME[.SHARD].….part behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}{shard and '.'}{shard}.{uuid.uuid4().hex}.part")
+@contextlib.contextmanager
+def written_whole(path, shard="", put=os.replace):
+    """A file to write; then it becomes `path`, whole or not at all. A kill may leave .NAME.SHARD.….part."""
+    part = path.with_name(f".{path.name}.{shard}.{uuid.uuid4().hex}.part")
     try:
         with open(part, "wb") as file:
-            np.save(file, array)
+            yield file
             if shard:  # a row of a manifest relies on it
                 file.flush()
                 os.fsync(file.fileno())
-        os.replace(part, path)
+        put(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def save_array(path, array, shard=""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path, shard) as file:
+        np.save(file, array)
 
 
 def volume_file(item, cache, size=SIZE, hu="auto"):
@@ -1642,41 +1648,36 @@ def _own_manifest(folder, fold, *needed):
 
 
 def _label_columns(path, rows):
-    """Columns of a manifest whose filled cells are 0, 1 or, for unknown, -1: {name: n floats, NaN = unknown}.
-    ValueError for one that is so but for a few cells, or if there is none."""
-    meaning = {"0": 0., "1": 1., "-1": math.nan, **dict.fromkeys(NO_TEXT, math.nan)}
-    labels, others = {}, []
+    """Columns of a manifest whose filled cells are 0, 1 or, for unknown, -1, but for a minority, which
+    `read_labels` refuses. ValueError if there is none."""
+    labels, others = [], []
     for name in rows[0][1] if rows else ():
         if name in ("", "volume", "report") or name in COLUMNS and name not in LABELS:
             continue
-        cells = [_plain(str(row[name])) for _, row in rows]
-        values = [meaning.get(cell) for cell in cells]
-        bad = [i for i, value in enumerate(values) if value is None]
-        filled = sum(cell not in NO_TEXT for cell in cells)
-        if bad and 2 * len(bad) < filled:
-            where, row = rows[bad[0]]
-            raise wrong(where, f"{name} {row[name]!r}", "0, 1 or, where it is unknown, -1 or nothing, as in "
-                        f"{filled - len(bad)} other rows of this column")
-        if bad or not {0., 1.} & {*values}:
-            others.append(name)
-        else:
-            labels[name] = values
+        cells = Counter(_plain(str(row[name])) for _, row in rows)
+        known = cells["0"] + cells["1"]
+        bad = len(rows) - known - cells["-1"] - sum(cells[text] for text in NO_TEXT)
+        (labels if bad < known else others).append(name)
     if not labels:
         raise wrong(path, f"no label column (but {others})", "one at least: 0, 1, or nothing if unknown")
     log.info("%s: labels %s; no labels %s", path, ", ".join(labels), ", ".join(others) or "-")
-    return labels
+    return tuple(labels)
+
+
+def with_labels(items, labels, source):
+    """The items that have any of labels {id: (K,)}, each with its own; the number of others is told."""
+    labels = {name: row for name, row in labels.items() if not np.isnan(row).all()}
+    silent = [item.id for item in items if item.id not in labels]
+    if silent:
+        log.warning("%s: left out %d of %d items without a label: %s", source, len(silent), len(items),
+                    shorten(silent))
+    return [item._replace(labels=labels[item.id]) for item in items if item.id in labels]
 
 
 def _labels_items(folder, fold):
     path, rows, items = _own_manifest(folder, fold)
-    columns = _label_columns(path, rows)
-    labels = np.array([*columns.values()], np.float32).T
-    silent = [item.id for item, row in zip(items, labels) if np.isnan(row).all()]
-    if silent:
-        log.warning("%s: left out %d of %d items without a label: %s", path, len(silent), len(items),
-                    shorten(silent))
-    return [item._replace(labels=row, classes=tuple(columns)) for item, row in zip(items, labels)
-            if not np.isnan(row).all()]
+    classes = _label_columns(path, rows)
+    return [item._replace(classes=classes) for item in with_labels(items, read_labels(path, classes), path)]
 
 
 def _own_segment_items(folder, fold):
@@ -2235,15 +2236,8 @@ def _number_of(name):
 
 
 def _write_settings(folder, settings, put):
-    part = folder / f".{uuid.uuid4().hex}.part"
-    try:
-        with open(part, "w") as file:
-            json.dump(settings, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        put(part, folder / "cache.json")
-    finally:
-        part.unlink(missing_ok=True)
+    with written_whole(folder / "cache.json", "settings", put) as file:
+        file.write(json.dumps(settings, indent=1).encode())
 
 
 def begin_cache(folder, size, hu):

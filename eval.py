@@ -750,13 +750,15 @@ def predict_features(run, items, progress=False):
 
 @torch.no_grad()
 def text_features(network, texts):
-    """Global features of length 1 of reports or prompts: n str -> (n, E) on the CPU"""
-    device, rows = next(network.parameters()).device, []
-    for i in range(0, len(texts), 32):
-        batch = data.text_batch(network.text_encoder.tokenizer, texts[i:i + 32])
+    """Global features of length 1 of reports or prompts: n str -> (n, E) on the CPU. Equal texts have equal
+    ones, which tie in a retrieval: the padding of two batches would tell them apart."""
+    device, rows, different = next(network.parameters()).device, [], list(dict.fromkeys(texts))
+    for i in range(0, len(different), 32):
+        batch = data.text_batch(network.text_encoder.tokenizer, different[i:i + 32])
         row = network.encode_text(**{name: tensor.to(device) for name, tensor in batch.items()})
         rows.append(F.normalize(row.float(), dim=-1).cpu())
-    return torch.cat(rows)
+    place = {text: i for i, text in enumerate(different)}
+    return torch.cat(rows)[[place[text] for text in texts]]
 
 
 @torch.no_grad()
@@ -1478,13 +1480,9 @@ def label_items(items, names, source):
     else:
         others = [name for name in names if name not in data.LABELS]
         raise data.wrong(source, f"no label columns {others}", "a manifest .csv that has them")
-    labelled = [item._replace(labels=labels[item.id]) for item in items
-                if item.id in labels and not np.isnan(labels[item.id]).all()]
+    labelled = data.with_labels(items, labels, source)
     if not labelled:
         raise data.wrong(source, f"no label of {data.shorten(names)} for {len(items)} volumes", "some")
-    if len(labelled) < len(items):
-        log.warning("%s: left out %d of %d volumes without any of the labels", source,
-                    len(items) - len(labelled), len(items))
     return labelled
 
 

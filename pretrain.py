@@ -147,7 +147,7 @@ A 3D encoder of chest CT that was taught with scans and their radiology reports 
 
 ```
 {about}
-run        {steps} steps, seed {seed}
+run        {step} of {steps} steps, seed {seed}
 ```
 
 ## Numbers
@@ -381,14 +381,15 @@ def save_encoder(encoder, config, patients, out):
     save_file(weights, out / "encoder.safetensors", write=model.write_safetensors)
 
 
-def write_card(args, about, encoder, result=None):
+def write_card(args, about, encoder, step, result=None):
     """OUT/README.md, the model card. about: what is known from the beginning; result: at the end"""
     path, settings = Path(args.out, "README.md"), model.monai_settings(encoder)
     if path.exists() and not path.read_bytes().startswith(CARD.partition("{")[0].encode()):
         log.warning("warning: %s is no model card of ours, or its head was edited: it stays as it is", path)
         return
-    text = CARD.format(about=about, numbers=say_result(result) if result else "None yet: the run goes on.",
-                       settings=settings, note=settings.pop("note"), **vars(args))
+    numbers = say_result(result) if result else "None yet: the run goes on."
+    text = CARD.format(about=about, step=step, numbers=numbers, settings=settings,
+                       note=settings.pop("note"), **vars(args))
     save_file(text.encode(), path, write=lambda text, file: file.write(text))
 
 
@@ -641,7 +642,7 @@ out in {out}""")
             save_run(out, network, optimizer, scaler, config, step, ids=ids, patients=seen)
             if rank == 0:
                 save_encoder(encoder, config, seen, out)
-                write_card(args, about, encoder)
+                write_card(args, about, encoder, step)
                 evaluation.plot_curves(read_log(log_path), out / "curves.png")
     bar.close()
     interruption.end()
@@ -663,7 +664,7 @@ out in {out}""")
         if args.data == "demo":
             result |= evaluate_demo(args, network, untrained, unseen, items, collate, out)
             evaluation.write_result(result, out / "result.json")
-        write_card(args, about, encoder, result)
+        write_card(args, about, encoder, step, result)
 
 
 def first_batches(examples, collate, batch_size, volumes):

@@ -746,7 +746,7 @@ def test_prompts_are_compared_in_pairs(constant_inputs, text_encoder, tmp_path):
     drawn(tmp_path / "roc.png")
 
 
-def test_texts_do_not_depend_on_their_batch(text_encoder):
+def test_texts_do_not_depend_on_their_batch(text_encoder, monkeypatch):
     torch.manual_seed(0)
     towers = run_of(model.MG3D(model.build_encoder("swin_t"), text_encoder, losses=("clip",), embed_dim=24).eval(), "ct-rate-retrieval")
     texts = ["The lung is clear. No effusion in the left lobe. Nodule.", "No nodule.", "Heart. Lung is clear"]
@@ -754,6 +754,12 @@ def test_texts_do_not_depend_on_their_batch(text_encoder):
     alone = torch.cat([evaluation.text_features(towers.network, [text]) for text in texts])
     assert together.shape == (3, 24) and torch.allclose(together, alone, atol=1e-5)
     assert torch.allclose(together.norm(dim=1), torch.ones(3))
+    seen, make = [], data.text_batch
+    monkeypatch.setattr(data, "text_batch", lambda tokenizer, texts: seen.extend(texts) or make(tokenizer, texts))
+    others = [" ".join([texts[0]] * n) for n in range(2, 31)]
+    twice = evaluation.text_features(towers.network, [*texts, *others, *texts])
+    assert torch.equal(twice[:3], twice[-3:]) and torch.allclose(twice[:3], together, atol=1e-5)
+    assert seen == [*texts, *others]                                # none twice, with another padding
 
 
 def test_retrieval_under_both_protocols(constant_inputs, text_encoder, tmp_path):
@@ -1500,6 +1506,6 @@ def test_volumes_without_a_label_are_left_out(towers, caplog):
     items = data.load_items(folder / "m.csv")
     found = evaluation.label_items(items, ("Coin",), folder / "m.csv")
     assert [item.id for item in items if item.id not in {other.id for other in found}] == ["12.nii.gz", "13.nii.gz"]
-    assert "left out 2 of 30 volumes without any of the labels" in caplog.text
+    assert "left out 2 of 30 items without a label" in caplog.text
     both = evaluation.label_items(items, ("Coin", "large block"), folder / "m.csv")
     assert len(both) == 30 and [item.labels[1] for item in both] == [i % 2 for i in range(30)] and np.isnan(both[12].labels[0])

@@ -292,7 +292,7 @@ def test_the_model_card_tells_what_is_known_and_how_to_load_it(uninterrupted, fo
     card = huggingface_hub.ModelCard.load(out / "README.md")
     assert card.data.license == "apache-2.0" and "computed-tomography" in card.data.tags
     facts, numbers, code = re.findall(r"```(?:python)?\n(.*?)\n```", card.text, re.DOTALL)
-    assert facts.startswith("data       m.csv: 10 volumes") and facts.endswith("6 steps, seed 0")
+    assert facts.startswith("data       m.csv: 10 volumes") and facts.endswith("6 of 6 steps, seed 0")
     *lines, _ = facts.splitlines()              # the rest of the last one differs
     assert len(lines) == 5 and all(line in text for line in lines) and numbers in text
     assert numbers.count("cannot be told: fewer than 20 rows") == 6 and "weights moved by" in numbers
@@ -433,7 +433,9 @@ def test_stopped_killed_and_resumed_it_equals_the_uninterrupted_run(run, folder,
     assert stopped.wait() == 128 + signal.SIGTERM, stopped.errors
     assert "SIGTERM: saved after step" in stopped.text and (out / "encoder.pt").exists()
     assert load(out / "last.pt")["step"] == len(read_log(out)) < STEPS[world]
-    assert "None yet: the run goes on." in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "None yet: the run goes on." in card
+    assert f"{len(read_log(out))} of {STEPS[world]} steps" in card
 
     killed = run(f"--out {out.name} --resume", world=world)     # the checkpoint knows the other flags
     killed.until_step(2, out)

@@ -714,7 +714,7 @@ def test_the_split_of_a_manifest_counts(tmp_path):
 
 
 @pytest.mark.parametrize("columns, cell, message", [
-    ("ill", "2", "my.csv, line 6: found ill '2', expected 0, 1 or, where it is unknown, -1 or nothing, as in 39 other rows"),
+    ("ill", "2", "my.csv, line 6: found ill '2', expected a number: 0, 1 or, where it is unknown, -1 or nothing"),
     ("Cardiomegaly", "maybe", "my.csv, line 6: found Cardiomegaly 'maybe', expected a number: 0, 1"),
 ])
 def test_a_cell_that_is_no_label_is_named(tmp_path, columns, cell, message):
