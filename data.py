@@ -7,9 +7,9 @@
     python data.py demo --out DIR --n 64             write synthetic chests with reports
     python data.py demo --task luna16 --out DIR      write a synthetic set in that task's own layout
 
-X is a manifest .csv (`volume,report[,split][,patient][,label columns]`, paths relative to it), a CT-RATE
-folder, a CTRG-Chest .json or a folder of `cache --out`. First half: pre-training, in the order in which a
-volume walks through; second half: the tasks. Whatever is wrong with a file raises ValueError.
+X is a manifest .csv (`volume,report[,split][,patient][,label columns]`, paths relative to it), a
+CT-RATE folder, a CTRG-Chest .json or a folder of `cache --out`. First half: pre-training, in the
+order in which a volume walks through; second half: the tasks. Bad files raise ValueError.
 B patients, D H W voxels (z, y, x), L report tokens, S sentences.
 """
 import argparse
@@ -1052,7 +1052,7 @@ def cache_file(cache, volumes, *settings):
 
 @contextlib.contextmanager
 def written_whole(path, shard="", put=os.replace):
-    """A file to write; then it becomes `path`, whole or not at all. A kill may leave .NAME.SHARD.….part."""
+    """A file to write. It becomes `path` whole or not at all; a kill may leave .NAME.SHARD.….part"""
     part = path.with_name(f".{path.name}.{shard}.{uuid.uuid4().hex}.part")
     try:
         with open(part, "wb") as file:
@@ -1108,9 +1108,9 @@ def load_volume(item, cache=None, size=SIZE, hu="auto"):
     return volume.float()
 
 
-# A cache folder is a data set of its own: `<id>.npy`, a line of manifest-K-of-N.jsonl for each of them, and
-# cache.json, which tells how they were made. Rows of a manifest come after their volume, and only its shard
-# writes it, so that a kill leaves at most a volume without a row and a row that is cut off.
+# A cache folder is a data set of its own: `<id>.npy`, a line of manifest-K-of-N.jsonl for each, and
+# cache.json, which tells how they were made. A row is written after its volume, and by its shard
+# alone: a kill leaves at most a volume without a row, and a row that is cut off.
 
 def file_name(text):
     """A text as the name of a file: what a system may refuse there is percent-encoded"""
@@ -1169,8 +1169,8 @@ def check_prepared(items, size, hu):
 
 
 def _cache_rows(folder, with_report=True):
-    """All rows of a cache folder: (manifest, place of the row in it, row). Without the report, which comes
-    last, a million are read in half of the time."""
+    """All rows of a cache folder: (manifest, place of the row in it, row). Without the report, which
+    comes last, a million are read in half of the time."""
     for manifest in sorted(folder.glob("manifest-*.jsonl")):
         place = 0
         with open(manifest, "rb") as lines:
@@ -1217,7 +1217,7 @@ def _shared_labels(values):
 
 @contextlib.contextmanager
 def _without_gc():
-    """Looking again and again through a million objects, none of which is waste, takes as long as reading."""
+    """To look again and again through a million objects for waste takes as long as to read them."""
     gc.disable()
     try:
         yield
@@ -1348,7 +1348,7 @@ def collate(examples, pad_id=0):
 def keep_apart(order, patients, size):
     """Swap volumes of an epoch, in place, until no batch holds two of one patient, where that can be.
 
-    order (n,): indices of volumes, batches of `size` in a row, the rest is dropped; patients (n,): numbers.
+    order (n,): indices of volumes, `size` in a row are a batch, the rest is dropped; patients (n,)
     """
     kept = len(order) // size * size
     batches, rest = order[:kept].reshape(-1, size), order[kept:]        # views

@@ -327,8 +327,7 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}, \
     train_items, valid_items, test_items = still_good(parts, good[0], args.data)
     ids = fingerprint(train_items + valid_items)
     if checkpoint and checkpoint["ids"] != ids:
-        raise ValueError(f"--resume: {args.data} holds other items or classes than the run in {out} began "
-                         "with")
+        raise ValueError(f"--resume: {args.data} has other items or classes than the run in {out} had")
     positives, negatives = train_items, []
     if task.view == "cube":
         positives, negatives = ([item for item in train_items if item.labels[0] == label] for label in (1, 0))

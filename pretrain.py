@@ -5,8 +5,8 @@
     torchrun --nproc_per_node=4 pretrain.py --data …     the same on 4 GPUs
     python pretrain.py --out out --resume                go on after an interruption, with the same flags
 
-Writes OUT/last.pt (everything), encoder.pt and encoder.safetensors (the encoder, with MONAI's names), the
-model card README.md, log.jsonl and pictures.
+Writes OUT/last.pt (everything), encoder.pt and encoder.safetensors (the encoder, with MONAI's
+names), the model card README.md, log.jsonl and pictures.
 """
 import argparse
 
@@ -489,6 +489,21 @@ def fill(network, args, checkpoint):
     return []
 
 
+def describe(args, network, weight, trained_on, held_out, world):
+    """The run in five lines, for its log and its model card"""
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6
+    frozen = sum(p.numel() for p in network.parameters() if not p.requires_grad) / 1e6
+    control = ", with the reports of other patients (a control)" if args.permute_reports else ""
+    return f"""\
+data       {Path(args.data).name}: {trained_on} volumes to train on, {held_out} held out{control}
+volumes    centre crop to {data.CROP}, HU {data.WINDOW} ({args.hu}), resized to {tuple(args.size)}
+model      {args.encoder} from {args.init or "scratch"} and frozen {args.text_encoder}: {trained:.1f} M \
+parameters trained, {frozen:.1f} M frozen
+losses     {', '.join(f'{weight[name]:g} {name}' for name in weight)}
+batch      {args.batch_size} volumes × {world} processes × {args.accumulate} passes; \
+{args.batch_size * world - 1} negatives for each volume"""
+
+
 def say_what_it_teaches(args, enabled, world):
     if args.clip:
         log.info("clip       is no part of MG-3D; of all losses it alone needs the right report (README)")
@@ -564,20 +579,10 @@ def main(args, given):
     loader = DataLoader(examples, batch_sampler=batches, collate_fn=collate,
                         num_workers=args.workers, pin_memory=device.type == "cuda")
     config = {name: value for name, value in vars(args).items() if name not in ("resume", "out")}
-    trained = sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6
-    frozen = sum(p.numel() for p in network.parameters() if not p.requires_grad) / 1e6
-    about = f"""\
-data       {Path(args.data).name}: {len(train_items)} volumes to train on, {len(held_out)} held out\
-{", with the reports of other patients (a control)" if args.permute_reports else ""}
-volumes    centre crop to {data.CROP}, HU {data.WINDOW} ({args.hu}), resized to {size}
-model      {args.encoder} from {args.init or "scratch"} and frozen {args.text_encoder}: {trained:.1f} M \
-parameters trained, {frozen:.1f} M frozen
-losses     {', '.join(f'{weight[name]:g} {name}' for name in enabled)}
-batch      {args.batch_size} volumes × {world} processes × {args.accumulate} passes; \
-{args.batch_size * world - 1} negatives for each volume"""
+    about = describe(args, network, weight, len(train_items), len(held_out), world)
     log.info(f"""{about}
-run        steps {step} to {args.steps} on {device} in {precision}, seed {args.seed}, cache in {args.cache}, \
-out in {out}""")
+run        steps {step} to {args.steps} on {device} in {precision}, seed {args.seed}, out in {out}
+cache      {args.cache}, of what is not preprocessed""")
     say_what_it_teaches(args, enabled, world)
 
     # ----------------------------------------------------------------------------------------- loop
