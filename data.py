@@ -2308,7 +2308,8 @@ def _check_made(items, rows, folder, workers):
                         "the same id", f"one source of an id; {remedy}")
         if changed:
             log.warning("%s: it has changed since it was cached; %s", volume, remedy)
-    stale = [item.id for item in items if rows.get(item.id, {}) != rows.get(item.id, {}) | _described(item)]
+    rows = [(rows[item.id], item) for item in items if item.id in rows]
+    stale = [item.id for row, item in rows if row != row | _described(item)]
     if stale:
         log.warning("%s: keeps another report, split, patient or labels of %d volumes than the data: %s; %s",
                     folder, len(stale), shorten(stale), remedy)

@@ -1389,6 +1389,7 @@ def test_cache_folder_stands_alone(tmp_path, command):
     code, text = command(*cache_flags(path, out))
     assert code == 0 and is_whole(out, before)
     assert f"{out}: 10 of 10 volumes of the shard 1-of-1, 10 of 10 of all shards; 0 still lack" in text
+    assert "keeps another" not in text                              # of what it did not have before
     for row in cached_rows(out):
         file = before[row["id"]].volume
         assert row["source"] == {"path": str(file), "size": file.stat().st_size, "mtime_ns": file.stat().st_mtime_ns,
