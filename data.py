@@ -2388,7 +2388,7 @@ def _check_volume(items, task, hu):
     for candidate in items:
         if candidate.centre:
             candidate_voxel(candidate, array.shape, affine)
-    if item.mask and task:
+    if item.mask and task and task.kind == "segment":
         values, counts = np.unique(read_mask(item, task, array.shape, affine), return_counts=True)
         note += "; voxels " + ", ".join(f"{value}: {count}" for value, count in zip(values, counts))
     shape, mm = "x".join(map(str, array.shape)), " ".join(f"{side:.2f}" for side in spacing)

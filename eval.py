@@ -66,7 +66,7 @@ def flags():
     add = towers.add_argument
     add("--checkpoint", required=True, help="last.pt of pretrain.py; best.pt or last.pt of "
         "ct-rate-vocab or ct-rate-retrieval")
-    add("--data", required=True, help="demo, a manifest, a CT-RATE folder or a CTRG-Chest .json")
+    add("--data", required=True, help="demo, a manifest, a CT-RATE folder, a CTRG-Chest .json or a cache folder")
     add("--split", choices=["train", "valid", "test"], help="part to report on; else test, without "
         "one valid, without both all")
     add("--cache", default="cache", help="folder of preprocessed volumes")
@@ -1482,7 +1482,8 @@ def label_items(items, names, source):
         raise data.wrong(source, f"no label columns {others}", "a manifest .csv that has them")
     labelled = data.with_labels(items, labels, source)
     if not labelled:
-        raise data.wrong(source, f"no label of {data.shorten(names)} for {len(items)} volumes", "some")
+        raise data.wrong(source, f"no label of {data.shorten(names)} for {len(items)} volumes",
+                         "some, or --prompts that names other label columns")
     return labelled
 
 
@@ -1572,6 +1573,8 @@ def find_scans(folder):
 
 def embed_command(args):
     """Features of every scan of a folder; a scan that cannot be read is named and left out."""
+    if args.out.suffix != ".npz":
+        raise ValueError(f"--out {args.out}: expected a name that ends in .npz")
     encoder, size, hu, _ = _encoder_of(args)
     is_folder = args.input.is_dir()
     scans = find_scans(args.input) if is_folder else [args.input]

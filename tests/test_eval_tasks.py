@@ -892,6 +892,8 @@ def test_embed(tmp_path, encoder):
         assert np.allclose(found["features"], expected, atol=1e-5)
     done = here("embed", "--checkpoint", "last.pt", "--input", "scans/broken.nii.gz", cwd=tmp_path)
     assert done.returncode == 1 and "broken.nii.gz" in done.stderr
+    done = here("embed", "--checkpoint", "last.pt", "--input", "scans", "--out", "emb.csv", cwd=tmp_path)
+    assert done.returncode == 1 and "--out emb.csv: expected a name that ends in .npz" in done.stderr
 
 
 def test_what_a_mixed_folder_holds(tmp_path):
@@ -1497,7 +1499,7 @@ def test_what_cannot_be_compared_with_texts_is_refused(towers, encoder):
     items = data.load_items(folder / "m.csv")
     with pytest.raises(ValueError, match=r"found no label columns \['Coin'\], expected a manifest"):
         evaluation.label_items(items, ("Cardiomegaly", "Coin"), folder)
-    with pytest.raises(ValueError, match="found no label of Cardiomegaly for 30 volumes"):
+    with pytest.raises(ValueError, match="found no label of Cardiomegaly for 30 volumes, expected .* --prompts"):
         evaluation.label_items([item._replace(labels=None) for item in items], ("Cardiomegaly",), "m.csv")
 
 

@@ -744,11 +744,20 @@ def test_classes_of_masks(tmp_path, monkeypatch):
     task = data.with_classes(TASKS["segment"], items)
     assert task.classes == ("1", "2", "3") and numbers(items) == (6, 2, 2)
     assert set(np.unique(data.prepare(items[1], task, tmp_path / "cache")[1])) == {0, 3}
-    monkeypatch.setattr(data, "process_map", None)              # the masks are read once
+    monkeypatch.setattr(data, "in_processes", None)             # the masks are read once
     assert load_task("segment", tmp_path, cache=tmp_path / "cache")[0].classes == task.classes
     monkeypatch.undo()
     mask(tmp_path / "masks" / "0.nii.gz", 4)                    # but those that changed
     assert load_task("segment", tmp_path, cache=tmp_path / "cache")[0].classes == ("1", "2", "3", "4")
+
+
+def test_masks_are_nothing_to_a_task_of_labels(tmp_path, command):
+    """One manifest may serve both: the values of its masks are no classes of its labels."""
+    path = own(tmp_path, "mask,one", [[f"{i}_mask.nii.gz", i % 2] for i in range(10)])
+    for i in range(10):
+        mask(tmp_path / f"{i}_mask.nii.gz", 7)
+    code, text = command("data.py", "check", "--task", "labels", "--data", path)
+    assert code == 0 and "10 volumes read, 0 of them with a problem" in text, text
 
 
 def test_bad_masks_of_ones_own(tmp_path):
