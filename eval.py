@@ -66,7 +66,7 @@ def flags():
     add = towers.add_argument
     add("--checkpoint", required=True, help="last.pt of pretrain.py; best.pt or last.pt of "
         "ct-rate-vocab or ct-rate-retrieval")
-    add("--data", required=True, help="demo, a manifest, a CT-RATE folder, a CTRG-Chest .json or a cache folder")
+    add("--data", required=True, help="demo, a manifest, CT-RATE or cache folder, or a CTRG-Chest .json")
     add("--split", choices=["train", "valid", "test"], help="part to report on; else test, without "
         "one valid, without both all")
     add("--cache", default="cache", help="folder of preprocessed volumes")
