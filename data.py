@@ -1245,7 +1245,7 @@ def _cache_items(folder):
     names = set(os.listdir(folder))  # a question for each of a million files would take long
     absent = {name for name in items if cache_name(name) not in names}
     tell_absent(sorted(absent), len(items), folder)
-    changed = [volume for source, volume in suspects[:100] if has_changed((source, volume))]
+    changed = sorted(volume for source, volume in suspects[:100] if has_changed((source, volume)))
     if changed:
         log.warning("%s: %d raw volumes have changed since: %s", folder, len(changed), shorten(changed))
     if len(suspects) > 100:

@@ -167,7 +167,7 @@ def test_renamed_labels_are_no_resumed_run(run, sets, cache, tmp_path):
         Path("out", name).unlink()
     text = (folder / "manifest.csv").read_text()
     (folder / "manifest.csv").write_text(text.replace("Consolidation", "Fibrosis"))
-    with pytest.raises(ValueError, match="holds other items or classes"):
+    with pytest.raises(ValueError, match="has other items or classes"):
         run(None, "--resume")
 
 

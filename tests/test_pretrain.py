@@ -818,7 +818,7 @@ def test_a_cache_folder_is_enough_to_train_on(run, folder, tmp_path, command):
     shutil.rmtree(tmp_path / "raw")
     flags = SMALL.replace("m.csv", str(made))
     done = run(f"{flags} --steps 3 --out {out} --cache {tmp_path / 'unused'}").succeeded()
-    assert f"{made}: 10 volumes to train on, 2 held out" in done.text and not (tmp_path / "unused").exists()
+    assert f"data       {made.name}: 10 volumes to train on, 2 held out" in done.text and not (tmp_path / "unused").exists()
     vocabulary = (out / "text_encoder" / "vocab.txt").read_text().split()
     assert {"nodule", "effusion", "heart"} <= set(vocabulary)
     moved = made.rename(tmp_path / "moved")
