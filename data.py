@@ -640,8 +640,8 @@ class Item(NamedTuple):
 
 
 class CachedItem(Item):
-    """An item of a cache folder. The fields `volume` and `report` hold the manifest and the place of a row
-    there: of a million reports none is kept in memory."""
+    """An item of a cache folder. The fields `volume` and `report` hold the manifest and the place of
+    a row there: of a million reports none is kept in memory."""
     __slots__ = ()
 
     @property
@@ -996,11 +996,12 @@ def check_identities(items, source, side_of):
 
 def with_words(items, data):
     """The items that have a report; the number of others is told."""
-    silent = [item.id for item in items if not has_words(item.report)]
+    is_good = [has_words(item.report) for item in items]
+    silent = [item.id for item, good in zip(items, is_good) if not good]
     if silent:
         log.warning("%s: left out %d of %d items with an empty report: %s", data, len(silent), len(items),
                     shorten(silent))
-    return [item for item in items if has_words(item.report)]
+    return list(itertools.compress(items, is_good))
 
 
 def keep_good(items, data):
@@ -1014,9 +1015,9 @@ def keep_good(items, data):
 
 
 def load_items(data, cache="cache"):
-    """A manifest .csv, a CT-RATE folder, a CTRG-Chest .json or a cache folder -> list of Item. "demo":
-    DEMO_SIZE phantoms, written to CACHE/demo once. Items without a report, and up to 5 % without a file, are
-    logged and left out; a volume twice, or a patient in train and elsewhere, is refused."""
+    """A manifest .csv, a CT-RATE or cache folder, or a CTRG-Chest .json -> list of Item. "demo":
+    DEMO_SIZE phantoms, written to CACHE/demo once. Items without a report, and up to 5 % without a
+    file, are logged and left out; a volume twice, or a patient in train and elsewhere, is refused."""
     return keep_good(read_items(data, cache), data)
 
 
@@ -1383,8 +1384,8 @@ class Batches:
     An epoch is a permutation seeded by (seed, epoch), cut into global batches of batch_size · world; the
     rest is dropped. W processes with batch B see, in rank order, what one sees with W·B. patients: one of
     each volume; see `keep_apart`."""
-    # NOTE(paper): reconstructions of one scan are separate volumes. In one batch they would be negatives of
-    # each other.
+    # NOTE(paper): reconstructions of one scan are separate volumes. In one batch they would be
+    # negatives of each other.
 
     def __init__(self, n, batch_size, rank=0, world=1, seed=0, start=0, patients=()):
         if batch_size * world > n:
@@ -1633,7 +1634,7 @@ def _ct_rate_task_items(folder, fold):
 
 
 def _own_manifest(folder, fold, *needed):
-    """A manifest, perhaps the only one of a folder: its path, rows and items, split None if it tells none"""
+    """A manifest, perhaps the only one of a folder: its path, rows and items, split None if not told"""
     tables = _visible_files(folder) if folder.is_dir() else [folder]
     tables = [path for path in tables if path.suffix.lower() == ".csv"]
     if len(tables) != 1:
@@ -1804,12 +1805,13 @@ TASKS = {
         _demo(20, 8, size=(32, 32, 64), text_encoder="demo", embed_dim=192)),
     # One's own data. No flips: a class may be of one side.
     "labels": Task("classify", "whole", _labels_items,
-        "a manifest .csv, or the folder of one (volume,LABEL,LABEL,…[,patient][,split]): every column of 0, "
-        "1 and, for unknown, nothing is a label", (), "AUC", SIZE, WINDOW, None,
+        "a manifest .csv, or the folder of one (volume,LABEL,LABEL,…[,patient][,split]): every column "
+        "of 0, 1 and, for unknown, nothing is a label", (), "AUC", SIZE, WINDOW, None,
         _recipe(40, 1, 2, 5e-5, weight_decay=0.01), _demo(20, 4, lr=5e-4, eval_every=4), MILD),
     "segment": Task("segment", "patch", _own_segment_items,
-        "a manifest .csv, or the folder of one (volume,mask[,patient][,split]): masks in the grid of their "
-        "volume, 0 the background, 1 to K the classes", (), "Dice", (96, 96, 96), WINDOW, (1.5, 1.5, 1.5),
+        "a manifest .csv, or the folder of one (volume,mask[,patient][,split]): masks in the grid of "
+        "their volume, 0 the background, 1 to K the classes",
+        (), "Dice", (96, 96, 96), WINDOW, (1.5, 1.5, 1.5),
         _recipe(300, 10, 1, 1e-4, weight_decay=1e-5), SEGMENT_DEMO, MILD, patches=4),
 }
 
@@ -2254,8 +2256,8 @@ def begin_cache(folder, size, hu):
 
 @contextlib.contextmanager
 def claim_shard(folder, shard, own):
-    """The manifest of a shard, to be written, without what a kill left. ValueError if another process makes
-    volumes whose numbers are in `own`, of whatever shard."""
+    """The manifest of a shard, to be written, without what a kill left. ValueError if another process
+    makes volumes whose numbers are in `own`, of whatever shard."""
     path = folder / f"manifest-{shard}.jsonl"
     with open(folder / ".lock", "ab") as lock, open(path, "ab+") as manifest:
         try:

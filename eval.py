@@ -549,9 +549,9 @@ def sentence_maps(network, volume, report):
 def lesion_attention(network, items, cache, size, hu="auto"):
     """Do sentences look at the lesion that they state? Share of their attention in the tokens it touches.
 
-    `item.mask` has its place. Returns {inside, random, others, interval, interval_to_others, n}: means over n
-    patients, and intervals of inside less the control. `random`: all places alike; `others`: the report's
-    other sentences.
+    `item.mask` has its place. Returns {inside, random, others, interval, interval_to_others, n}: means
+    over n patients, and intervals of inside less the control. `random`: all places alike; `others`:
+    the report's other sentences.
     """
     grid, patients = [side // network.encoder.stride for side in size], []
     for item in _bar(items, "attention", True):
@@ -815,8 +815,8 @@ def sliding_window(network, volume, size, overlap, batch_size=2, device="cpu", p
 # Each gives the part of the result that differs by kind, and the metric with the arrays it is taken of.
 
 def score_classes(run, items, scores, out, train_items):
-    """Accuracy of exclusive classes, AUC of a single class or of the last one `among` another, otherwise the
-    mean AUC. scores: log odds (n, K)"""
+    """Accuracy of exclusive classes, AUC of a single class or of the last one `among` another,
+    otherwise the mean AUC. scores: log odds (n, K)"""
     task = run.task
     truth = np.stack([item.labels for item in items]).astype(float)  # (n, K), NaN = unknown
     per_class = dict(zip(task.classes, aurocs(scores, truth)))
@@ -967,13 +967,13 @@ def candidates(items):
     """What counts as one candidate of a retrieval: {protocol: groups of places in items}. Of the
     reconstructions of a scan, CT-RATE's train_1_a_1, train_1_a_2, …, "scans" takes the first; volumes
     with other names are scans of their own. "unique findings" groups the volumes of one report."""
-    scans, findings = {}, defaultdict(list)
+    scans, by_report = {}, defaultdict(list)
     for i in sorted(range(len(items)), key=lambda i: items[i].id):
         name = data.ENDING.sub("", items[i].id)
         scans.setdefault(re.sub(r"((train|valid)_\d+_[a-z]+)_\d+$", r"\1", name), [i])
-        findings[items[i].report].append(i)
+        by_report[items[i].report].append(i)
     return {"volumes": [[i] for i in range(len(items))], "scans": sorted(scans.values()),
-            "unique findings": sorted(findings.values())}
+            "unique findings": sorted(by_report.values())}
 
 
 def _recalls(ranks):
@@ -1120,7 +1120,9 @@ def without_nan(content):
 
 
 def write_result(result, path):
-    Path(path).write_text(json.dumps(without_nan(result), indent=1, ensure_ascii=False), encoding="utf-8")
+    text = json.dumps(without_nan(result), indent=1, ensure_ascii=False)
+    with data.written_whole(Path(path)) as file:
+        file.write(text.encode())
 
 
 def summary(result):

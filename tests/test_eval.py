@@ -508,3 +508,11 @@ def test_a_loss_has_learned_when_its_end_lies_below_nothing():
         level = evaluation.levels(some, {"mim": 0.9})["mim"]
         assert level["learned"] is None and level["reason"] == reason
     assert evaluation.levels(rows[-20:], {"mim": 0.9})["mim"]["learned"] is True
+
+
+def test_a_result_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "result.json"
+    evaluation.write_result({"value": 1.0}, path)
+    with pytest.raises(UnicodeEncodeError):                         # the name of a file that is no text
+        evaluation.write_result({"value": 2.0, "id": "\udcff"}, path)
+    assert json.loads(path.read_text()) == {"value": 1.0} and [*tmp_path.iterdir()] == [path]
