@@ -1410,79 +1410,63 @@ class Batches:
 
 
 # ===================================================================================== the tasks
-# A task is a row of TASKS and a records function: (folder, fold) -> items, split None if the set has none.
+# A task is a row of TASKS and a records function (folder, fold) -> items. They are all "train" if the set
+# has no split.
 
-CC_CCII = {"Normal": "0", "CP": "1", "NCP": "2"}  # label and target in the fold files
-NIFTI = r".+\.nii(\.gz)?"
-CASE_LIST = "{training: [{image, label[, fold]}][, validation: [{image, label}]][, test: [the same]]}"
+CC_CCII = ("Normal", "CP", "NCP")
+CASES = "{training: [{image, label[, fold]}][, validation, test: the same]}"
+NNUNET = r"(.*/)images(Tr|Ts)/(.+)_0000", r"\1labels\2/\3"  # patterns of an image and its mask
 BOX = 384.  # mm, side of the box around the middle of a scan (view "box")
 FEW_SHOT_VOLUMES = 1000  # training volumes of the two CT-RATE tasks, as in the paper
 
 
-def _cc_ccii_files(folder):
-    """Scans and the classes of their folders by (patient, scan), fold files by (fold, part)"""
-    scans, labels, tables = defaultdict(list), {}, defaultdict(list)
-    for root, folders, files in walk(folder):
-        label = re.fullmatch(r"(Normal|CP|NCP)(-\d+)?", root.name)  # or "CP-20/CP"
-        if label:
-            for scan in sorted(root.glob("*/*/")):
-                key = scan.parent.name, scan.name
-                if key[0] not in CC_CCII and not any(map(is_hidden, key)) and scan.is_dir():
-                    scans[key].append(scan)
-                    labels[key] = label[1]
-            folders[:] = CC_CCII.keys() & folders  # do not list 400,000 slices
-        for file in files:
-            array = re.fullmatch(r"p(\d+)-s(\d+)\.npy", file)
-            if array:
-                scans[array.groups()].append(root / file)
-            table = re.fullmatch(r".*fold(\d+).*(train|val).*\.csv", file, re.IGNORECASE)
-            if table:
-                tables[int(table[1]), table[2].lower()].append(root / file)
-    return {key: only(found, "one scan") for key, found in scans.items()}, labels, tables
-
-
 def _cc_ccii_items(folder, fold):
-    scans, labels, tables = _cc_ccii_files(folder)
-    rows = []
-    if not tables:
-        rows = [(key, label, None) for key, label in sorted(labels.items())]
-        unlabelled = sorted(scans.keys() - labels.keys())
-        if unlabelled:
-            raise wrong(scans[unlabelled[0]], f"no *fold{fold}*train.csv and *valid*.csv", "its class there")
-    for part, split in (("train", "train"), ("val", "test")) if tables else ():  # it reports its "valid"
-        if (fold, part) not in tables:
-            names = sorted(path.name for paths in tables.values() for path in paths)
-            raise wrong(folder, f"the fold files {names}", f"also *fold{fold}*{part}*.csv")
-        for where, row in read_table(only_table(tables[fold, part]), "patient_id", "scan_id",
-                                     target=CC_CCII.values(), label=CC_CCII):
-            target, label, key = row["target"], row["label"], (row["patient_id"], row["scan_id"])
-            if CC_CCII[label] != target:
-                raise wrong(where, f"target {target!r} and label {label!r}", "0 Normal, 1 CP or 2 NCP")
-            if labels.get(key, label) != label:
-                raise wrong(where, f"label {label!r}", f"{labels[key]!r}, that of {scans[key]}")
-            rows.append((key, label, split))
-    return [Item("/".join(key), scans.get(key, folder / label / "/".join(key)), "", split, key[0],
-                 np.float32([label == name for name in CC_CCII])) for key, label, split in rows]
+    scans, labels = defaultdict(list), {}
+    for root, _, _ in walk(folder):
+        scan = re.fullmatch(r"(?:.*/)?(Normal|CP|NCP)(?:-\d+)?/(\d+)/(\d+)", root.as_posix())
+        if scan:
+            scans[scan.group(2, 3)].append(root)
+            labels[scan.group(2, 3)] = scan[1]
+    for array in find(folder, r"p\d+-s\d+\.npy"):
+        scans[tuple(re.findall(r"\d+", array.name))].append(array)
+    scans = {key: only(found, "one scan") for key, found in scans.items()}
+    tables = find(folder, r".*fold\d.*(train|val).*\.csv")
+    rows = [(key, label, "train") for key, label in sorted(labels.items())]
+    if tables or len(scans) > len(labels):  # fold files alone tell the class of an .npy
+        rows = []
+        for part in ("train", "val"):
+            pattern = rf"fold{fold}(?!\d).*{part}"
+            found = [path for path in tables if re.search(pattern, path.name, re.IGNORECASE)]
+            if not found:
+                names = [path.name for path in tables]
+                raise wrong(folder, f"the fold files {names}", f"also *fold{fold}*{part}*.csv")
+            for where, row in read_table(only_table(found), "patient_id", "scan_id", label=CC_CCII):
+                label, key = row["label"], (row["patient_id"], row["scan_id"])
+                if labels.get(key, label) != label:
+                    raise wrong(where, f"label {label!r}", f"{labels[key]!r}, that of {scans[key]}")
+                rows.append((key, label, SPLIT_NAMES[part]))
+    items = []
+    for key, label, split in rows:
+        name = "/".join(key)
+        scan = scans.get(key, folder / label / name)
+        items.append(Item(name, scan, "", split, key[0], np.float32([label == k for k in CC_CCII])))
+    return items
 
 
 def _luna16_items(folder, fold):
     scans = by_stem(path for path in find(folder, r".+\.mhd")
-                    if re.fullmatch(r"subset\d", path.parent.name, re.IGNORECASE))  # not seg-lungs-LUNA16
+                    if re.fullmatch(r"subset\d", path.parent.name, re.IGNORECASE))  # not the lungs
     tables = find(folder, r"candidates_V2\.csv") or find(folder, r"candidates\.csv")
-    if not scans or not tables:
-        raise wrong(folder, f"{len(scans)} subset?/*.mhd and {len(tables)} candidates[_V2].csv", "both")
-    table = only_table(tables)
-    subsets = {name: int(path.parent.name[-1]) for name, path in scans.items()}
-    rows = read_table(table, "seriesuid", "coordX", "coordY", "coordZ", **{"class": ("0", "1")})
-    series = dict.fromkeys(row["seriesuid"] for _, row in rows)
-    absent = [name for name in series if name not in scans]
+    if not tables:
+        return []
+    rows = read_table(only_table(tables), "seriesuid", "coordX", "coordY", "coordZ",
+                      **{"class": ("0", "1")})
+    subset_of = {name: int(path.parent.name[-1]) for name, path in scans.items()}
+    series = {row["seriesuid"] for _, row in rows}
+    absent = sorted(series - scans.keys())  # perhaps of a subset that was not downloaded
     if absent:
-        empty = sorted(set(range(10)) - set(subsets.values()))  # subsets that were not downloaded
-        found = (f"no .mhd for {len(absent)} of {len(series)} series: {shorten(absent)}; no file in the "
-                 f"subsets {empty}")
-        if len(absent) > (0.05 + len(empty) / 10) * len(series):
-            raise wrong(table, found, "at most 5 % to be missing from the other subsets")
-        log.warning("%s: found %s: their candidates are left out", table, found)
+        log.warning("%s: left out %d of %d series, without .mhd: %s", folder, len(absent), len(series),
+                    shorten(absent))
     split_of = ["train"] * 5 + ["valid"] * 2 + ["test"] * 3
     labels = {text: np.float32([text]) for text in "01"}  # one array for all of 750,000 candidates
     items = []
@@ -1490,179 +1474,117 @@ def _luna16_items(folder, fold):
         name = row["seriesuid"]
         if name in scans:
             centre = -row["coordX"], -row["coordY"], row["coordZ"]  # LPS -> RAS
-            items.append(Item(f"{name}:{line}", scans[name], "", split_of[subsets[name]], name,
+            items.append(Item(f"{name}:{line}", scans[name], "", split_of[subset_of[name]], name,
                               labels[row["class"]], centre=centre))
     return items
 
 
-def _case_list(folder, fold):
-    """The JSON like CASE_LIST of a folder, and (image, label, split) of its cases as it gives them"""
+def _listed_cases(folder, fold, files):
+    """(image, mask, split) of every case of the JSON like CASES in a folder; [] without one"""
     lists = []
     for path in find(folder, r".+\.json"):
-        with expecting(path, CASE_LIST):
+        with expecting(path, CASES):
             content = json.loads(read_text(path))
-            parts = _parts(content, "label") if isinstance(content, dict) else ()
+            parts = _parts(content, "label") if isinstance(content, dict) else {}
+            rows = [(part, row) for part in parts for row in parts[part]
+                    if part != "test" or "label" in row]  # the Decathlon keeps those of its test part
             if "train" in parts:
-                folds = {int(row["fold"]) for row in parts["train"] if "fold" in row}
-                lists.append((path, parts, folds))
+                lists.append((path, rows, {int(row["fold"]) for _, row in rows if "fold" in row}))
     lists = [entry for entry in lists if entry[2]] or lists  # folds beside a dataset.json
-    if not lists:
-        return folder, []
     if len(lists) > 1:
-        raise wrong(folder, f"the lists {', '.join(str(entry[0]) for entry in lists)}", "one")
-    path, parts, folds = lists[0]
+        raise wrong(folder, f"the lists {', '.join(str(path) for path, *_ in lists)}", "one")
+    path, rows, folds = lists[0] if lists else (folder, [], ())
     if folds and fold not in folds:
         raise wrong(path, f"the folds {sorted(folds)}", f"fold {fold} among them")
-    cases = []
-    with expecting(path, CASE_LIST):
-        for part in ("train",) if folds else parts:
-            for row in parts[part]:
-                if part == "test" and not (isinstance(row, dict) and "label" in row):
-                    continue  # the Decathlon keeps these masks
-                if not {"image", "label"} <= row.keys():
-                    raise KeyError(f"no image or no label in {row}")
-                is_tested = folds and int(row["fold"]) == fold
-                cases.append((_path(row["image"]), _path(row["label"]), "test" if is_tested else part))
-    return path, cases
-
-
-def _listed_cases(folder, fold):
-    """Cases of a JSON like CASE_LIST: (image, mask, split); [] without one"""
-    path, cases = _case_list(folder, fold)
-    files = defaultdict(list)  # by "lung_001" and "imagesTr/lung_001"
-    for file in find(folder, NIFTI):
-        for parent in ("", file.parent.name + "/"):
-            files[parent + stem(file)].append(file)
 
     def locate(name):
-        """Where the JSON says, seen from it or from the folder; else the file whose name ends like that"""
-        there = [place for place in (path.parent / name, folder / name) if place.exists()]
-        ending = "/".join(Path(name).with_name(stem(Path(name))).parts[-2:])
-        found = there[:1] or files[ending] or files[ending + "_0000"]  # nnU-Net's name of the first channel
-        return only(found or [folder / name], f"{name} of {path}")
-    return [(locate(image), locate(label), split) for image, label, split in cases]
+        """Where the JSON says, or else the file whose path ends so, in nnU-Net with _0000 behind"""
+        name = Path(_path(name))
+        for place in (path.parent / name, folder / name):
+            if place.exists():
+                return place
+        end = "/" + ENDING.sub("", "/".join(name.parts[-2:]))
+        found = [file for key in files if key.endswith((end, end + "_0000")) for file in files[key]]
+        return only(found or [place], f"{name} of {path}")
+    cases = []
+    with expecting(path, CASES):
+        for part, row in rows:
+            if folds:
+                part = "test" if int(row["fold"]) == fold else "train"
+            cases.append((locate(row["image"]), locate(row["label"]), part))
+    return cases
 
 
-def _split_of(part):
-    """The split that the names of folders tell, the inner one first: "testing", "acdc_test", "test set",
-    "labelsTs"; "latest" and "test-retest" tell none."""
-    splits = SPLIT_NAMES | {"labelstr": "train", "labelsts": "test"}
-    for name in reversed(part.parts):
-        names = "|".join(splits)
-        match = re.fullmatch(rf"(?:.*[^a-z])?({names})(?:[^a-z]*(?:set|data|part))?[^a-z]*", name.lower())
-        if match:
-            return splits[match[1]]
-    return "train"
+def _named_cases(folder, files, names):
+    """(image, mask, split) of every case told by its name; a folder without any mask is left out"""
+    splits = SPLIT_NAMES | {"imagestr": "train", "imagests": "test"}
+    tells = rf"(?<![a-z])({'|'.join(splits)})[^a-z/]*(?:set)?[^a-z/]*(?:/|$)"  # not "test-retest"
+    parts, cases = defaultdict(list), []
+    for key, found in files.items():
+        for image, mask in (NNUNET, names):
+            match = re.fullmatch(image, key, re.IGNORECASE)
+            if match:
+                name = match.expand(mask)
+                masks = files.get(name, [Path(name + ".nii.gz")])
+                parts[found[0].parent].append((only(found, key), only(masks, name)))
+    for part, pairs in parts.items():
+        if any(mask.exists() for _, mask in pairs):
+            told = re.findall(tells, part.relative_to(folder).as_posix().lower())
+            split = splits[told[-1]] if told else "train"
+            cases += [(image, mask, split) for image, mask in pairs]
+        else:
+            log.warning("%s: left out its %d scans: none has a mask", part, len(pairs))
+    return cases
 
 
-def _named_cases(folder, image, mask, patient):
-    """Cases told by names, or in nnU-Net's imagesTr/CASE_0000.nii.gz and labelsTr/CASE.nii.gz: (image, mask,
-    split). A part of the set without any mask is left out."""
-    files, parts = defaultdict(list), defaultdict(list)
-    for file in find(folder, NIFTI):
-        files[file.parent, stem(file)].append(file)
-    for (parent, name), found in list(files.items()):
-        is_nnunet = parent.name in ("imagesTr", "imagesTs") and name.endswith("_0000")
-        match = re.fullmatch(r"(.+)_0000" if is_nnunet else image, name, re.IGNORECASE)
-        if match and parent.name not in ("labelsTr", "labelsTs"):
-            part = parent.with_name("labels" + parent.name[6:]) if is_nnunet else parent
-            name = match.expand(r"\1" if is_nnunet else mask)
-            labels = files.get((part, name), [part / f"{name}.nii.gz"])
-            if not is_nnunet and re.fullmatch(patient, parent.name, re.IGNORECASE):
-                part = parent.parent
-            split = _split_of(Path(os.path.relpath(part, folder)))
-            parts[part].append((only(found, name), only(labels, name), split))
-    without = [part for part in parts if not any(path.exists() for _, path, _ in parts[part])]
-    if without and len(without) < len(parts):
-        log.warning("%s: left out, as they have no masks: the scans in %s", folder,
-                    ", ".join(f"{part} ({len(parts.pop(part))})" for part in without))
-    return list(itertools.chain(*parts.values()))
-
-
-def _with_test(items):
-    """The items; where a set has no test part, its valid part is the one to report on."""
-    if any(item.split == "test" for item in items):
-        return items
-    return [item._replace(split="test") if item.split == "valid" else item for item in items]
-
-
-def _segment_items(folder, fold, patient, image="", mask=""):
-    """patient, image: patterns of the patient's name in a file name and, for sets without a list, of the
-    stems of images; mask: the stem of its mask, with \\1 for the group of `image`."""
-    items, splits = [], defaultdict(set)
-    for path, label, split in _listed_cases(folder, fold) or _named_cases(folder, image, mask, patient):
-        name = stem(path)
-        match = re.search(patient, name, re.IGNORECASE)
-        items.append(Item(name, path, "", split, match[0] if match else name, mask=label))
-        splits[items[-1].patient].add(split)
-    shared = sum(len(sides) > 1 for sides in splits.values())
-    if shared:
-        log.warning("%s: %d of %d patients have scans on both sides of the split of this set: split by "
-                    "patient instead", folder, shared, len(splits))
-    if shared or len({item.split for item in items}) < 2:
-        return [item._replace(split=None) for item in items]
-    return _with_test(items)
-
-
-def _stoic_items(folder, fold):
-    path = folder / "metadata" / "reference.csv"
-    if not path.exists():
-        raise wrong(folder, "no metadata/reference.csv", "it")
-    scans = by_stem(find(folder / "data" / "mha", r".+\.mha"))
+def _segment_items(folder, fold, patient=r"(.+)", image="", mask=""):
+    """Cases of a JSON like CASES, or else told by their names. Patterns: patient, its group in the name of
+    an image; image, a path without ending; mask, what becomes of that for its mask"""
+    files = defaultdict(list)  # by their paths without the ending
+    for file in find(folder, r".+\.nii(\.gz)?"):
+        files[ENDING.sub("", file.as_posix())].append(file)
+    cases = _listed_cases(folder, fold, files) or _named_cases(folder, files, (image, mask))
     items = []
-    for _, row in read_table(path, "PatientID", probCOVID=("0", "1"), probSevere=("0", "1")):
-        name = row["PatientID"]
-        scan = scans.get(name, folder / "data" / "mha" / f"{name}.mha")
-        items.append(Item(name, scan, "", None, name, np.float32([row["probCOVID"], row["probSevere"]])))
+    for image, mask, split in cases:
+        name = re.sub(patient, r"\1", stem(image), flags=re.IGNORECASE)
+        items.append(Item(stem(image), image, "", split, name, mask=mask))
+    patients = {item.patient for item in items}
+    shared = len({(item.patient, item.split) for item in items}) - len(patients)
+    if shared:
+        log.warning("%s: %d of %d patients have scans on both sides of its split: split by patient "
+                    "instead", folder, shared, len(patients))
+        items = [item._replace(split="train") for item in items]
     return items
 
 
+def _stoic_items(folder, fold):
+    scans, items = by_stem(find(folder, r".+\.mha")), []
+    for table in find(folder, r"reference\.csv"):
+        for _, row in read_table(table, "PatientID", probCOVID=("0", "1"), probSevere=("0", "1")):
+            name = row["PatientID"]
+            scan = scans.get(name, folder / "data" / "mha" / f"{name}.mha")
+            labels = np.float32([row["probCOVID"], row["probSevere"]])
+            items.append(Item(name, scan, "", "train", name, labels))
+    return items
+
+
+def _files_like(folder, ending):
+    """The files of a folder that end so; the one that is given, if it does"""
+    files = _visible_files(folder) if folder.is_dir() else [folder]
+    return [path for path in files if path.suffix.lower() == ending]
+
+
 def _ctrg_task_items(folder, fold):
-    lists = _visible_files(folder) if folder.is_dir() else [folder]
-    lists = [path for path in lists if path.suffix.lower() == ".json"]
+    lists = [] if is_cache(folder) else _files_like(folder, ".json")
+    if lists:
+        return keep_good(_ctrg_items(only(lists, "the reports"), with_result=False), folder)
     if is_cache(folder):
-        log.warning("%s: reports as they were cached, those of CTRG-Chest with their impressions", folder)
-    if not lists or is_cache(folder):
-        return _ct_rate_task_items(folder, fold)
-    if len(lists) > 1:
-        raise wrong(folder, [path.name for path in lists], "one .json")
-    return keep_good(_ctrg_items(lists[0], with_result=False), lists[0])
+        log.warning("%s: reports as they were cached, of CTRG-Chest with the impression", folder)
+    return _ct_rate_task_items(folder, fold)
 
 
 def _ct_rate_task_items(folder, fold):
-    return _with_test(load_items(folder))
-
-
-def _own_manifest(folder, fold, *needed):
-    """A manifest, perhaps the only one of a folder: its path, rows and items, split None if not told"""
-    tables = _visible_files(folder) if folder.is_dir() else [folder]
-    tables = [path for path in tables if path.suffix.lower() == ".csv"]
-    if len(tables) != 1:
-        raise wrong(folder, [path.name for path in tables], "one manifest .csv")
-    rows = read_table(tables[0], "volume", *needed)
-    items = _manifest_items(tables[0], rows)
-    if {item.split for item in items} <= {"train"}:
-        items = [item._replace(split=None) for item in items]
-    elif fold:
-        raise wrong(tables[0], f"--fold {fold}, but a column split", "no --fold")
-    return tables[0], rows, _with_test(items)
-
-
-def _label_columns(path, rows):
-    """Columns of a manifest whose filled cells are 0, 1 or, for unknown, -1, but for a minority, which
-    `read_labels` refuses. ValueError if there is none."""
-    labels, others = [], []
-    for name in rows[0][1] if rows else ():
-        if name in ("", "volume", "report") or name in COLUMNS and name not in LABELS:
-            continue
-        cells = Counter(_plain(str(row[name])) for _, row in rows)
-        known = cells["0"] + cells["1"]
-        bad = len(rows) - known - cells["-1"] - sum(cells[text] for text in NO_TEXT)
-        (labels if bad < known else others).append(name)
-    if not labels:
-        raise wrong(path, f"no label column (but {others})", "one at least: 0, 1, or nothing if unknown")
-    log.info("%s: labels %s; no labels %s", path, ", ".join(labels), ", ".join(others) or "-")
-    return tuple(labels)
+    return load_items(folder)
 
 
 def with_labels(items, labels, source):
@@ -1670,19 +1592,33 @@ def with_labels(items, labels, source):
     labels = {name: row for name, row in labels.items() if not np.isnan(row).all()}
     silent = [item.id for item in items if item.id not in labels]
     if silent:
-        log.warning("%s: left out %d of %d items without a label: %s", source, len(silent), len(items),
-                    shorten(silent))
+        log.warning("%s: left out %d of %d items without a label: %s", source, len(silent),
+                    len(items), shorten(silent))
     return [item._replace(labels=labels[item.id]) for item in items if item.id in labels]
 
 
-def _labels_items(folder, fold):
-    path, rows, items = _own_manifest(folder, fold)
-    classes = _label_columns(path, rows)
-    return [item._replace(classes=classes) for item in with_labels(items, read_labels(path, classes), path)]
-
-
-def _own_segment_items(folder, fold):
-    return _own_manifest(folder, fold, "mask")[2]
+def _own_items(folder, fold, needed=()):
+    """Items of a manifest, perhaps the only one of a folder: those with a mask if it is needed, else all
+    that have any label"""
+    path = only(_files_like(folder, ".csv") or [folder / "manifest.csv"], "a manifest")
+    rows = read_table(path, "volume", *needed)
+    items = _manifest_items(path, rows)
+    if fold and {item.split for item in items} != {"train"}:
+        raise wrong(path, f"--fold {fold}, but a column split", "no --fold")
+    if needed:
+        return items
+    classes = []  # columns most of whose filled cells are labels; `read_labels` refuses the other cells
+    for name in rows[0][1] if rows else ():
+        cells = Counter(_plain(str(row[name])) for _, row in rows)
+        known = cells["0"] + cells["1"]
+        unknown = sum(cells[text] for text in ("-1", *NO_TEXT))
+        if (name in LABELS or name not in COLUMNS) and len(rows) - known - unknown < known:
+            classes.append(name)
+    if not classes:
+        raise wrong(path, "no label column", "one at least: 0, 1, or nothing if unknown")
+    log.info("%s: labels %s", path, ", ".join(classes))
+    items = with_labels(items, read_labels(path, classes), path)
+    return [item._replace(classes=tuple(classes)) for item in items]
 
 
 def _mask_values(mask):
@@ -1697,17 +1633,16 @@ def _mask_classes(items, folder, cache):
         found = in_processes(_mask_values, masks, os.cpu_count(), "values of masks")
         save_array(path, np.unique(np.concatenate(list(found))))
     values = np.load(path, allow_pickle=False).tolist()
-    classes = [value for value in values if value != 0]
-    if not 0 < len(classes) < 256 or classes != list(range(1, 1 + len(classes))):
+    if not 1 < len(values) <= 256 or values != [*range(len(values))]:
         raise wrong(folder, f"the values {values[:9]} in all masks", "0 (background), 1, … K without a gap")
-    return tuple(f"{value:.0f}" for value in classes)
+    return tuple(f"{value:.0f}" for value in values[1:])
 
 
 def with_classes(task, items):
-    """The task, with what the data of its items tell: classes if its row names none, HU if they are cached"""
+    """The task with what the data of its items tell: the classes, and the HU of a cache"""
     if isinstance(items[0], CachedItem):
-        return task._replace(hu=read_cache(items[0].volume.parent)["hu"])
-    return task._replace(classes=items[0].classes) if items[0].classes else task
+        task = task._replace(hu=read_cache(items[0].volume.parent)["hu"])
+    return task._replace(classes=items[0].classes or task.classes)
 
 
 class Task(NamedTuple):
@@ -1747,42 +1682,38 @@ def _demo(epochs, batch_size, size=(32, 32, 32), lr=1e-3, **more):
 
 
 # NOTE(paper): most settings are those of the released scripts. Given nowhere and ours: the recipe of
-# ct-rate-retrieval (the rates of pre-training), the epochs of luna16, the batch of segmentation, the
-# probabilities of rot90 and affine in luna16 and of affine and zoom in msd-lung, clip_grad but for msd-lung
-# and covid-19-20. msd-lung is not cropped to the foreground; patches without foreground are drawn in the
-# body instead. luna16 has the LayerNorm of the others.
-OR_A_LIST = f", or a JSON {CASE_LIST} anywhere in the folder, or nnU-Net's imagesTr/*_0000, labelsTr/*"
-CT_RATE = "a CT-RATE folder (volumes, reports and labels CSVs), a cache folder or a manifest .csv"
+# ct-rate-retrieval (rates of pre-training), epochs of luna16, batch of segmentation, probabilities of
+# rot90 and affine in luna16, of affine and zoom in msd-lung, clip_grad but for msd-lung, covid-19-20.
+# msd-lung is not cropped to the foreground, patches beside it lie in the body. luna16 has a LayerNorm.
+LISTED = f", a JSON {CASES} anywhere in it, or nnU-Net's imagesTr/*_0000, labelsTr/*"
+CT_RATE = "a CT-RATE folder (volumes, CSVs of reports and labels), a cache folder or a manifest .csv"
 MILD = {"affine": .3, "zoom": .3, "scale": .3, "shift": .3}
 SEGMENT_DEMO = _demo(15, 1, spacing=(6., 6., 6.), eval_every=5)
 TASKS = {
     "cc-ccii": Task("classify", "slices", _cc_ccii_items,
-        "LABEL/PATIENT/SCAN/*.png or .jpg with LABEL Normal, CP or NCP, or p{patient}-s{scan}.npy; "
-        "*fold0*train*.csv and *fold0*valid*.csv (target,label,patient_id,scan_id), needed for .npy",
+        "{Normal,CP,NCP}/PATIENT/SCAN/*.png or .jpg, or p{patient}-s{scan}.npy; *fold0*train*.csv and "
+        "*fold0*valid*.csv (target,label,patient_id,scan_id), which .npy need",
         ("normal", "common pneumonia", "COVID-19"), "ACC", (32, 384, 384), (-1000., 1000.), None,
         _recipe(130, 30, 2, 3e-4, weight_decay=0.01), _demo(40, 4, lr=3e-4),
         {"flip": .5, "brightness": .07, "contrast": .05}, exclusive=True),
     "luna16": Task("classify", "cube", _luna16_items,
-        "subset0 … subset9/*.mhd with their .raw; candidates_V2.csv or candidates.csv "
-        "(seriesuid,coordX,coordY,coordZ,class). Subsets 0-4 are train, 5-6 valid, 7-9 test",
+        "subset0 … subset9/*.mhd (0-4 train, 5-6 valid, 7-9 test); candidates_V2.csv or candidates.csv",
         ("nodule",), "AUC", (64, 64, 64), (-1000., 600.), None,
         _recipe(50, 0, 32, 1.5e-4), _demo(40, 8), {"flip": .5, "rot90": .5, "affine": .5}),
-    "msd-lung": Task("segment", "patch", partial(_segment_items, patient=".+"),
-        "dataset.json of the Decathlon, imagesTr/*.nii.gz, labelsTr/*.nii.gz; folds in a second JSON",
+    "msd-lung": Task("segment", "patch", _segment_items,
+        "imagesTr/*.nii.gz, labelsTr/*.nii.gz and dataset.json of the Decathlon" + LISTED,
         ("lung cancer",), "Dice", (96, 96, 96), (-175., 250.), (1.5, 1.5, 1.5),
         _recipe(1000, 50, 1, 1e-4, weight_decay=1e-5), SEGMENT_DEMO,
         {"flip": .5, "rot90": .3, "zoom": .15, "affine": .15, "scale": .1, "shift": .1}, patches=4),
-    "covid-19-20": Task("segment", "patch", partial(
-            _segment_items, image=r"(volume-covid19-A-\d+)_ct", mask=r"\1_seg",
-            patient=r"(?<=-A-)\d+"),
-        "volume-covid19-A-XXXX_ct.nii.gz and volume-covid19-A-XXXX_seg.nii.gz" + OR_A_LIST,
+    "covid-19-20": Task("segment", "patch", partial(_segment_items, patient=r".*-A-(\d+).*",
+            image=r"(.*/volume-covid19-A-\d+)_ct", mask=r"\1_seg"),
+        "volume-covid19-A-XXXX_ct.nii.gz and volume-covid19-A-XXXX_seg.nii.gz" + LISTED,
         ("COVID-19 lesion",), "Dice", (32, 192, 192), (-1000., 500.), (5., 1.25, 1.25),
         _recipe(1000, 50, 1, 7.5e-5, weight_decay=1e-5), SEGMENT_DEMO,
         {"flip": .5, "affine": .15, "noise": .01}, patches=3),
-    "acdc": Task("segment", "patch", partial(
-            _segment_items, image=r"(patient\d+_frame\d+)", mask=r"\1_gt",
-            patient=r"patient\d+"),
-        "[training/, testing/]patientXXX/patientXXX_frameYY.nii.gz and …_frameYY_gt.nii.gz" + OR_A_LIST,
+    "acdc": Task("segment", "patch", partial(_segment_items, patient=r".*(patient\d+).*",
+            image=r"(.*/(patient\d+)/\2_frame\d+)", mask=r"\1_gt"),
+        "[training/, testing/]patientXXX/patientXXX_frameYY.nii.gz and …_frameYY_gt.nii.gz" + LISTED,
         ("right ventricle", "myocardium", "left ventricle"), "Dice", (32, 192, 192), None, None,
         _recipe(300, 5, 1, 3e-4, weight_decay=1e-5),
         _demo(12, 1, spacing=(5., 4., 4.), eval_every=4), {"flip": .1}, patches=2, overlap=0.75),
@@ -1792,7 +1723,7 @@ TASKS = {
         _recipe(40, 0, 2, 5e-5), _demo(6, 4), among="COVID-19"),
     # A word decoder at 1e-3 learns to ignore the image: its loss stays at what the words alone allow.
     "ctrg": Task("report", "whole", _ctrg_task_items,
-        "a .json {train, val, test: [{id, report, image_path relative to it}]}, the folder of it, " + CT_RATE,
+        "a .json {train, val, test: [{id, report, image_path relative to it}]} or its folder, " + CT_RATE,
         (), "BLEU-4", SIZE, WINDOW, None, _recipe(30, 0, 2, 1e-4, lr_encoder=5e-5, decay="step"),
         _demo(20, 4, lr=5e-4, decay="cosine", eval_every=4)),
     "ct-rate-vocab": Task("prompt", "whole", _ct_rate_task_items,
@@ -1804,13 +1735,12 @@ TASKS = {
         _recipe(10, 1, 4, 1e-4, lr_encoder=2e-5, weight_decay=0.01),
         _demo(20, 8, size=(32, 32, 64), text_encoder="demo", embed_dim=192)),
     # One's own data. No flips: a class may be of one side.
-    "labels": Task("classify", "whole", _labels_items,
-        "a manifest .csv, or the folder of one (volume,LABEL,LABEL,…[,patient][,split]): every column "
-        "of 0, 1 and, for unknown, nothing is a label", (), "AUC", SIZE, WINDOW, None,
+    "labels": Task("classify", "whole", _own_items,
+        "a manifest .csv or its folder: columns of 0, 1 and, for unknown, nothing are labels",
+        (), "AUC", SIZE, WINDOW, None,
         _recipe(40, 1, 2, 5e-5, weight_decay=0.01), _demo(20, 4, lr=5e-4, eval_every=4), MILD),
-    "segment": Task("segment", "patch", _own_segment_items,
-        "a manifest .csv, or the folder of one (volume,mask[,patient][,split]): masks in the grid of "
-        "their volume, 0 the background, 1 to K the classes",
+    "segment": Task("segment", "patch", partial(_own_items, needed=("mask",)),
+        "a manifest .csv or its folder: masks (0, 1 to K) of the column mask, in the grid of the volume",
         (), "Dice", (96, 96, 96), WINDOW, (1.5, 1.5, 1.5),
         _recipe(300, 10, 1, 1e-4, weight_decay=1e-5), SEGMENT_DEMO, MILD, patches=4),
 }
@@ -1827,7 +1757,7 @@ def demo_prompts():
 
 
 def _draw_fifth(items, task, seed, fold=0):
-    """Names of a random fifth of the patients, number `fold` of five; classify: a fifth of every class"""
+    """A random fifth of the patients, number `fold` of five; classify: a fifth of every class"""
     labels = {}
     for item in items:
         label = item.labels if task.kind == "classify" else np.zeros(1)
@@ -1847,11 +1777,14 @@ def _draw_fifth(items, task, seed, fold=0):
 
 def _draw_splits(items, task, folder, fold, seed):
     """Draw the splits that the set does not have, and the training volumes of few-shot tasks."""
-    if items[0].split is None:
-        if not 0 <= fold < 5:
+    splits = {item.split for item in items}
+    if splits <= {"train", None}:
+        if fold > 4:
             raise wrong(folder, f"no folds of its own and --fold {fold}", "0 to 4, a fifth that is drawn")
         drawn = _draw_fifth(items, task, seed, fold)
         items = [item._replace(split="test" if item.patient in drawn else "train") for item in items]
+    elif "test" not in splits:  # the valid part is the one to report on
+        items = [item._replace(split="test") if item.split == "valid" else item for item in items]
     if not any(item.split == "valid" for item in items):
         drawn = _draw_fifth([item for item in items if item.split == "train"], task, seed)
         items = [item._replace(split="valid") if item.split == "train" and item.patient in drawn else item
@@ -1866,61 +1799,43 @@ def _draw_splits(items, task, folder, fold, seed):
 
 
 def load_task(name, folder, fold=0, seed=0, cache="cache"):
-    """The data of a task in its native layout (`TASKS[name].layout`) -> list of Item, each with its split.
-    The split or fold of the set counts; otherwise a fifth of the patients, drawn with `seed`, is test.
-    Without a valid part a fifth of the training patients becomes it. "demo" is drawn and cached once. Up to
-    5 % of volumes without a file are left out; a patient in two splits, a case without mask, a class that
-    none or all of a part have are refused; of labels of one's own, only if there is no other class."""
-    if name not in TASKS:
-        raise ValueError(f"found the task {name!r}, expected one of {', '.join(TASKS)}")
-    task = TASKS[name]
-    folder = Path(folder)
+    """The data of a task in its native layout -> list of Item, each with its split: that of the set or of
+    its fold, else a fifth of the patients, drawn with `seed`, is test; without a valid part a fifth of
+    those to train on becomes it. "demo" is drawn and cached once. Up to 5 % of volumes without a file are
+    left out. ValueError for a patient in two splits, a case without mask, a class that none or all of a
+    part have (of one's own, if there is no other)."""
+    task, folder = TASKS[name], Path(folder)
     if str(folder) == "demo":
         folder = Path(cache, f"demo-{name}-{phantoms.VERSION}")
         if not folder.exists():
             phantoms.write_task_demo(name, folder.with_suffix(".part")).rename(folder)
-    if not folder.exists():
-        raise wrong(folder, "nothing there", task.layout)
-    if is_cache(folder) and task.records not in (_ct_rate_task_items, _ctrg_task_items):
-        raise wrong(folder, f"a cache of preprocessed volumes, whose raw scans {name} needs", task.layout)
-    if fold and task.records in (_luna16_items, _ctrg_task_items, _ct_rate_task_items):
-        raise wrong(folder, f"--fold {fold}, but one split of its own and no folds", "no --fold")
     items = with_a_file(task.records(folder, fold), folder)
     if not items:
         raise wrong(folder, f"nothing of {name}", task.layout)
-    without = [item.mask or item.id for item in items
-               if task.kind == "segment" and not (item.mask and item.mask.exists())]
-    if without:
-        found = f"no mask for {len(without)} of {len(items)} cases: {shorten(without)}"
-        raise wrong(folder, found, "one for each")
-    if task.kind == "segment" and not task.classes:
-        classes = _mask_classes(items, folder, cache)
-        items = [item._replace(classes=classes) for item in items]
-    if task.kind == "prompt":
-        for item in items:
-            labels = np.full(len(LABELS), np.nan) if item.labels is None else item.labels
-            unknown = np.compress(np.isnan(labels), LABELS)
-            if len(unknown):
-                raise wrong(folder, f"no label of {item.id} for {shorten(unknown)}", "0 or 1 for all 18")
+    if fold and task.records in (_luna16_items, _ctrg_task_items, _ct_rate_task_items):
+        raise wrong(folder, f"--fold {fold}, but one split of its own and no folds", "no --fold")
+    if task.kind == "segment":
+        without = [item.mask or item.id for item in items if not (item.mask and item.mask.exists())]
+        if without:
+            found = f"no mask for {len(without)} of {len(items)} cases: {shorten(without)}"
+            raise wrong(folder, found, "one for each")
+        if not task.classes:
+            classes = _mask_classes(items, folder, cache)
+            items = [item._replace(classes=classes) for item in items]
+    unknown = [item.id for item in items if item.labels is None or np.isnan(item.labels).any()]
+    if unknown and task.kind == "prompt":
+        raise wrong(folder, f"unknown labels of {shorten(unknown)}", "0 or 1 for all 18 findings")
     check_identities(items, folder, lambda item: item.split)
     items = _draw_splits(items, task, folder, fold, seed)
-    for split in SPLITS:
-        part = [item for item in items if item.split == split]
-        if not part and (split == "test" or any(item.split == "train" for item in items)):
-            raise wrong(folder, f"{len(items)} items and none for the part {split}", task.layout)
-        if not part:
-            log.warning("%s: nothing for the part %s: this set can only be tested on", folder, split)
-        elif task.kind == "classify":
-            labels = np.array([item.labels for item in part])
-            classes = with_classes(task, items).classes
-            bad = [f"{n} of {known} items of the part {split} with the class {name}" for name, n, known in
-                   zip(classes, (labels == 1).sum(0), (~np.isnan(labels)).sum(0))
-                   if n == 0 or (n == known and not task.exclusive)]
-            if bad and (task.classes or len(bad) == len(classes)):
-                raise wrong(folder, bad[0], "some with and some without it")
-            for found in bad:  # of several labels of one's own, the others give a number
-                log.warning("warning: %s: found %s: it cannot be %s", folder, found,
-                            "learned" if split == "train" else "judged")
+    for split in SPLITS if task.kind == "classify" else ():
+        labels = np.array([item.labels for item in items if item.split == split])
+        if len(labels):
+            bad = ~((labels == 1).any(0) & (labels == 0).any(0))
+            names = ", ".join(np.compress(bad, items[0].classes or task.classes))
+            if bad.all() or (task.classes and bad.any()):
+                raise wrong(folder, f"none or all of the part {split} with {names}", "some with and without")
+            if names:
+                log.warning("warning: %s: none or all of the part %s have %s", folder, split, names)
     return items
 
 
@@ -1942,9 +1857,9 @@ def read_mask(item, task, shape, affine):
 
 def prepare(item, task, cache="cache"):
     """A scan of a task, from the cache or made: volume (z, y, x) float16, mask uint8 of its shape or None,
-    affine 4×4 of its (x, y, z) index to RAS mm. Windowed to [0, 1] or, without a window, z-scored but for
-    zeros. Resampled to the spacing of the task (view "patch"), to 4/3 of its size in plane ("slices"), or
-    to a box of BOX mm padded with air ("box")."""
+    affine 4×4 of the scan before it was cut or resampled. Windowed to [0, 1] or, without a window,
+    z-scored but for zeros. Resampled to the spacing of the task (view "patch"), to 4/3 of its size in
+    plane ("slices"), or, from a box of BOX mm padded with air, to its size ("box")."""
     size = task.size if task.view in ("slices", "box") else None
     volumes = [item.volume, item.mask] if item.mask else [item.volume]
     path = cache_file(cache, volumes, task.view, size, task.window, task.spacing, len(task.classes),
@@ -1962,18 +1877,13 @@ def prepare(item, task, cache="cache"):
         shape = array.shape
         if task.view == "box":
             side = [round(BOX / mm) for mm in spacing]
-            corner = np.trunc(np.subtract(shape, side) / 2)  # below 0 where the scan is smaller
-            array = cut(array, corner, side)
-            affine[:3, 3] += affine[:3, :3] @ corner[::-1]
+            array = cut(array, np.subtract(shape, side) // 2, side)
             shape = task.size
         elif task.view == "slices":  # the whole field of view, to be cropped
             shape = (task.size[0], *(round(side * 4 / 3) for side in task.size[1:]))
         elif task.spacing:
             shape = tuple(max(1, round(n * mm / new)) for n, mm, new in zip(shape, spacing, task.spacing))
         if shape != array.shape:
-            ratio = np.divide(array.shape, shape)[::-1]  # (x, y, z) of old voxels in a new one
-            affine[:3, 3] += affine[:3, :3] @ ((ratio - 1) / 2)
-            affine[:3, :3] *= ratio
             array = resize(array, shape)
             mask = None if mask is None else resize(mask, shape, "nearest-exact").astype(np.uint8)
         save_array(affine_path, affine)
@@ -2007,8 +1917,8 @@ def _draw_place(volume, mask, foreground, generator):
 
 def cut_views(item, task, cache, generator=None):
     """What the network sees of an item: float32 (P, 1, D, H, W) and mask int64 (P, D, H, W) or None.
-    A "cube" is centred on its candidate, as far as the scan allows. With a `generator` the other places are
-    drawn: crops of "slices", patches around a voxel of the mask and elsewhere in turn."""
+    A "cube" is centred on its candidate, as far as the scan allows. With a `generator` the other places
+    are drawn: crops of "slices", patches around a voxel of the mask and elsewhere in turn."""
     if task.view == "whole":
         return load_volume(item, cache, task.size, task.hu)[None], None
     volume, mask, affine = prepare(item, task, cache)
@@ -2032,35 +1942,31 @@ def network_input(item, task, cache="cache"):
     return cut_views(item, task, cache)[0][0]
 
 
-def _turn(volume, mask, angles, zoom):
-    """Rotate by angles (x, y, z) and zoom about the middle, volume and mask as in `augment`"""
-    shape = np.array(volume.shape[:0:-1], float)  # (x, y, z), as grid_sample wants
-    matrix = Rotation.from_euler("XYZ", angles * [1, -1, 1]).as_matrix() / zoom
-    matrix = matrix * shape / shape[:, None]  # coordinates run from -1 to 1 on each axis
-    theta = torch.from_numpy(np.c_[matrix, np.zeros(3)]).float()[None]
-    grid = F.affine_grid(theta, (1, 1, *volume.shape[1:]), align_corners=False)
-    sample = partial(F.grid_sample, grid=grid, padding_mode="border", align_corners=False)
-    if mask is not None:
-        mask = sample(mask[None, None].float(), mode="nearest")[0, 0].long()
-    return sample(volume[None])[0], mask
-
-
 def augment(volume, mask, generator, settings):
     """One volume (1, D, H, W) and its mask (D, H, W) or None, augmented at random, both alike. settings:
     probability of flip (of each axis), rot90 (in plane), affine (rotation up to π/15), zoom (±10 %), scale
     and shift (of values, ±0.1); largest change for brightness, contrast; standard deviation for noise."""
     def happens(name):
         return generator.random() < settings.get(name, 0)
-    axes = [axis for axis in (1, 2, 3) if happens("flip")]
+    axes = [axis for axis in (-3, -2, -1) if happens("flip")]
     is_square = volume.shape[2] == volume.shape[3]
     turns = generator.integers(1, 4) if happens("rot90") and is_square else 0
-    volume = volume.flip(axes).rot90(turns, (2, 3))
+    volume = volume.flip(axes).rot90(turns, (-2, -1))
     if mask is not None:
-        mask = mask.flip([axis - 1 for axis in axes]).rot90(turns, (1, 2))
+        mask = mask.flip(axes).rot90(turns, (-2, -1))
     is_turned, is_zoomed = happens("affine"), happens("zoom")
     if is_turned or is_zoomed:
-        angles = generator.uniform(-math.pi / 15, math.pi / 15, 3) * is_turned
-        volume, mask = _turn(volume, mask, angles, generator.uniform(0.9, 1.1) if is_zoomed else 1)
+        angles = generator.uniform(-math.pi / 15, math.pi / 15, 3) * is_turned  # (x, y, z)
+        matrix = Rotation.from_euler("XYZ", angles * [1, -1, 1]).as_matrix()
+        matrix /= generator.uniform(0.9, 1.1) if is_zoomed else 1
+        sides = np.array(volume.shape[:0:-1], float)  # (x, y, z), as grid_sample wants
+        matrix = matrix * sides / sides[:, None]  # coordinates run from -1 to 1 on each axis
+        theta = torch.from_numpy(np.c_[matrix, np.zeros(3)]).float()[None]
+        grid = F.affine_grid(theta, (1, *volume.shape), align_corners=False)
+        sample = partial(F.grid_sample, grid=grid, padding_mode="border", align_corners=False)
+        volume = sample(volume[None])[0]
+        if mask is not None:
+            mask = sample(mask[None, None].float(), mode="nearest")[0, 0].long()
     if happens("scale"):
         volume = volume * generator.uniform(0.9, 1.1)
     if happens("shift"):
@@ -2102,10 +2008,11 @@ def task_example(item, generator, task, cache="cache", vocabulary=(), max_length
     retrieval."""
     volumes, masks = cut_views(item, task, cache, generator)
     if task.augment and not (task.view == "cube" and item.labels[0] == 0):  # no negative candidate
-        pairs = [augment(volume, None if masks is None else masks[i], generator, task.augment)
-                 for i, volume in enumerate(volumes)]
-        volumes = torch.stack([volume for volume, _ in pairs])
-        masks = None if masks is None else torch.stack([mask for _, mask in pairs])
+        for i, volume in enumerate(volumes):
+            mask = None if masks is None else masks[i]
+            volumes[i], mask = augment(volume, mask, generator, task.augment)
+            if masks is not None:
+                masks[i] = mask
     if task.kind == "segment":
         return {"volume": volumes, "mask": masks}
     if task.kind == "report":
