@@ -1410,8 +1410,7 @@ class Batches:
 
 
 # ===================================================================================== the tasks
-# A task is a row of TASKS and a records function (folder, fold) -> items. They are all "train" if the set
-# has no split.
+# A task is a row of TASKS and a records function: (folder, fold) -> items, all train if none is test.
 
 CC_CCII = ("Normal", "CP", "NCP")
 CASES = "{training: [{image, label[, fold]}][, validation, test: the same]}"
@@ -1435,11 +1434,10 @@ def _cc_ccii_items(folder, fold):
     if tables or len(scans) > len(labels):  # fold files alone tell the class of an .npy
         rows = []
         for part in ("train", "val"):
-            pattern = rf"fold{fold}(?!\d).*{part}"
-            found = [path for path in tables if re.search(pattern, path.name, re.IGNORECASE)]
+            name = rf".*fold{fold}(?!\d).*{part}.*"
+            found = [path for path in tables if re.fullmatch(name, path.name, re.IGNORECASE)]
             if not found:
-                names = [path.name for path in tables]
-                raise wrong(folder, f"the fold files {names}", f"also *fold{fold}*{part}*.csv")
+                raise wrong(folder, [path.name for path in tables], f"also *fold{fold}*{part}*.csv")
             for where, row in read_table(only_table(found), "patient_id", "scan_id", label=CC_CCII):
                 label, key = row["label"], (row["patient_id"], row["scan_id"])
                 if labels.get(key, label) != label:
@@ -1455,50 +1453,49 @@ def _cc_ccii_items(folder, fold):
 
 def _luna16_items(folder, fold):
     scans = by_stem(path for path in find(folder, r".+\.mhd")
-                    if re.fullmatch(r"subset\d", path.parent.name, re.IGNORECASE))  # not the lungs
+                    if re.fullmatch(r"subset\d", path.parent.name, re.IGNORECASE))
     tables = find(folder, r"candidates_V2\.csv") or find(folder, r"candidates\.csv")
     if not tables:
         return []
     rows = read_table(only_table(tables), "seriesuid", "coordX", "coordY", "coordZ",
                       **{"class": ("0", "1")})
-    subset_of = {name: int(path.parent.name[-1]) for name, path in scans.items()}
-    series = {row["seriesuid"] for _, row in rows}
-    absent = sorted(series - scans.keys())  # perhaps of a subset that was not downloaded
-    if absent:
-        log.warning("%s: left out %d of %d series, without .mhd: %s", folder, len(absent), len(series),
-                    shorten(absent))
-    split_of = ["train"] * 5 + ["valid"] * 2 + ["test"] * 3
-    labels = {text: np.float32([text]) for text in "01"}  # one array for all of 750,000 candidates
+    absent = sorted({row["seriesuid"] for _, row in rows} - scans.keys())
+    if absent:  # perhaps of subsets that were not downloaded
+        log.warning("%s: left out %d series without .mhd: %s", folder, len(absent), shorten(absent))
+    parts = ["train"] * 5 + ["valid"] * 2 + ["test"] * 3  # of subsets 0 to 9
+    split_of = {name: parts[int(path.parent.name[-1])] for name, path in scans.items()}
     items = []
     for line, (_, row) in enumerate(rows, 2):
         name = row["seriesuid"]
         if name in scans:
             centre = -row["coordX"], -row["coordY"], row["coordZ"]  # LPS -> RAS
-            items.append(Item(f"{name}:{line}", scans[name], "", split_of[subset_of[name]], name,
-                              labels[row["class"]], centre=centre))
+            items.append(Item(f"{name}:{line}", scans[name], "", split_of[name], name,
+                              np.float32([row["class"]]), centre=centre))
     return items
 
 
 def _listed_cases(folder, fold, files):
-    """(image, mask, split) of every case of the JSON like CASES in a folder; [] without one"""
+    """(image, mask, split) of every case of the only JSON like CASES; [] without one"""
     lists = []
     for path in find(folder, r".+\.json"):
         with expecting(path, CASES):
             content = json.loads(read_text(path))
             parts = _parts(content, "label") if isinstance(content, dict) else {}
             rows = [(part, row) for part in parts for row in parts[part]
-                    if part != "test" or "label" in row]  # the Decathlon keeps those of its test part
+                    if part != "test" or "label" in row]  # the Decathlon keeps these masks
             if "train" in parts:
                 lists.append((path, rows, {int(row["fold"]) for _, row in rows if "fold" in row}))
     lists = [entry for entry in lists if entry[2]] or lists  # folds beside a dataset.json
+    if not lists:
+        return []
+    path, rows, folds = lists[0]
     if len(lists) > 1:
-        raise wrong(folder, f"the lists {', '.join(str(path) for path, *_ in lists)}", "one")
-    path, rows, folds = lists[0] if lists else (folder, [], ())
+        raise wrong(path, f"also {lists[1][0]}", "one list")
     if folds and fold not in folds:
         raise wrong(path, f"the folds {sorted(folds)}", f"fold {fold} among them")
 
     def locate(name):
-        """Where the JSON says, or else the file whose path ends so, in nnU-Net with _0000 behind"""
+        """Where the list says, or else the file whose path ends so, perhaps with nnU-Net's _0000"""
         name = Path(_path(name))
         for place in (path.parent / name, folder / name):
             if place.exists():
@@ -1533,26 +1530,23 @@ def _named_cases(folder, files, names):
             split = splits[told[-1]] if told else "train"
             cases += [(image, mask, split) for image, mask in pairs]
         else:
-            log.warning("%s: left out its %d scans: none has a mask", part, len(pairs))
+            log.warning("%s: left out %d scans: none has a mask", part, len(pairs))
     return cases
 
 
 def _segment_items(folder, fold, patient=r"(.+)", image="", mask=""):
-    """Cases of a JSON like CASES, or else told by their names. Patterns: patient, its group in the name of
-    an image; image, a path without ending; mask, what becomes of that for its mask"""
+    """Cases of a JSON like CASES, or else told by their names. Patterns: patient in the name of an image;
+    image, a path without its ending, and mask, what becomes of that"""
     files = defaultdict(list)  # by their paths without the ending
     for file in find(folder, r".+\.nii(\.gz)?"):
         files[ENDING.sub("", file.as_posix())].append(file)
     cases = _listed_cases(folder, fold, files) or _named_cases(folder, files, (image, mask))
     items = []
-    for image, mask, split in cases:
-        name = re.sub(patient, r"\1", stem(image), flags=re.IGNORECASE)
-        items.append(Item(stem(image), image, "", split, name, mask=mask))
-    patients = {item.patient for item in items}
-    shared = len({(item.patient, item.split) for item in items}) - len(patients)
-    if shared:
-        log.warning("%s: %d of %d patients have scans on both sides of its split: split by patient "
-                    "instead", folder, shared, len(patients))
+    for volume, label, split in cases:
+        name = re.sub(patient, r"\1", stem(volume), flags=re.IGNORECASE)
+        items.append(Item(stem(volume), volume, "", split, name, mask=label))
+    if len({(item.patient, item.split) for item in items}) > len({item.patient for item in items}):
+        log.warning("%s: patients on both sides of its split: split by patient instead", folder)
         items = [item._replace(split="train") for item in items]
     return items
 
@@ -1561,26 +1555,19 @@ def _stoic_items(folder, fold):
     scans, items = by_stem(find(folder, r".+\.mha")), []
     for table in find(folder, r"reference\.csv"):
         for _, row in read_table(table, "PatientID", probCOVID=("0", "1"), probSevere=("0", "1")):
-            name = row["PatientID"]
-            scan = scans.get(name, folder / "data" / "mha" / f"{name}.mha")
-            labels = np.float32([row["probCOVID"], row["probSevere"]])
+            name, labels = row["PatientID"], np.float32([row["probCOVID"], row["probSevere"]])
+            scan = scans.get(name, folder / f"{name}.mha")
             items.append(Item(name, scan, "", "train", name, labels))
     return items
 
 
-def _files_like(folder, ending):
-    """The files of a folder that end so; the one that is given, if it does"""
-    files = _visible_files(folder) if folder.is_dir() else [folder]
-    return [path for path in files if path.suffix.lower() == ending]
-
-
 def _ctrg_task_items(folder, fold):
-    lists = [] if is_cache(folder) else _files_like(folder, ".json")
-    if lists:
-        return keep_good(_ctrg_items(only(lists, "the reports"), with_result=False), folder)
+    lists = [folder] if folder.suffix.lower() == ".json" else sorted(folder.glob("[!.]*.json"))
     if is_cache(folder):
         log.warning("%s: reports as they were cached, of CTRG-Chest with the impression", folder)
-    return _ct_rate_task_items(folder, fold)
+    elif lists:
+        return keep_good(_ctrg_items(only(lists, "the reports"), with_result=False), folder)
+    return load_items(folder)
 
 
 def _ct_rate_task_items(folder, fold):
@@ -1598,13 +1585,12 @@ def with_labels(items, labels, source):
 
 
 def _own_items(folder, fold, needed=()):
-    """Items of a manifest, perhaps the only one of a folder: those with a mask if it is needed, else all
-    that have any label"""
-    path = only(_files_like(folder, ".csv") or [folder / "manifest.csv"], "a manifest")
+    """Items of a manifest. Without needed columns those with a label: classes are all columns of labels."""
+    path = folder / "manifest.csv" if folder.is_dir() else folder
     rows = read_table(path, "volume", *needed)
     items = _manifest_items(path, rows)
     if fold and {item.split for item in items} != {"train"}:
-        raise wrong(path, f"--fold {fold}, but a column split", "no --fold")
+        raise wrong(path, f"--fold {fold}, but no folds", "no --fold")
     if needed:
         return items
     classes = []  # columns most of whose filled cells are labels; `read_labels` refuses the other cells
@@ -1667,8 +1653,8 @@ class Task(NamedTuple):
 
     def settings(self):
         """What best.pt keeps, so that an edited row does not re-interpret an old file"""
-        names = set(self._fields) - {"records", "layout", "recipe", "demo"}
-        return {name: getattr(self, name) for name in sorted(names)}
+        left_out = ("records", "layout", "recipe", "demo")
+        return {name: self._asdict()[name] for name in sorted(self._fields) if name not in left_out}
 
 
 def _recipe(epochs, warmup, batch_size, lr, lr_encoder=None, weight_decay=0., decay="cosine"):
@@ -1718,7 +1704,7 @@ TASKS = {
         _recipe(300, 5, 1, 3e-4, weight_decay=1e-5),
         _demo(12, 1, spacing=(5., 4., 4.), eval_every=4), {"flip": .1}, patches=2, overlap=0.75),
     "stoic": Task("classify", "box", _stoic_items,
-        "data/mha/{PatientID}.mha; metadata/reference.csv (PatientID,probCOVID,probSevere)",
+        "data/mha/{PatientID}.mha, metadata/reference.csv (PatientID,probCOVID,probSevere)",
         ("COVID-19", "severe"), "AUC", (128, 128, 128), (-1100., 300.), None,
         _recipe(40, 0, 2, 5e-5), _demo(6, 4), among="COVID-19"),
     # A word decoder at 1e-3 learns to ignore the image: its loss stays at what the words alone allow.
@@ -1736,11 +1722,11 @@ TASKS = {
         _demo(20, 8, size=(32, 32, 64), text_encoder="demo", embed_dim=192)),
     # One's own data. No flips: a class may be of one side.
     "labels": Task("classify", "whole", _own_items,
-        "a manifest .csv or its folder: columns of 0, 1 and, for unknown, nothing are labels",
-        (), "AUC", SIZE, WINDOW, None,
-        _recipe(40, 1, 2, 5e-5, weight_decay=0.01), _demo(20, 4, lr=5e-4, eval_every=4), MILD),
+        "a manifest .csv, or a folder with manifest.csv: columns of 0, 1 and, for unknown, nothing are labels",
+        (), "AUC", SIZE, WINDOW, None, _recipe(40, 1, 2, 5e-5, weight_decay=0.01),
+        _demo(20, 4, lr=5e-4, eval_every=4), MILD),
     "segment": Task("segment", "patch", partial(_own_items, needed=("mask",)),
-        "a manifest .csv or its folder: masks (0, 1 to K) of the column mask, in the grid of the volume",
+        "a manifest .csv, or a folder with manifest.csv: masks of 0, 1 … K in the column mask",
         (), "Dice", (96, 96, 96), WINDOW, (1.5, 1.5, 1.5),
         _recipe(300, 10, 1, 1e-4, weight_decay=1e-5), SEGMENT_DEMO, MILD, patches=4),
 }
@@ -1780,7 +1766,7 @@ def _draw_splits(items, task, folder, fold, seed):
     splits = {item.split for item in items}
     if splits <= {"train", None}:
         if fold > 4:
-            raise wrong(folder, f"no folds of its own and --fold {fold}", "0 to 4, a fifth that is drawn")
+            raise wrong(folder, f"--fold {fold}, but no folds", "0 to 4, a fifth that is drawn")
         drawn = _draw_fifth(items, task, seed, fold)
         items = [item._replace(split="test" if item.patient in drawn else "train") for item in items]
     elif "test" not in splits:  # the valid part is the one to report on
@@ -1799,11 +1785,10 @@ def _draw_splits(items, task, folder, fold, seed):
 
 
 def load_task(name, folder, fold=0, seed=0, cache="cache"):
-    """The data of a task in its native layout -> list of Item, each with its split: that of the set or of
-    its fold, else a fifth of the patients, drawn with `seed`, is test; without a valid part a fifth of
-    those to train on becomes it. "demo" is drawn and cached once. Up to 5 % of volumes without a file are
-    left out. ValueError for a patient in two splits, a case without mask, a class that none or all of a
-    part have (of one's own, if there is no other)."""
+    """The data of a task in its native layout -> list of Item, each with its split: that of the set or its
+    fold, else a fifth of the patients, drawn with `seed`, is test; without a valid part a fifth of the
+    training patients becomes it. "demo" is drawn and cached once. Up to 5 % of volumes may lack. ValueError
+    for a patient in two splits, a case without mask, a class that none or all of a part have."""
     task, folder = TASKS[name], Path(folder)
     if str(folder) == "demo":
         folder = Path(cache, f"demo-{name}-{phantoms.VERSION}")
@@ -1813,12 +1798,11 @@ def load_task(name, folder, fold=0, seed=0, cache="cache"):
     if not items:
         raise wrong(folder, f"nothing of {name}", task.layout)
     if fold and task.records in (_luna16_items, _ctrg_task_items, _ct_rate_task_items):
-        raise wrong(folder, f"--fold {fold}, but one split of its own and no folds", "no --fold")
+        raise wrong(folder, f"--fold {fold}, but no folds", "no --fold")
     if task.kind == "segment":
         without = [item.mask or item.id for item in items if not (item.mask and item.mask.exists())]
         if without:
-            found = f"no mask for {len(without)} of {len(items)} cases: {shorten(without)}"
-            raise wrong(folder, found, "one for each")
+            raise wrong(folder, f"{len(without)} cases without mask: {shorten(without)}", "none")
         if not task.classes:
             classes = _mask_classes(items, folder, cache)
             items = [item._replace(classes=classes) for item in items]
@@ -1827,15 +1811,14 @@ def load_task(name, folder, fold=0, seed=0, cache="cache"):
         raise wrong(folder, f"unknown labels of {shorten(unknown)}", "0 or 1 for all 18 findings")
     check_identities(items, folder, lambda item: item.split)
     items = _draw_splits(items, task, folder, fold, seed)
+    classes = items[0].classes or task.classes
     for split in SPLITS if task.kind == "classify" else ():
         labels = np.array([item.labels for item in items if item.split == split])
-        if len(labels):
-            bad = ~((labels == 1).any(0) & (labels == 0).any(0))
-            names = ", ".join(np.compress(bad, items[0].classes or task.classes))
-            if bad.all() or (task.classes and bad.any()):
-                raise wrong(folder, f"none or all of the part {split} with {names}", "some with and without")
-            if names:
-                log.warning("warning: %s: none or all of the part %s have %s", folder, split, names)
+        bad = [name for name, values in zip(classes, labels.T) if not {0, 1} <= set(values)]
+        if bad and (task.classes or len(bad) == len(classes)):
+            raise wrong(folder, f"none or all of the part {split} with {bad[0]}", "some with and without it")
+        if bad:
+            log.warning("warning: %s: none or all of the part %s have %s", folder, split, shorten(bad))
     return items
 
 
@@ -1857,12 +1840,12 @@ def read_mask(item, task, shape, affine):
 
 def prepare(item, task, cache="cache"):
     """A scan of a task, from the cache or made: volume (z, y, x) float16, mask uint8 of its shape or None,
-    affine 4×4 of the scan before it was cut or resampled. Windowed to [0, 1] or, without a window,
-    z-scored but for zeros. Resampled to the spacing of the task (view "patch"), to 4/3 of its size in
-    plane ("slices"), or, from a box of BOX mm padded with air, to its size ("box")."""
+    affine 4×4 of the scan as it was. Values: windowed to [0, 1], or z-scored but for zeros. Resampled by
+    view: "patch" to the spacing of the task, "slices" to 4/3 of its size in plane, "box" a box of BOX mm,
+    padded with air, to its size."""
     size = task.size if task.view in ("slices", "box") else None
-    volumes = [item.volume, item.mask] if item.mask else [item.volume]
-    path = cache_file(cache, volumes, task.view, size, task.window, task.spacing, len(task.classes),
+    files = [item.volume, item.mask] if item.mask else [item.volume]
+    path = cache_file(cache, files, task.view, size, task.window, task.spacing, len(task.classes),
                       item.rescale)
     mask_path, affine_path = path.with_suffix(".mask.npy"), path.with_suffix(".affine.npy")
     if not path.exists():
@@ -1890,16 +1873,16 @@ def prepare(item, task, cache="cache"):
         if item.mask:
             save_array(mask_path, mask)
         save_array(path, array.astype(np.float16))  # last: then what lies beside it is complete
-    mask = np.load(mask_path, mmap_mode="r", allow_pickle=False) if item.mask else None
-    return np.load(path, mmap_mode="r", allow_pickle=False), mask, np.load(affine_path, allow_pickle=False)
+    load = partial(np.load, mmap_mode="r", allow_pickle=False)
+    return load(path), load(mask_path) if item.mask else None, load(affine_path)
 
 
 def candidate_voxel(item, shape, affine):
     """Where the candidate of an item lies in its scan: index (z, y, x)"""
     index = (np.linalg.inv(affine) @ [*item.centre, 1])[2::-1]
     if not ((index >= -0.5) & (index <= np.array(shape) - 0.5)).all():      # nor NaN
-        raise wrong(item.volume, f"the candidate {item.id} at {np.round(item.centre, 1).tolist()} (RAS, "
-                    f"mm), voxel {index.round(1).tolist()} (z, y, x)", f"it inside {tuple(shape)}")
+        raise wrong(item.volume, f"the candidate {item.id} at {list(item.centre)} (RAS, mm), voxel "
+                    f"{index.round(1).tolist()} (z, y, x)", f"it inside {tuple(shape)}")
     return np.rint(index).astype(int)
 
 
@@ -1916,9 +1899,9 @@ def _draw_place(volume, mask, foreground, generator):
 
 
 def cut_views(item, task, cache, generator=None):
-    """What the network sees of an item: float32 (P, 1, D, H, W) and mask int64 (P, D, H, W) or None.
-    A "cube" is centred on its candidate, as far as the scan allows. With a `generator` the other places
-    are drawn: crops of "slices", patches around a voxel of the mask and elsewhere in turn."""
+    """What the network sees of an item: float32 (P, 1, D, H, W) and mask int64 (P, D, H, W) or None. A
+    "cube" lies around its candidate. Other places are drawn if there is a `generator`: crops of "slices",
+    patches around a voxel of the mask and elsewhere in turn."""
     if task.view == "whole":
         return load_volume(item, cache, task.size, task.hu)[None], None
     volume, mask, affine = prepare(item, task, cache)
@@ -1931,10 +1914,10 @@ def cut_views(item, task, cache, generator=None):
         first = generator.integers(2)  # which kind an odd number of patches has more of
         corners = [np.array(_draw_place(volume, mask, (i + first) % 2 == 0, generator)) - half
                    for i in range(task.patches)]
-    volumes = torch.from_numpy(np.stack([cut(volume, corner, task.size) for corner in corners]))
-    if mask is not None:
-        mask = torch.from_numpy(np.stack([cut(mask, corner, task.size) for corner in corners])).long()
-    return volumes.float()[:, None], mask
+
+    def boxes(array):
+        return torch.from_numpy(np.stack([cut(array, corner, task.size) for corner in corners]))
+    return boxes(volume).float()[:, None], None if mask is None else boxes(mask).long()
 
 
 def network_input(item, task, cache="cache"):
@@ -1986,8 +1969,8 @@ def space_out(text):
 
 
 def report_words(report, with_stops=False):
-    """The words of a report in lower case; "0.5", "3-4mm" and "low-density" stay whole, every Chinese
-    character is a word, and so, if asked for, is a full stop"""
+    """The words of a report in lower case; "0.5", "3-4mm" and "low-density" are one, every Chinese character
+    is one, and so, if asked for, is a full stop"""
     stops = "|[.。]" if with_stops else ""
     return re.findall(r"\w+(?:-\w+|(?<=\d)\.\d\w*)*" + stops, space_out(report.lower()))
 
@@ -1997,15 +1980,13 @@ def build_vocabulary(reports, min_count=3):
     count = Counter(word for report in reports for word in report_words(report, with_stops=True))
     words = sorted(word for word, times in count.items() if times >= min_count)
     if not words:
-        raise ValueError(f"found no word that stands {min_count} times in {len(reports)} training reports, "
-                         "expected a vocabulary")
+        raise ValueError(f"found no word {min_count} times in the reports, expected a vocabulary")
     return ["<pad>", "<bos>", "<eos>", "<unk>", *words]
 
 
 def task_example(item, generator, task, cache="cache", vocabulary=(), max_length=150, tokenizer=None):
-    """A training example: volume (P, 1, D, H, W) and, by the kind of task, label (P, K), mask (P, D, H, W),
-    tokens (L,), or what `MG3D.encode_text` takes. vocabulary: {word: number}, for reports; tokenizer: for
-    retrieval."""
+    """A training example: volume (P, 1, D, H, W) and, by kind, label (P, K), mask (P, D, H, W), tokens (L,)
+    or what `MG3D.encode_text` takes. vocabulary: {word: number}"""
     volumes, masks = cut_views(item, task, cache, generator)
     if task.augment and not (task.view == "cube" and item.labels[0] == 0):  # no negative candidate
         for i, volume in enumerate(volumes):
@@ -2031,7 +2012,7 @@ def to_own_grid(probabilities, item):
     size = to_ras(item.volume, xyz, affine)[0].shape
     probabilities = F.interpolate(probabilities[None].float(), size, mode="trilinear", align_corners=False)
     labels = probabilities[0].argmax(0).numpy().astype(np.uint8)  # (z, y, x) in RAS
-    ras = nib.orientations.axcodes2ornt("RAS")
+    ras = [[0, 1], [1, 1], [2, 1]]
     back = nib.orientations.ornt_transform(ras, nib.io_orientation(affine))
     return nib.apply_orientation(labels.T, back), affine
 
