@@ -482,15 +482,15 @@ def test_zeros_of_a_volume_without_window_stay(sets, tmp_path):
     assert np.allclose(volume[inside], (values - values.mean()) / values.std(), atol=5e-3)
 
 
-def test_a_box_lies_where_it_was_cut(sets, tmp_path):
-    item = data.load_task("stoic", sets("stoic"))[0]
-    task = data.TASKS["stoic"]._replace(size=(32, 32, 32))
-    _, _, affine = data.prepare(item, task, tmp_path)
-    array, _, whole = data.read_volume(item.volume)
-    middle = whole @ [*((np.array(array.shape[::-1]) - 1) / 2), 1]
-    # The box is of whole voxels on either side of the middle.
-    assert np.allclose(affine @ [15.5, 15.5, 15.5, 1], middle, atol=4)
-    assert np.allclose(np.diag(affine)[:3], data.BOX / 32, rtol=0.02)
+def test_a_box_is_the_middle_of_its_scan(tmp_path):
+    array = np.full((60, 100, 90), -1000, np.int16)             # 600 x 400 x 360 mm: too long, too narrow
+    array[30:, 50:, 45:] = 0                                    # an octant
+    image = nib.Nifti1Image(array.T, np.diag([4, 4, 10, 1]))
+    nib.save(image, tmp_path / "scan.nii.gz")
+    item = data.Item("scan", tmp_path / "scan.nii.gz", "", None, "scan")
+    volume, _, _ = data.prepare(item, data.TASKS["stoic"]._replace(size=(32, 32, 32)), tmp_path)
+    inside = np.argwhere(volume > 0.35)                         # half of what 0 HU is
+    assert inside.min(0).tolist() == [16] * 3 and inside.max(0).tolist() == [31, 31, 30]
 
 
 def test_a_candidate_outside_its_scan(sets, tmp_path):
