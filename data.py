@@ -1420,18 +1420,18 @@ FEW_SHOT_VOLUMES = 1000  # training volumes of the two CT-RATE tasks, as in the 
 
 
 def _cc_ccii_items(folder, fold):
-    scans, labels = defaultdict(list), {}
+    scans, told = defaultdict(list), {}
     for root, _, _ in walk(folder):
         scan = re.fullmatch(r"(?:.*/)?(Normal|CP|NCP)(?:-\d+)?/(\d+)/(\d+)", root.as_posix())
         if scan:
             scans[scan.group(2, 3)].append(root)
-            labels[scan.group(2, 3)] = scan[1]
+            told[scan.group(2, 3)] = scan[1]
     for array in find(folder, r"p\d+-s\d+\.npy"):
         scans[tuple(re.findall(r"\d+", array.name))].append(array)
     scans = {key: only(found, "one scan") for key, found in scans.items()}
     tables = find(folder, r".*fold\d.*(train|val).*\.csv")
-    rows = [(key, label, "train") for key, label in sorted(labels.items())]
-    if tables or len(scans) > len(labels):  # fold files alone tell the class of an .npy
+    rows = [(key, label, "train") for key, label in sorted(told.items())]
+    if tables or len(scans) > len(told):  # fold files alone tell the class of an .npy
         rows = []
         for part in ("train", "val"):
             name = rf".*fold{fold}(?!\d).*{part}.*"
@@ -1440,14 +1440,14 @@ def _cc_ccii_items(folder, fold):
                 raise wrong(folder, [path.name for path in tables], f"also *fold{fold}*{part}*.csv")
             for where, row in read_table(only_table(found), "patient_id", "scan_id", label=CC_CCII):
                 label, key = row["label"], (row["patient_id"], row["scan_id"])
-                if labels.get(key, label) != label:
-                    raise wrong(where, f"label {label!r}", f"{labels[key]!r}, that of {scans[key]}")
+                if told.get(key, label) != label:
+                    raise wrong(where, f"label {label!r}", f"{told[key]!r}, that of {scans[key]}")
                 rows.append((key, label, SPLIT_NAMES[part]))
     items = []
     for key, label, split in rows:
-        name = "/".join(key)
-        scan = scans.get(key, folder / label / name)
-        items.append(Item(name, scan, "", split, key[0], np.float32([label == k for k in CC_CCII])))
+        scan = scans.get(key, Path(folder, label, *key))
+        labels = np.float32([label == name for name in CC_CCII])
+        items.append(Item("/".join(key), scan, "", split, key[0], labels))
     return items
 
 
@@ -1481,10 +1481,11 @@ def _listed_cases(folder, fold, files):
         with expecting(path, CASES):
             content = json.loads(read_text(path))
             parts = _parts(content, "label") if isinstance(content, dict) else {}
-            rows = [(part, row) for part in parts for row in parts[part]
-                    if part != "test" or "label" in row]  # the Decathlon keeps these masks
             if "train" in parts:
-                lists.append((path, rows, {int(row["fold"]) for _, row in rows if "fold" in row}))
+                rows = [(_path(row["image"]), _path(row["label"]), part, int(row.get("fold", -1)))
+                        for part in parts for row in parts[part]
+                        if part != "test" or "label" in row]  # the Decathlon keeps these masks
+                lists.append((path, rows, {number for *_, number in rows} - {-1}))
     lists = [entry for entry in lists if entry[2]] or lists  # folds beside a dataset.json
     if not lists:
         return []
@@ -1496,19 +1497,17 @@ def _listed_cases(folder, fold, files):
 
     def locate(name):
         """Where the list says, or else the file whose path ends so, perhaps with nnU-Net's _0000"""
-        name = Path(_path(name))
         for place in (path.parent / name, folder / name):
             if place.exists():
                 return place
-        end = "/" + ENDING.sub("", "/".join(name.parts[-2:]))
+        end = "/" + ENDING.sub("", "/".join(Path(name).parts[-2:]))
         found = [file for key in files if key.endswith((end, end + "_0000")) for file in files[key]]
         return only(found or [place], f"{name} of {path}")
     cases = []
-    with expecting(path, CASES):
-        for part, row in rows:
-            if folds:
-                part = "test" if int(row["fold"]) == fold else "train"
-            cases.append((locate(row["image"]), locate(row["label"]), part))
+    for image, label, part, number in rows:
+        if number >= 0:
+            part = "test" if number == fold else "train"
+        cases.append((locate(image), locate(label), part))
     return cases
 
 
@@ -1611,9 +1610,8 @@ def _mask_values(mask):
     return np.unique(read_volume(mask, is_mask=True)[0])
 
 
-def _mask_classes(items, folder, cache):
+def _mask_classes(masks, folder, cache):
     """The classes "1" to "K", where K is the greatest value of all masks: they are read once"""
-    masks = [item.mask for item in items]
     path = cache_file(cache, masks, "values")
     if not path.exists():
         found = in_processes(_mask_values, masks, os.cpu_count(), "values of masks")
@@ -1677,8 +1675,7 @@ MILD = {"affine": .3, "zoom": .3, "scale": .3, "shift": .3}
 SEGMENT_DEMO = _demo(15, 1, spacing=(6., 6., 6.), eval_every=5)
 TASKS = {
     "cc-ccii": Task("classify", "slices", _cc_ccii_items,
-        "{Normal,CP,NCP}/PATIENT/SCAN/*.png or .jpg, or p{patient}-s{scan}.npy; *fold0*train*.csv and "
-        "*fold0*valid*.csv (target,label,patient_id,scan_id), which .npy need",
+        "{Normal,CP,NCP}/PATIENT/SCAN/*.png, .jpg or p{patient}-s{scan}.npy; *fold0*{train,valid}*.csv",
         ("normal", "common pneumonia", "COVID-19"), "ACC", (32, 384, 384), (-1000., 1000.), None,
         _recipe(130, 30, 2, 3e-4, weight_decay=0.01), _demo(40, 4, lr=3e-4),
         {"flip": .5, "brightness": .07, "contrast": .05}, exclusive=True),
@@ -1773,8 +1770,7 @@ def _draw_splits(items, task, folder, fold, seed):
         items = [item._replace(split="test") if item.split == "valid" else item for item in items]
     if not any(item.split == "valid" for item in items):
         drawn = _draw_fifth([item for item in items if item.split == "train"], task, seed)
-        items = [item._replace(split="valid") if item.split == "train" and item.patient in drawn else item
-                 for item in items]
+        items = [item._replace(split="valid") if item.patient in drawn else item for item in items]
     if task.kind in ("prompt", "retrieve"):
         generator = np.random.default_rng(seed)
         for split, n in (("train", FEW_SHOT_VOLUMES), ("valid", FEW_SHOT_VOLUMES // 4)):
@@ -1787,8 +1783,8 @@ def _draw_splits(items, task, folder, fold, seed):
 def load_task(name, folder, fold=0, seed=0, cache="cache"):
     """The data of a task in its native layout -> list of Item, each with its split: that of the set or its
     fold, else a fifth of the patients, drawn with `seed`, is test; without a valid part a fifth of the
-    training patients becomes it. "demo" is drawn and cached once. Up to 5 % of volumes may lack. ValueError
-    for a patient in two splits, a case without mask, a class that none or all of a part have."""
+    training patients becomes it. "demo" is drawn and cached once. ValueError for a patient in two splits, a
+    case without mask, over 5 % of volumes without a file, a class that none or all of a part have."""
     task, folder = TASKS[name], Path(folder)
     if str(folder) == "demo":
         folder = Path(cache, f"demo-{name}-{phantoms.VERSION}")
@@ -1804,7 +1800,7 @@ def load_task(name, folder, fold=0, seed=0, cache="cache"):
         if without:
             raise wrong(folder, f"{len(without)} cases without mask: {shorten(without)}", "none")
         if not task.classes:
-            classes = _mask_classes(items, folder, cache)
+            classes = _mask_classes([item.mask for item in items], folder, cache)
             items = [item._replace(classes=classes) for item in items]
     unknown = [item.id for item in items if item.labels is None or np.isnan(item.labels).any()]
     if unknown and task.kind == "prompt":
@@ -1829,20 +1825,18 @@ def read_mask(item, task, shape, affine):
     """The mask of a case, uint8 (z, y, x) in RAS, on the grid of its scan"""
     mask, _, mask_affine = read_volume(item.mask, is_mask=True)
     if mask.shape != shape or not np.allclose(mask_affine, affine, atol=0.05):
-        raise wrong(item.mask, f"a mask of {mask.shape} voxels, {mask_affine[:3].round(3).tolist()}",
-                    f"the grid of {item.volume}: {shape}, {affine[:3].round(3).tolist()}")
-    unknown = sorted(set(np.unique(mask).tolist()) - set(range(len(task.classes) + 1)))
+        raise wrong(item.mask, f"a mask of {mask.shape} voxels, affine {mask_affine.tolist()}",
+                    f"the grid of {item.volume}, {shape}, {affine.tolist()}")
+    unknown = set(np.unique(mask).tolist()) - set(range(len(task.classes) + 1))
     if unknown:
-        raise wrong(item.mask, f"the label values {unknown[:5]}",
-                    f"0 to {len(task.classes)} (background, {', '.join(task.classes)})")
+        raise wrong(item.mask, f"the label values {sorted(unknown)[:5]}", f"0 to {len(task.classes)}")
     return mask.astype(np.uint8)
 
 
 def prepare(item, task, cache="cache"):
-    """A scan of a task, from the cache or made: volume (z, y, x) float16, mask uint8 of its shape or None,
-    affine 4×4 of the scan as it was. Values: windowed to [0, 1], or z-scored but for zeros. Resampled by
-    view: "patch" to the spacing of the task, "slices" to 4/3 of its size in plane, "box" a box of BOX mm,
-    padded with air, to its size."""
+    """A scan of a task, from the cache or made: volume (z, y, x) float16, [0, 1] or z-scored but for zeros;
+    mask uint8 of its shape or None; affine 4×4 of the scan as it was. View "patch": resampled to the
+    spacing of the task; "slices": to 4/3 of its size in plane; "box": a box of BOX mm, to its size."""
     size = task.size if task.view in ("slices", "box") else None
     files = [item.volume, item.mask] if item.mask else [item.volume]
     path = cache_file(cache, files, task.view, size, task.window, task.spacing, len(task.classes),
@@ -1881,8 +1875,8 @@ def candidate_voxel(item, shape, affine):
     """Where the candidate of an item lies in its scan: index (z, y, x)"""
     index = (np.linalg.inv(affine) @ [*item.centre, 1])[2::-1]
     if not ((index >= -0.5) & (index <= np.array(shape) - 0.5)).all():      # nor NaN
-        raise wrong(item.volume, f"the candidate {item.id} at {list(item.centre)} (RAS, mm), voxel "
-                    f"{index.round(1).tolist()} (z, y, x)", f"it inside {tuple(shape)}")
+        raise wrong(item.volume, f"the candidate {item.id} at {list(item.centre)} (RAS, mm)",
+                    f"it inside {shape} voxels")
     return np.rint(index).astype(int)
 
 
@@ -1926,14 +1920,13 @@ def network_input(item, task, cache="cache"):
 
 
 def augment(volume, mask, generator, settings):
-    """One volume (1, D, H, W) and its mask (D, H, W) or None, augmented at random, both alike. settings:
-    probability of flip (of each axis), rot90 (in plane), affine (rotation up to π/15), zoom (±10 %), scale
-    and shift (of values, ±0.1); largest change for brightness, contrast; standard deviation for noise."""
+    """One volume (1, D, H, W) and its mask (D, H, W) or None, changed alike. settings: probability of flip
+    (of each axis), rot90 (in plane), affine (rotation up to π/15), zoom (±10 %), scale and shift (of values,
+    ±0.1); largest change for brightness, contrast; standard deviation for noise."""
     def happens(name):
         return generator.random() < settings.get(name, 0)
     axes = [axis for axis in (-3, -2, -1) if happens("flip")]
-    is_square = volume.shape[2] == volume.shape[3]
-    turns = generator.integers(1, 4) if happens("rot90") and is_square else 0
+    turns = generator.integers(1, 4) if happens("rot90") and volume.shape[2] == volume.shape[3] else 0
     volume = volume.flip(axes).rot90(turns, (-2, -1))
     if mask is not None:
         mask = mask.flip(axes).rot90(turns, (-2, -1))
@@ -2012,8 +2005,7 @@ def to_own_grid(probabilities, item):
     size = to_ras(item.volume, xyz, affine)[0].shape
     probabilities = F.interpolate(probabilities[None].float(), size, mode="trilinear", align_corners=False)
     labels = probabilities[0].argmax(0).numpy().astype(np.uint8)  # (z, y, x) in RAS
-    ras = [[0, 1], [1, 1], [2, 1]]
-    back = nib.orientations.ornt_transform(ras, nib.io_orientation(affine))
+    back = nib.orientations.ornt_transform([[0, 1], [1, 1], [2, 1]], nib.io_orientation(affine))
     return nib.apply_orientation(labels.T, back), affine
 
 
