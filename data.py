@@ -1410,7 +1410,7 @@ class Batches:
 
 
 # ===================================================================================== the tasks
-# A task is a row of TASKS and a records function: (folder, fold) -> items, all train if none is test.
+# A task is a row of TASKS and a records function: (folder, fold) -> items, all train without a split.
 
 CC_CCII = ("Normal", "CP", "NCP")
 CASES = "{training: [{image, label[, fold]}][, validation, test: the same]}"
@@ -1434,8 +1434,7 @@ def _cc_ccii_items(folder, fold):
     if tables or len(scans) > len(told):  # fold files alone tell the class of an .npy
         rows = []
         for part in ("train", "val"):
-            name = rf".*fold{fold}(?!\d).*{part}.*"
-            found = [path for path in tables if re.fullmatch(name, path.name, re.IGNORECASE)]
+            found = find(folder, rf".*fold{fold}(?!\d).*{part}.*\.csv")
             if not found:
                 raise wrong(folder, [path.name for path in tables], f"also *fold{fold}*{part}*.csv")
             for where, row in read_table(only_table(found), "patient_id", "scan_id", label=CC_CCII):
@@ -1455,10 +1454,8 @@ def _luna16_items(folder, fold):
     scans = by_stem(path for path in find(folder, r".+\.mhd")
                     if re.fullmatch(r"subset\d", path.parent.name, re.IGNORECASE))
     tables = find(folder, r"candidates_V2\.csv") or find(folder, r"candidates\.csv")
-    if not tables:
-        return []
     rows = read_table(only_table(tables), "seriesuid", "coordX", "coordY", "coordZ",
-                      **{"class": ("0", "1")})
+                      **{"class": ("0", "1")}) if tables else []
     absent = sorted({row["seriesuid"] for _, row in rows} - scans.keys())
     if absent:  # perhaps of subsets that were not downloaded
         log.warning("%s: left out %d series without .mhd: %s", folder, len(absent), shorten(absent))
@@ -1476,7 +1473,7 @@ def _luna16_items(folder, fold):
 
 def _listed_cases(folder, fold, files):
     """(image, mask, split) of every case of the only JSON like CASES; [] without one"""
-    lists = []
+    lists = {}
     for path in find(folder, r".+\.json"):
         with expecting(path, CASES):
             content = json.loads(read_text(path))
@@ -1485,13 +1482,10 @@ def _listed_cases(folder, fold, files):
                 rows = [(_path(row["image"]), _path(row["label"]), part, int(row.get("fold", -1)))
                         for part in parts for row in parts[part]
                         if part != "test" or "label" in row]  # the Decathlon keeps these masks
-                lists.append((path, rows, {number for *_, number in rows} - {-1}))
-    lists = [entry for entry in lists if entry[2]] or lists  # folds beside a dataset.json
-    if not lists:
-        return []
-    path, rows, folds = lists[0]
-    if len(lists) > 1:
-        raise wrong(path, f"also {lists[1][0]}", "one list")
+                lists[path] = rows, {number for *_, number in rows} - {-1}
+    lists = {path: lists[path] for path in lists if lists[path][1]} or lists  # beside a dataset.json
+    path = only([*lists] or [folder], "a list of cases")
+    rows, folds = lists.get(path, ([], ()))
     if folds and fold not in folds:
         raise wrong(path, f"the folds {sorted(folds)}", f"fold {fold} among them")
 
@@ -1534,8 +1528,8 @@ def _named_cases(folder, files, names):
 
 
 def _segment_items(folder, fold, patient=r"(.+)", image="", mask=""):
-    """Cases of a JSON like CASES, or else told by their names. Patterns: patient in the name of an image;
-    image, a path without its ending, and mask, what becomes of that"""
+    """Cases of a JSON like CASES, else told by names. Patterns: patient in the name of an image; image,
+    a path without its ending; mask, what becomes of that"""
     files = defaultdict(list)  # by their paths without the ending
     for file in find(folder, r".+\.nii(\.gz)?"):
         files[ENDING.sub("", file.as_posix())].append(file)
@@ -1574,7 +1568,7 @@ def _ct_rate_task_items(folder, fold):
 
 
 def with_labels(items, labels, source):
-    """The items that have any of labels {id: (K,)}, each with its own; the number of others is told."""
+    """The items that have any of labels {id: (K,)}, each with its own; says how many lack."""
     labels = {name: row for name, row in labels.items() if not np.isnan(row).all()}
     silent = [item.id for item in items if item.id not in labels]
     if silent:
@@ -1584,7 +1578,7 @@ def with_labels(items, labels, source):
 
 
 def _own_items(folder, fold, needed=()):
-    """Items of a manifest. Without needed columns those with a label: classes are all columns of labels."""
+    """Items of a manifest; if no column is needed, those that have a label in any column of labels"""
     path = folder / "manifest.csv" if folder.is_dir() else folder
     rows = read_table(path, "volume", *needed)
     items = _manifest_items(path, rows)
@@ -1592,7 +1586,7 @@ def _own_items(folder, fold, needed=()):
         raise wrong(path, f"--fold {fold}, but no folds", "no --fold")
     if needed:
         return items
-    classes = []  # columns most of whose filled cells are labels; `read_labels` refuses the other cells
+    classes = []  # columns most of whose cells are labels: `read_labels` refuses the others
     for name in rows[0][1] if rows else ():
         cells = Counter(_plain(str(row[name])) for _, row in rows)
         known = cells["0"] + cells["1"]
@@ -1618,7 +1612,7 @@ def _mask_classes(masks, folder, cache):
         save_array(path, np.unique(np.concatenate(list(found))))
     values = np.load(path, allow_pickle=False).tolist()
     if not 1 < len(values) <= 256 or values != [*range(len(values))]:
-        raise wrong(folder, f"the values {values[:9]} in all masks", "0 (background), 1, … K without a gap")
+        raise wrong(folder, f"the values {values[:9]} in all masks", "0 (background) to K, none left out")
     return tuple(f"{value:.0f}" for value in values[1:])
 
 
@@ -1635,7 +1629,7 @@ class Task(NamedTuple):
     view: str                   # how a scan becomes the input: whole, slices, cube, box or patch
     records: callable           # (folder, fold) -> list of Item
     layout: str                 # of the folder, in words
-    classes: tuple              # names, without the background; (): the data tell, see `with_classes`
+    classes: tuple              # without the background; (): the data tell, see `with_classes`
     metric: str                 # picks the epoch and heads the result
     size: tuple                 # voxels that the network sees
     window: tuple | None        # what becomes 0 and 1; None: z-score of all but 0 (MR)
@@ -1661,26 +1655,26 @@ def _recipe(epochs, warmup, batch_size, lr, lr_encoder=None, weight_decay=0., de
 
 
 def _demo(epochs, batch_size, size=(32, 32, 32), lr=1e-3, **more):
-    return {"encoder": "swin_t", "size": size, "epochs": epochs, "warmup": 1, "batch_size": batch_size,
-            "lr": lr, "lr_encoder": lr, **more}
+    return {"encoder": "swin_t", "size": size, "epochs": epochs, "warmup": 1,
+            "batch_size": batch_size, "lr": lr, "lr_encoder": lr, **more}
 
 
-# NOTE(paper): most settings are those of the released scripts. Given nowhere and ours: the recipe of
-# ct-rate-retrieval (rates of pre-training), epochs of luna16, batch of segmentation, probabilities of
-# rot90 and affine in luna16, of affine and zoom in msd-lung, clip_grad but for msd-lung, covid-19-20.
-# msd-lung is not cropped to the foreground, patches beside it lie in the body. luna16 has a LayerNorm.
+# NOTE(paper): most settings are those of the released scripts. Ours, as none are given: the recipe of
+# ct-rate-retrieval (as pre-training), epochs of luna16, batch of segmentation, probabilities of rot90
+# and affine (luna16), affine and zoom (msd-lung), clip_grad but for msd-lung and covid-19-20, LayerNorm
+# of luna16. msd-lung is not cropped to the foreground: patches beside a tumour lie in the body.
 LISTED = f", a JSON {CASES} anywhere in it, or nnU-Net's imagesTr/*_0000, labelsTr/*"
-CT_RATE = "a CT-RATE folder (volumes, CSVs of reports and labels), a cache folder or a manifest .csv"
+CT_RATE = "a CT-RATE folder (volumes, CSVs of reports, labels), a cache folder or a manifest .csv"
 MILD = {"affine": .3, "zoom": .3, "scale": .3, "shift": .3}
 SEGMENT_DEMO = _demo(15, 1, spacing=(6., 6., 6.), eval_every=5)
 TASKS = {
     "cc-ccii": Task("classify", "slices", _cc_ccii_items,
-        "{Normal,CP,NCP}/PATIENT/SCAN/*.png, .jpg or p{patient}-s{scan}.npy; *fold0*{train,valid}*.csv",
+        "{Normal,CP,NCP}/PATIENT/SCAN/*.png|jpg or p{patient}-s{scan}.npy; *fold0*{train,valid}*.csv",
         ("normal", "common pneumonia", "COVID-19"), "ACC", (32, 384, 384), (-1000., 1000.), None,
         _recipe(130, 30, 2, 3e-4, weight_decay=0.01), _demo(40, 4, lr=3e-4),
         {"flip": .5, "brightness": .07, "contrast": .05}, exclusive=True),
     "luna16": Task("classify", "cube", _luna16_items,
-        "subset0 … subset9/*.mhd (0-4 train, 5-6 valid, 7-9 test); candidates_V2.csv or candidates.csv",
+        "subset{0-9}/*.mhd (0-4 train, 5-6 valid, 7-9 test); candidates_V2.csv or candidates.csv",
         ("nodule",), "AUC", (64, 64, 64), (-1000., 600.), None,
         _recipe(50, 0, 32, 1.5e-4), _demo(40, 8), {"flip": .5, "rot90": .5, "affine": .5}),
     "msd-lung": Task("segment", "patch", _segment_items,
@@ -1696,7 +1690,7 @@ TASKS = {
         {"flip": .5, "affine": .15, "noise": .01}, patches=3),
     "acdc": Task("segment", "patch", partial(_segment_items, patient=r".*(patient\d+).*",
             image=r"(.*/(patient\d+)/\2_frame\d+)", mask=r"\1_gt"),
-        "[training/, testing/]patientXXX/patientXXX_frameYY.nii.gz and …_frameYY_gt.nii.gz" + LISTED,
+        "[training/, testing/]patientXXX/patientXXX_frameYY.nii.gz, …_frameYY_gt.nii.gz" + LISTED,
         ("right ventricle", "myocardium", "left ventricle"), "Dice", (32, 192, 192), None, None,
         _recipe(300, 5, 1, 3e-4, weight_decay=1e-5),
         _demo(12, 1, spacing=(5., 4., 4.), eval_every=4), {"flip": .1}, patches=2, overlap=0.75),
@@ -1704,9 +1698,9 @@ TASKS = {
         "data/mha/{PatientID}.mha, metadata/reference.csv (PatientID,probCOVID,probSevere)",
         ("COVID-19", "severe"), "AUC", (128, 128, 128), (-1100., 300.), None,
         _recipe(40, 0, 2, 5e-5), _demo(6, 4), among="COVID-19"),
-    # A word decoder at 1e-3 learns to ignore the image: its loss stays at what the words alone allow.
+    # A word decoder at 1e-3 learns to ignore the image: its loss is what the words alone allow.
     "ctrg": Task("report", "whole", _ctrg_task_items,
-        "a .json {train, val, test: [{id, report, image_path relative to it}]} or its folder, " + CT_RATE,
+        "a .json {train, val, test: [{id, report, image_path}]} or its folder, " + CT_RATE,
         (), "BLEU-4", SIZE, WINDOW, None, _recipe(30, 0, 2, 1e-4, lr_encoder=5e-5, decay="step"),
         _demo(20, 4, lr=5e-4, decay="cosine", eval_every=4)),
     "ct-rate-vocab": Task("prompt", "whole", _ct_rate_task_items,
@@ -1719,7 +1713,7 @@ TASKS = {
         _demo(20, 8, size=(32, 32, 64), text_encoder="demo", embed_dim=192)),
     # One's own data. No flips: a class may be of one side.
     "labels": Task("classify", "whole", _own_items,
-        "a manifest .csv, or a folder with manifest.csv: columns of 0, 1 and, for unknown, nothing are labels",
+        "a manifest .csv, or a folder with manifest.csv: columns of 0, 1 or nothing are labels",
         (), "AUC", SIZE, WINDOW, None, _recipe(40, 1, 2, 5e-5, weight_decay=0.01),
         _demo(20, 4, lr=5e-4, eval_every=4), MILD),
     "segment": Task("segment", "patch", partial(_own_items, needed=("mask",)),
@@ -1744,11 +1738,11 @@ def _draw_fifth(items, task, seed, fold=0):
     labels = {}
     for item in items:
         label = item.labels if task.kind == "classify" else np.zeros(1)
-        labels[item.patient] = np.fmax(label, labels.get(item.patient, 0))  # of all scans; unknown is 0
+        labels[item.patient] = np.fmax(label, labels.get(item.patient, 0))  # unknown is 0
     groups = defaultdict(list)
     for patient in sorted(labels):
         groups[tuple(labels[patient])].append(patient)
-    if not task.classes:  # there may be many labels: those who share all of them with few are one group
+    if not task.classes:  # of many labels few may share all: they are one group
         few = [key for key in groups if len(groups[key]) < 5]
         groups[()] = [*itertools.chain(*map(groups.pop, few))]
     drawn, generator = set(), np.random.default_rng(seed)
@@ -1764,8 +1758,8 @@ def _draw_splits(items, task, folder, fold, seed):
     if splits <= {"train", None}:
         if fold > 4:
             raise wrong(folder, f"--fold {fold}, but no folds", "0 to 4, a fifth that is drawn")
-        drawn = _draw_fifth(items, task, seed, fold)
-        items = [item._replace(split="test" if item.patient in drawn else "train") for item in items]
+        test = _draw_fifth(items, task, seed, fold)
+        items = [item._replace(split="test" if item.patient in test else "train") for item in items]
     elif "test" not in splits:  # the valid part is the one to report on
         items = [item._replace(split="test") if item.split == "valid" else item for item in items]
     if not any(item.split == "valid" for item in items):
@@ -1781,10 +1775,10 @@ def _draw_splits(items, task, folder, fold, seed):
 
 
 def load_task(name, folder, fold=0, seed=0, cache="cache"):
-    """The data of a task in its native layout -> list of Item, each with its split: that of the set or its
-    fold, else a fifth of the patients, drawn with `seed`, is test; without a valid part a fifth of the
-    training patients becomes it. "demo" is drawn and cached once. ValueError for a patient in two splits, a
-    case without mask, over 5 % of volumes without a file, a class that none or all of a part have."""
+    """The data of a task in its native layout -> list of Item. The split or fold of the set counts; else a
+    fifth of the patients, drawn with `seed`, is test. Without a valid part a fifth of the training patients
+    becomes it. "demo" is drawn and cached once. ValueError for a patient in two splits, a case without
+    mask, over 5 % of volumes without a file, a class that none or all of a part have."""
     task, folder = TASKS[name], Path(folder)
     if str(folder) == "demo":
         folder = Path(cache, f"demo-{name}-{phantoms.VERSION}")
@@ -1812,9 +1806,9 @@ def load_task(name, folder, fold=0, seed=0, cache="cache"):
         labels = np.array([item.labels for item in items if item.split == split])
         bad = [name for name, values in zip(classes, labels.T) if not {0, 1} <= set(values)]
         if bad and (task.classes or len(bad) == len(classes)):
-            raise wrong(folder, f"none or all of the part {split} with {bad[0]}", "some with and without it")
+            raise wrong(folder, f"none or all of the part {split} with {bad[0]}", "some of both")
         if bad:
-            log.warning("warning: %s: none or all of the part %s have %s", folder, split, shorten(bad))
+            log.warning("%s: none or all of the part %s have %s", folder, split, shorten(bad))
     return items
 
 
@@ -1827,20 +1821,19 @@ def read_mask(item, task, shape, affine):
     if mask.shape != shape or not np.allclose(mask_affine, affine, atol=0.05):
         raise wrong(item.mask, f"a mask of {mask.shape} voxels, affine {mask_affine.tolist()}",
                     f"the grid of {item.volume}, {shape}, {affine.tolist()}")
-    unknown = set(np.unique(mask).tolist()) - set(range(len(task.classes) + 1))
+    unknown = sorted(set(np.unique(mask).tolist()) - set(range(len(task.classes) + 1)))
     if unknown:
-        raise wrong(item.mask, f"the label values {sorted(unknown)[:5]}", f"0 to {len(task.classes)}")
+        raise wrong(item.mask, f"the label values {unknown[:5]}", f"0 to {len(task.classes)}")
     return mask.astype(np.uint8)
 
 
 def prepare(item, task, cache="cache"):
-    """A scan of a task, from the cache or made: volume (z, y, x) float16, [0, 1] or z-scored but for zeros;
-    mask uint8 of its shape or None; affine 4×4 of the scan as it was. View "patch": resampled to the
-    spacing of the task; "slices": to 4/3 of its size in plane; "box": a box of BOX mm, to its size."""
+    """A scan of a task, cached: volume (z, y, x) float16, in [0, 1] or z-scored but for zeros; mask uint8 of
+    its shape or None; affine 4×4 of the scan as it was. View "patch": resampled to the spacing of the
+    task; "slices": to 4/3 of its size in plane; "box": its middle BOX mm, to its size."""
     size = task.size if task.view in ("slices", "box") else None
-    files = [item.volume, item.mask] if item.mask else [item.volume]
-    path = cache_file(cache, files, task.view, size, task.window, task.spacing, len(task.classes),
-                      item.rescale)
+    path = cache_file(cache, filter(None, (item.volume, item.mask)), task.view, size, task.window,
+                      task.spacing, len(task.classes), item.rescale)
     mask_path, affine_path = path.with_suffix(".mask.npy"), path.with_suffix(".affine.npy")
     if not path.exists():
         array, spacing, affine = to_ras(item.volume, *read_item(item))
@@ -1893,9 +1886,9 @@ def _draw_place(volume, mask, foreground, generator):
 
 
 def cut_views(item, task, cache, generator=None):
-    """What the network sees of an item: float32 (P, 1, D, H, W) and mask int64 (P, D, H, W) or None. A
-    "cube" lies around its candidate. Other places are drawn if there is a `generator`: crops of "slices",
-    patches around a voxel of the mask and elsewhere in turn."""
+    """What the network sees of an item: float32 (P, 1, D, H, W) and mask int64 (P, D, H, W) or None. With
+    a `generator` places are drawn: crops of "slices", patches around a voxel of the mask and elsewhere
+    in turn. A "cube" lies around its candidate."""
     if task.view == "whole":
         return load_volume(item, cache, task.size, task.hu)[None], None
     volume, mask, affine = prepare(item, task, cache)
@@ -1920,13 +1913,14 @@ def network_input(item, task, cache="cache"):
 
 
 def augment(volume, mask, generator, settings):
-    """One volume (1, D, H, W) and its mask (D, H, W) or None, changed alike. settings: probability of flip
-    (of each axis), rot90 (in plane), affine (rotation up to π/15), zoom (±10 %), scale and shift (of values,
+    """A volume (1, D, H, W) and its mask (D, H, W) or None, changed alike. settings: probability of flip
+    (each axis), rot90 (in plane), affine (rotation up to π/15), zoom (±10 %), scale and shift (of values,
     ±0.1); largest change for brightness, contrast; standard deviation for noise."""
     def happens(name):
         return generator.random() < settings.get(name, 0)
     axes = [axis for axis in (-3, -2, -1) if happens("flip")]
-    turns = generator.integers(1, 4) if happens("rot90") and volume.shape[2] == volume.shape[3] else 0
+    _, _, height, width = volume.shape
+    turns = generator.integers(1, 4) if happens("rot90") and height == width else 0
     volume = volume.flip(axes).rot90(turns, (-2, -1))
     if mask is not None:
         mask = mask.flip(axes).rot90(turns, (-2, -1))
@@ -1962,8 +1956,8 @@ def space_out(text):
 
 
 def report_words(report, with_stops=False):
-    """The words of a report in lower case; "0.5", "3-4mm" and "low-density" are one, every Chinese character
-    is one, and so, if asked for, is a full stop"""
+    """The words of a report in lower case; "0.5", "3-4mm" and "low-density" are one, every Chinese
+    character is one, and so, if asked for, is a full stop"""
     stops = "|[.。]" if with_stops else ""
     return re.findall(r"\w+(?:-\w+|(?<=\d)\.\d\w*)*" + stops, space_out(report.lower()))
 
@@ -1978,8 +1972,8 @@ def build_vocabulary(reports, min_count=3):
 
 
 def task_example(item, generator, task, cache="cache", vocabulary=(), max_length=150, tokenizer=None):
-    """A training example: volume (P, 1, D, H, W) and, by kind, label (P, K), mask (P, D, H, W), tokens (L,)
-    or what `MG3D.encode_text` takes. vocabulary: {word: number}"""
+    """A training example: volume (P, 1, D, H, W) and label (P, K), mask (P, D, H, W), tokens (L,) or what
+    `MG3D.encode_text` takes. vocabulary: {word: number}"""
     volumes, masks = cut_views(item, task, cache, generator)
     if task.augment and not (task.view == "cube" and item.labels[0] == 0):  # no negative candidate
         for i, volume in enumerate(volumes):
@@ -2000,10 +1994,10 @@ def task_example(item, generator, task, cache="cache", vocabulary=(), max_length
 
 
 def to_own_grid(probabilities, item):
-    """Probabilities (K, D, H, W) on the prepared grid -> label map uint8 (x, y, z) as stored, affine"""
+    """Probabilities (K, D, H, W) as prepared -> label map uint8 (x, y, z) as stored, affine"""
     xyz, affine = read_stored(item.volume)
     size = to_ras(item.volume, xyz, affine)[0].shape
-    probabilities = F.interpolate(probabilities[None].float(), size, mode="trilinear", align_corners=False)
+    probabilities = F.interpolate(probabilities[None].float(), size, mode="trilinear")
     labels = probabilities[0].argmax(0).numpy().astype(np.uint8)  # (z, y, x) in RAS
     back = nib.orientations.ornt_transform([[0, 1], [1, 1], [2, 1]], nib.io_orientation(affine))
     return nib.apply_orientation(labels.T, back), affine

@@ -468,7 +468,7 @@ def test_msd_lung(tmp_path):
     with pytest.raises(ValueError, match=r"mine.json: found the folds \[0, 1, 2, 3, 4\], expected fold 5"):
         load_task("msd-lung", tmp_path, fold=5)
     (tmp_path / "more.json").write_text(json.dumps(folds))
-    with pytest.raises(ValueError, match="mine.json: found also .*more.json, expected one"):
+    with pytest.raises(ValueError, match="mine.json: found also .*more.json for a list of cases, expected one"):
         load_task("msd-lung", tmp_path)
 
 
