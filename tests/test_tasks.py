@@ -704,7 +704,7 @@ def test_bad_sets_of_labels(tmp_path):
     with pytest.raises(ValueError, match="my.csv: found no label column, expected one at least"):
         load_task("labels", path)
     path = own(tmp_path, "ill", [[1] for i in range(20)])
-    with pytest.raises(ValueError, match="found none or all of the part train with ill, expected some with and"):
+    with pytest.raises(ValueError, match="found none or all of the part train with ill, expected some of both"):
         load_task("labels", path)
     write_csv(tmp_path / "other.csv", "volume,ill", [])
     with pytest.raises(ValueError, match="no label column"):
@@ -735,7 +735,7 @@ def test_masks_are_nothing_to_a_task_of_labels(tmp_path, command):
 
 def test_bad_masks_of_ones_own(tmp_path):
     segment(tmp_path, values=(255,))
-    with pytest.raises(ValueError, match=r"found the values \[0.0, 255.0\] in all masks, expected 0 \(background\), 1"):
+    with pytest.raises(ValueError, match=r"found the values \[0.0, 255.0\] in all masks, expected 0 \(background\) to K"):
         load_task("segment", tmp_path, cache=tmp_path)
     segment(tmp_path, values=(0,))
     with pytest.raises(ValueError, match=r"found the values \[0.0\] in all masks"):
