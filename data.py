@@ -1483,7 +1483,7 @@ def _listed_cases(folder, fold, files):
                         for part in parts for row in parts[part]
                         if part != "test" or "label" in row]  # the Decathlon keeps these masks
                 lists[path] = rows, {number for *_, number in rows} - {-1}
-    lists = {path: lists[path] for path in lists if lists[path][1]} or lists  # beside a dataset.json
+    lists = {path: lists[path] for path in lists if lists[path][1]} or lists  # folds win
     path = only([*lists] or [folder], "a list of cases")
     rows, folds = lists.get(path, ([], ()))
     if folds and fold not in folds:
@@ -1511,17 +1511,17 @@ def _named_cases(folder, files, names):
     tells = rf"(?<![a-z])({'|'.join(splits)})[^a-z/]*(?:set)?[^a-z/]*(?:/|$)"  # not "test-retest"
     parts, cases = defaultdict(list), []
     for key, found in files.items():
-        for image, mask in (NNUNET, names):
+        for image, label in (NNUNET, names):
             match = re.fullmatch(image, key, re.IGNORECASE)
             if match:
-                name = match.expand(mask)
+                name = match.expand(label)
                 masks = files.get(name, [Path(name + ".nii.gz")])
                 parts[found[0].parent].append((only(found, key), only(masks, name)))
     for part, pairs in parts.items():
         if any(mask.exists() for _, mask in pairs):
             told = re.findall(tells, part.relative_to(folder).as_posix().lower())
             split = splits[told[-1]] if told else "train"
-            cases += [(image, mask, split) for image, mask in pairs]
+            cases += [(*pair, split) for pair in pairs]
         else:
             log.warning("%s: left out %d scans: none has a mask", part, len(pairs))
     return cases
