@@ -1605,7 +1605,7 @@ def _mask_values(mask):
 
 
 def _mask_classes(masks, folder, cache):
-    """The classes "1" to "K", where K is the greatest value of all masks: they are read once"""
+    """The classes "1" to "K", where K is the greatest value of all masks, which are read once"""
     path = cache_file(cache, masks, "values")
     if not path.exists():
         found = in_processes(_mask_values, masks, os.cpu_count(), "values of masks")
@@ -1753,7 +1753,6 @@ def _draw_fifth(items, task, seed, fold=0):
 
 
 def _draw_splits(items, task, folder, fold, seed):
-    """Draw the splits that the set does not have, and the training volumes of few-shot tasks."""
     splits = {item.split for item in items}
     if splits <= {"train", None}:
         if fold > 4:
@@ -1765,7 +1764,7 @@ def _draw_splits(items, task, folder, fold, seed):
     if not any(item.split == "valid" for item in items):
         drawn = _draw_fifth([item for item in items if item.split == "train"], task, seed)
         items = [item._replace(split="valid") if item.patient in drawn else item for item in items]
-    if task.kind in ("prompt", "retrieve"):
+    if task.kind in ("prompt", "retrieve"):  # few shots
         generator = np.random.default_rng(seed)
         for split, n in (("train", FEW_SHOT_VOLUMES), ("valid", FEW_SHOT_VOLUMES // 4)):
             ids = [item.id for item in items if item.split == split]
