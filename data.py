@@ -27,7 +27,6 @@ import re
 import shutil
 import sys
 import threading
-import time
 import uuid
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
@@ -1105,11 +1104,7 @@ def file_name(text):
 
 
 def cache_name(name):
-    """The file of a cache folder that holds the volume of an id"""
-    name = file_name(name)
-    if len(name.encode()) > 150:  # systems end at 255, temporary files have more behind
-        name = f"{name[:30]}%-{hashlib.sha1(name.encode()).hexdigest()}"
-    return f"{name}.npy"
+    return f"{file_name(name)}.npy"
 
 
 def is_cache(data):
@@ -1117,13 +1112,9 @@ def is_cache(data):
 
 
 def read_cache(folder):
-    """cache.json of a cache folder"""
-    path = folder / "cache.json"
-    with expecting(path, "JSON as `data.py cache` writes it"):
-        made = json.loads(read_text(path))
-        version = made["version"]
-    if version != CACHE_VERSION:
-        raise wrong(path, f"a cache of version {version}", f"version {CACHE_VERSION}")
+    made = json.loads(read_text(folder / "cache.json"))
+    if made["version"] != CACHE_VERSION:
+        raise wrong(folder, f"a cache of version {made['version']}", f"version {CACHE_VERSION}")
     return made
 
 
@@ -1135,11 +1126,11 @@ def preprocessing(size, hu):
 
 def check_settings(folder, size, hu):
     """ValueError if the volumes of a cache folder were made in another way"""
-    made = read_cache(folder)
-    for key, wanted in preprocessing(size, hu).items():
-        if made.get(key) != wanted:
-            found, expected = (re.sub(r"[][,]", "", f"--{key} {value}") for value in (made.get(key), wanted))
-            raise wrong(folder, f"a cache made with {found}", expected)
+    made, wanted = read_cache(folder), preprocessing(size, hu)
+    for key in wanted:
+        if made[key] != wanted[key]:
+            found, expected = (" ".join(map(str, np.ravel(one[key]))) for one in (made, wanted))
+            raise wrong(folder, f"a cache made with --{key} {found}", f"--{key} {expected}")
 
 
 def check_prepared(items, size, hu):
@@ -1162,18 +1153,18 @@ def _cache_rows(folder):
 
 
 def _source(volume, known=None):
-    """Path of a raw volume; bytes, newest time and sha256 of its files. The hash is not taken again where
-    bytes and time are those of `known`."""
+    """Path, bytes, newest time and sha256 of a raw volume, of all its files; or `known`, without a
+    look at the content, if bytes and time are the same"""
     files = files_of(volume)
     stats = [file.stat() for file in files]
-    source = {"path": str(volume.resolve()), "size": sum(stat.st_size for stat in stats),
-              "mtime_ns": max(stat.st_mtime_ns for stat in stats)}
-    if known and all(known[key] == source[key] for key in ("size", "mtime_ns")):
-        return source | {"sha256": known["sha256"]}
+    stamp = {"size": sum(stat.st_size for stat in stats),
+             "mtime_ns": max(stat.st_mtime_ns for stat in stats)}
+    if known and known | stamp == known:
+        return known
     content = hashlib.sha256()
     for file in files:
         content.update(file.read_bytes())
-    return source | {"sha256": content.hexdigest()}
+    return {"path": str(volume.resolve()), **stamp, "sha256": content.hexdigest()}
 
 
 def has_changed(volume, source):
@@ -1182,27 +1173,28 @@ def has_changed(volume, source):
 
 
 def _cache_items(folder):
-    """The items of a cache folder, sorted by id. Of an id that a manifest has twice the last row counts."""
-    items, changed = {}, []
+    """The items of a cache folder, sorted by id. The last row of an id counts."""
+    items, changed = {}, set()
     is_first = os.environ.get("RANK", "0") == "0"  # one process is enough to look for the raw files
     for manifest, place, row in _cache_rows(folder):
-        name, source = row["id"], row["source"]
-        other = items.get(name)
+        name, source, other = row["id"], row["source"], items.get(row["id"])
         if other and other[1] != manifest and other.row["source"]["sha256"] != source["sha256"]:
-            raise wrong(manifest, f"{name} of {source['path']}", f"one source of it, that in {other[1]}")
+            raise wrong(manifest, f"{name} of {source['path']}", f"its source in {other[1]}")
         labels = row["labels"] and np.array(row["labels"], np.float32)  # None becomes NaN
         items[name] = CachedItem(name, manifest, place, row["split"], row["patient"], labels)
-        if is_first and os.path.exists(source["path"]) and has_changed(Path(source["path"]), source):
-            changed.append(source["path"])
+        raw = source["path"]
+        changed.discard(raw)
+        if is_first and os.path.exists(raw) and has_changed(Path(raw), source):
+            changed.add(raw)
     if changed:
-        log.warning("%s: %d raw volumes have changed since: %s", folder, len(changed), shorten(changed))
-    files = set(os.listdir(folder))  # a question for each of a million files would take long
-    absent = {name for name in items if cache_name(name) not in files}
-    tell_absent(sorted(absent), len(items), folder)
-    items = [items[name] for name in sorted(items.keys() - absent)]
+        log.warning("%s: %d raw volumes have changed: %s", folder, len(changed), shorten(sorted(changed)))
+    files = set(os.listdir(folder))  # to ask for each of a million would take long
+    absent = sorted(name for name in items if cache_name(name) not in files)
+    tell_absent(absent, len(items), folder)
+    items = [items[name] for name in sorted(items.keys() - set(absent))]
     volumes = read_cache(folder)["volumes"]
     if len(items) < volumes:
-        log.warning("%s: holds %d of %d volumes; `data.py cache` goes on", folder, len(items), volumes)
+        log.warning("%s: holds %d of %d volumes, the rest is not made yet", folder, len(items), volumes)
     return items
 
 
@@ -1229,18 +1221,17 @@ def text_batch(tokenizer, texts):
 
 
 def pretraining_example(item, generator, tokenizer, cache=None, size=SIZE, hu="auto", mask_size=16,
-                        mask_ratio=0.5, mlm_prob=0.15, max_sentences=32, max_tokens=250):
+                        mask_ratio=0.5, mlm_prob=0.15):
     """A masked volume (1, 1, D, H, W) and a masked report (L,) for `collate` and `MG3D.forward`"""
     volume = load_volume(item, cache, size, hu)
-    report = tokenize_report(tokenizer, split_sentences(item.report), max_sentences, max_tokens)
-    masked_ids, mlm_labels = mask_words(report["input_ids"], report["word_ids"], tokenizer, generator,
-                                        mlm_prob)
+    report = tokenize_report(tokenizer, split_sentences(item.report))
+    ids, labels = mask_words(report["input_ids"], report["word_ids"], tokenizer, generator, mlm_prob)
     single_ids = [torch.from_numpy(ids) for ids in report["single_ids"]]
     return _report_tensors(report) | {
         "volume": volume[None],
         "volume_mask": mask_volume(size, mask_size, mask_ratio, generator)[None],
-        "masked_ids": torch.from_numpy(masked_ids),
-        "mlm_labels": torch.from_numpy(mlm_labels),
+        "masked_ids": torch.from_numpy(ids),
+        "mlm_labels": torch.from_numpy(labels),
         "single_ids": single_ids,
         "single_mask": [torch.ones_like(ids) for ids in single_ids]}
 
@@ -1297,8 +1288,8 @@ def collate(examples, pad_id=0):
 def keep_apart(order, patients, size, generator):
     """An epoch in which no batch holds two volumes of one patient, where that can be.
 
-    order: a permutation of volumes, a list; `size` in a row are a batch, the rest is dropped. It stays as it
-    is if it will do. Otherwise the volumes of each patient are dealt out to batches, one to each.
+    order: volumes, of which `size` in a row are a batch and the rest is dropped. If a batch has two,
+    all volumes are dealt out anew, those of a patient one after another, to a batch each.
     """
     n = len(order) // size
     batches = [order[i * size:(i + 1) * size] for i in range(n)]
@@ -1307,38 +1298,40 @@ def keep_apart(order, patients, size, generator):
     volumes_of = defaultdict(list)
     for index in order:
         volumes_of[patients[index]].append(index)
-    dealt = [index for volumes in volumes_of.values() for index in volumes[:n]]
-    dealt += [index for volumes in volumes_of.values() for index in volumes[n:]]  # these will be two in one
+    dealt, crowd = [], []
+    for volumes in volumes_of.values():
+        dealt += volumes[:n]
+        crowd += volumes[n:]  # more than there are batches
+    dealt += crowd
     return [index for k in generator.permutation(n) for index in dealt[k:n * size:n]]
 
 
 class Batches:
     """Batch sampler without end, from step `start`: lists of (index, step) for one of `world` processes.
     An epoch is a permutation seeded by (seed, epoch), cut into global batches of batch_size · world; the
-    rest is dropped. W processes with batch B see, in rank order, what one sees with W·B. patients: one of
-    each volume; see `keep_apart`."""
+    rest is dropped. W processes with batch B see, in rank order, what one sees with W·B. patients: one
+    of each volume; see `keep_apart`."""
     # NOTE(paper): reconstructions of one scan are separate volumes. In one batch they would be
     # negatives of each other.
 
     def __init__(self, n, batch_size, rank=0, world=1, seed=0, start=0, patients=()):
-        if batch_size * world > n:
-            needed = f"{batch_size} x {world} = {batch_size * world}"
+        self.size = batch_size * world
+        if self.size > n:
+            needed = f"{batch_size} x {world} = {self.size}"
             raise ValueError(f"found {n} volumes, expected at least a global batch of {needed}")
-        self.n, self.batch_size, self.rank, self.world = n, batch_size, rank, world
+        self.n, self.batch_size, self.first = n, batch_size, rank * batch_size
         self.seed, self.start, self.patients = seed, start, patients
 
     def __iter__(self):
-        epoch_of_order, batch_of_all = None, self.batch_size * self.world
-        for step in itertools.count(self.start):
-            epoch, batch = divmod(step, self.n // batch_of_all)
-            if epoch != epoch_of_order:
-                generator = np.random.default_rng((self.seed, epoch))
-                order = generator.permutation(self.n).tolist()
-                if self.patients:
-                    order = keep_apart(order, self.patients, batch_of_all, generator)
-                epoch_of_order = epoch
-            first = batch * batch_of_all + self.rank * self.batch_size
-            yield [(index, step) for index in order[first:first + self.batch_size]]
+        steps = self.n // self.size  # of an epoch
+        for epoch in itertools.count(self.start // steps):
+            generator = np.random.default_rng((self.seed, epoch))
+            order = generator.permutation(self.n).tolist()
+            if self.patients:
+                order = keep_apart(order, self.patients, self.size, generator)
+            for step in range(max(self.start, epoch * steps), (epoch + 1) * steps):
+                first = step % steps * self.size + self.first
+                yield [(index, step) for index in order[first:first + self.batch_size]]
 
 
 # ===================================================================================== the tasks
@@ -2080,9 +2073,10 @@ def _begin_worker():
 
 def in_processes(job, jobs, workers, name):
     """Yield job(x) for each of `jobs`, in order, from `workers` processes"""
+    seconds = 0.1 if sys.stderr.isatty() else 60  # between two lines of progress
     with ProcessPoolExecutor(max(1, workers), initializer=_begin_worker) as pool:
         try:
-            yield from tqdm(pool.map(job, jobs), name, total=len(jobs), unit="scan", disable=None)
+            yield from tqdm(pool.map(job, jobs), name, total=len(jobs), unit="scan", mininterval=seconds)
         except BrokenProcessPool:
             killed = "that one was killed, probably for want of memory"
             raise wrong(f"--workers {workers}", killed, "fewer") from None
@@ -2099,7 +2093,7 @@ def _tried(job, x):
 
 
 def good_results(job, jobs, n, workers, name):
-    """Yield job(x) for each of `jobs` that has one. A ValueError is logged; more than 5 % of n are refused."""
+    """Yield job(x) for each x. A ValueError is logged and left out; more than 5 % of n are refused."""
     problems = 0
     for result in in_processes(partial(_tried, job), jobs, workers, name):
         if not isinstance(result, ValueError):
@@ -2108,42 +2102,37 @@ def good_results(job, jobs, n, workers, name):
         log.warning("left out %s", result)
         problems += 1
         if problems > 0.05 * n:
-            raise ValueError(f"{problems} of {n} scans are wrong, more than 5 %; the last:\n  {result}")
+            raise ValueError(f"{problems} of {n} scans are wrong, more than 5 %:\n  {result}")
 
 
-def _prepare_scan(items, task, cache, size, hu):
+def _prepare_scan(items, task, cache):
     """Put the volume of these items into the cache -> its path"""
-    volume = items[0].volume
-    if task is None or task.view == "whole":
-        load_volume(items[0], cache, size, hu)
-        return volume
-    array, _, affine = prepare(items[0], task, cache)
-    for item in items:
-        if item.centre:
-            candidate_voxel(item, array.shape, affine)
-    return volume
+    if task.view == "whole":
+        load_volume(items[0], cache, task.size, task.hu)
+    else:
+        volume, _, affine = prepare(items[0], task, cache)
+        for item in items:
+            if item.centre:
+                candidate_voxel(item, volume.shape, affine)
+    return items[0].volume
 
 
-def prepare_all(items, cache="cache", workers=1, task=None, size=SIZE, hu="auto"):
-    """Put every volume into the cache, in `workers` processes -> the items that are good.
-    A volume that is wrong is named and left out; ValueError if that happens to more than 5 %."""
-    if task:
-        size, hu = task.size, task.hu
-    if check_prepared(items, size, hu):
+def prepare_all(items, cache, workers, task):
+    """Put the scans of a task into the cache, in `workers` processes -> the items that are good"""
+    if check_prepared(items, task.size, task.hu):
         return items
     scans = by_volume(items)
-    job = partial(_prepare_scan, task=task, cache=cache, size=size, hu=hu)
+    job = partial(_prepare_scan, task=task, cache=cache)
     good = set(good_results(job, scans.values(), len(scans), workers, "prepare"))
     return [item for item in items if item.volume in good]
 
 
 def read_shard(text):
     """"3/16" -> (3, 16)"""
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    k, n = map(int, match.groups()) if match else (0, 0)
-    if not 1 <= k <= n:
+    k, _, n = text.partition("/")
+    if not (k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n)):
         raise wrong("--shard", text, "a shard from 1/n to n/n, such as 3/16")
-    return k, n
+    return int(k), int(n)
 
 
 def shard_of(name, n):
@@ -2154,11 +2143,10 @@ def shard_of(name, n):
 def begin_cache(folder, size, hu, volumes):
     """Make a cache folder for so many volumes, or see that one was begun in the same way."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = [name for name in os.listdir(folder) if not is_hidden(name)]
     if is_cache(folder):
         check_settings(folder, size, hu)
-    elif files:
-        raise wrong(folder, f"other files, such as {files[0]}", "a new folder or a cache")
+    elif not all(map(is_hidden, os.listdir(folder))):
+        raise wrong(folder, "other files", "a new folder or a cache")
     with written_whole(folder / "cache.json") as file:
         file.write(json.dumps(preprocessing(size, hu) | {"volumes": volumes}, indent=1).encode())
 
@@ -2181,66 +2169,61 @@ def _cache_volume(item, folder, shard, size, hu):
     return row
 
 
-def _made_rows(folder, items, mine, shard):
-    """{id: row} of the volumes that a cache folder holds; says how many of `items`, and of those of a shard"""
+def _made_rows(folder, items):
+    """{id: row} of the volumes that a cache folder holds; says how many of `items` it lacks"""
     files = set(os.listdir(folder))
     rows = {row["id"]: row for _, _, row in _cache_rows(folder) if cache_name(row["id"]) in files}
-    done, all_done = (sum(item.id in rows for item in part) for part in (mine, items))
-    print(f"{folder}: {done} of {len(mine)} volumes of the shard {shard}, {all_done} of {len(items)} of all "
-          f"shards; {len(items) - all_done} still lack", flush=True)
+    lacking = sum(item.id not in rows for item in items)
+    print(f"{folder}: {len(items) - lacking} of {len(items)} of all shards; {lacking} still lack", flush=True)
     return rows
 
 
 def _compare(items, rows, folder):
-    """Tell which items differ from their rows in a cache folder. ValueError for another source of an id."""
+    """Tell which items differ from their rows; ValueError for another source of an id."""
     differ = []
     for item in tqdm(items, "compare", unit="scan", disable=None):
-        row = rows.get(item.id, {})
-        changed = row and item.volume.exists() and has_changed(item.volume, row["source"])
-        if changed and row["source"]["path"] != str(item.volume.resolve()):
-            raise wrong(item.volume, f"another content than {row['source']['path']}, of the same id in {folder}",
-                        "one source of an id")
-        if changed or row != row | (row and _described(item)):
+        if item.id not in rows:
+            continue
+        row, raw = rows[item.id], item.volume
+        is_new = raw.exists() and has_changed(raw, row["source"])
+        if is_new and str(raw.resolve()) != row["source"]["path"]:
+            raise wrong(raw, "another content", f"that of {row['source']['path']}, cached with this id")
+        if is_new or row != row | _described(item):
             differ.append(cache_name(item.id))
     if differ:
-        log.warning("%s: %d volumes have another file, report, split, patient, labels or metadata by now; to "
-                    "make them anew, delete %s", folder, len(differ), shorten(differ))
+        log.warning("%s: %d volumes have another file, report, split, patient, label or metadata by now; "
+                    "to make them anew, delete %s", folder, len(differ), shorten(differ))
 
 
 def make_cache(args):
-    """Add to OUT what it lacks of a shard. A volume that is wrong is named and left out."""
+    """Add to OUT what it lacks of a shard. A wrong volume is named and left out."""
     k, n = read_shard(args.shard)
     shard, folder, size = f"{k}-of-{n}", args.out, tuple(args.size)
-    if args.task or is_cache(args.data):
-        raise wrong(f"cache --data {args.data}", "a task or a cache folder", "raw volumes with reports")
+    if is_cache(args.data):
+        raise wrong(args.data, "a cache folder", "raw volumes")
     items = with_words(read_items(args.data, args.cache, with_absent=True), args.data)
     check_identities(items, args.data, lambda item: item.split == "train")
     begin_cache(folder, size, args.hu, len(items))
     mine = [item for item in items if shard_of(item.id, n) == k]
-    rows = _made_rows(folder, items, mine, shard)
+    rows = _made_rows(folder, items)
     _compare(mine, rows, folder)
-    lacking = [item for item in mine if item.id not in rows]
-    todo = [item for item in lacking if item.volume.exists()]
-    needed, free = len(todo) * math.prod(size) * 2 / 1e9, shutil.disk_usage(folder).free / 1e9
-    print(f"to make: {len(todo)} volumes, {needed:.2f} GB of {free:.2f} GB free; there is no file here for "
-          f"{len(lacking) - len(todo)} that lack", flush=True)
+    todo = [item for item in mine if item.id not in rows and item.volume.exists()]
+    needed = len(todo) * math.prod(size) * 2 / 1e9  # GB
+    free = shutil.disk_usage(folder).free / 1e9
+    print(f"shard {args.shard}: to make: {len(todo)} volumes, {needed:.2f} of {free:.2f} GB free", flush=True)
     if needed > free:
         raise wrong(folder, f"{free:.2f} GB free", f"{needed:.2f} GB")
-    for part in folder.glob(f".*.{shard}.*.part"):
+    for part in folder.glob(f"*.{shard}.*.part"):  # a kill left it
         part.unlink()
     job = partial(_cache_volume, folder=folder, shard=shard, size=size, hu=args.hu)
-    with open(folder / f"manifest-{shard}.jsonl", "ab+") as manifest:
-        manifest.seek(0)
-        manifest.truncate(sum(len(line) for line in manifest if line.endswith(b"\n")))  # what a kill cut off
-        started = time.perf_counter()
-        for made, row in enumerate(good_results(job, todo, len(mine), args.workers, "cache"), 1):
+    path = folder / f"manifest-{shard}.jsonl"
+    with open(path, "ab") as manifest:
+        manifest.truncate(path.read_bytes().rfind(b"\n") + 1)  # a kill may have cut off the last row
+        for row in good_results(job, todo, len(mine), args.workers, "cache"):
             manifest.write(json.dumps(row).encode() + b"\n")
             manifest.flush()
             os.fsync(manifest.fileno())
-            if made == 2 * args.workers:
-                seconds = (time.perf_counter() - started) / made * (len(todo) - made)
-                tqdm.write(f"like the first {made}, the others take {tqdm.format_interval(seconds)}")
-    _made_rows(folder, items, mine, shard)
+    _made_rows(folder, items)
 
 
 def _check_scan(items, task, hu):
@@ -2248,8 +2231,8 @@ def _check_scan(items, task, hu):
     item = items[0]
     if isinstance(item, CachedItem):
         made = read_cache(item.volume.parent)
-        array = load_volume(item, None, made["size"], made["hu"])[0].numpy()
-        spacing, axes, note = (), "", "preprocessed"
+        array, spacing = load_volume(item, None, made["size"], made["hu"])[0].numpy(), ()
+        axes, note = "", "preprocessed"
     else:
         xyz, stored_affine = read_item(item)
         array, spacing, affine = to_ras(item.volume, xyz, stored_affine)
@@ -2263,13 +2246,14 @@ def _check_scan(items, task, hu):
         values, counts = np.unique(read_mask(item, task, array.shape, affine), return_counts=True)
         note += "; voxels " + ", ".join(f"{value}: {count}" for value, count in zip(values, counts))
     if item.report:
-        note += f"; {len(item.report.split())} words in {len(split_sentences(item.report))} sentences"
+        sentences = split_sentences(item.report)
+        note += f"; {len(item.report.split())} words in {len(sentences)} sentences"
     shape, mm = "x".join(map(str, array.shape)), " ".join(f"{side:.2f}" for side in spacing)
     return f"{shape:>13} {mm:>17} {axes:4} {f'{array.min():.0f}..{array.max():.0f}':>13}  {note}"
 
 
 def check(args):
-    """Print what the data hold and a line for each of the first --limit volumes -> number of problems."""
+    """Print a line for each of the first --limit volumes and what the data hold -> number of problems"""
     task = TASKS.get(args.task)
     if task:
         print(f"{args.task} lies on disk as: {task.layout}")
@@ -2299,8 +2283,7 @@ def check(args):
     if long:
         print(f"{long} reports have more than 32 sentences; pre-training leaves out the last ones")
     left_out = len(listed) - len(items)
-    print(f"{len(scans)} volumes read, {problems} of them with a problem; {left_out} left out for want of a "
-          "report or a file")
+    print(f"{len(scans)} volumes read, {problems} of them with a problem; {left_out} left out")
     return problems + left_out
 
 
@@ -2313,14 +2296,14 @@ def main():
     add("--data", type=Path, help="manifest .csv, CT-RATE or cache folder, CTRG-Chest .json, or demo")
     add("--task", choices=TASKS, help="--data is the folder of this task in its native layout")
     add("--fold", type=int, default=0, help="fold of --task that is the test part")
-    add("--cache", type=Path, default=Path("cache"), metavar="DIR", help="of prepared volumes")
+    add("--cache", type=Path, default=Path("cache"), metavar="DIR", help="where --data demo lies")
     add("--size", type=int, nargs=3, default=SIZE, metavar=("D", "H", "W"), help="voxels (z, y, x)")
     add("--hu", choices=("auto", "header", "csv"), default="auto",
         help="Hounsfield units: told from the values, as stored, or rescaled by the metadata CSV")
     add("--limit", type=int, metavar="N", help="check: read only the first N volumes")
     add("--workers", type=int, default=os.cpu_count(), help="cache, check: processes")
     add("--out", type=Path, metavar="DIR", help="cache, demo: the folder to write")
-    add("--shard", default="1/1", metavar="K/N", help="cache: make part K of N alone; others may run at once")
+    add("--shard", default="1/1", metavar="K/N", help="cache: make part K of N alone")
     add("--n", type=int, help="demo: patients; by default 64, or as many as the task needs")
     add("--seed", type=int, default=0, help="demo: the same seed gives the same bytes")
     args = parser.parse_args()
