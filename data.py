@@ -2143,10 +2143,11 @@ def shard_of(name, n):
 def begin_cache(folder, size, hu, volumes):
     """Make a cache folder for so many volumes, or see that one was begun in the same way."""
     folder.mkdir(parents=True, exist_ok=True)
-    if is_cache(folder):
+    files = [name for name in os.listdir(folder) if not is_hidden(name)]
+    if is_cache(folder):  # asked for last: another shard may begin at this moment
         check_settings(folder, size, hu)
-    elif not all(map(is_hidden, os.listdir(folder))):
-        raise wrong(folder, "other files", "a new folder or a cache")
+    elif files:
+        raise wrong(folder, f"other files, such as {files[0]}", "a new folder or a cache")
     with written_whole(folder / "cache.json") as file:
         file.write(json.dumps(preprocessing(size, hu) | {"volumes": volumes}, indent=1).encode())
 

@@ -1530,11 +1530,14 @@ def test_killed_in_the_midst_nothing_is_lost_or_doubled(tmp_path, command, shard
     running = [start(*cache_flags(path, out, "--shard", shard)) for shard in shards]
     end = time.time() + 100
     names = [out / f"manifest-{shard.replace('/', '-of-')}.jsonl" for shard in shards]
-    while not all(name.exists() and name.stat().st_size > 500 for name in names):
-        assert time.time() < end and all(process.is_alive() for process in running)
+    waiting = list(zip(names, running))
+    while waiting:
+        for name, process in list(waiting):
+            assert time.time() < end and process.is_alive()
+            if name.exists() and name.stat().st_size > 500:
+                process.kill()
+                waiting.remove((name, process))
         time.sleep(0.002)
-    for process in running:
-        process.kill()
     for process in running:
         process.join()
         assert process.exitcode == -signal.SIGKILL
