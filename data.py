@@ -1028,7 +1028,7 @@ def files_of(path):
 
 
 def cache_file(cache, volumes, *settings):
-    """Where what is made of these volumes lies: it changes with their files and with every setting."""
+    """Where what is made of these volumes lies: it changes with their files and all settings."""
     stats = []
     for volume in volumes:
         stats.append(str(volume.resolve()))
@@ -1040,7 +1040,7 @@ def cache_file(cache, volumes, *settings):
 
 @contextlib.contextmanager
 def written_whole(path, shard=""):
-    """A file to write. It becomes `path` whole or not at all; a kill may leave .NAME.SHARD.….part"""
+    """A file to write. It becomes `path` whole or not at all; a kill may leave .NAME.SHARD.*.part"""
     part = path.with_name(f".{path.name}.{shard}.{uuid.uuid4().hex}.part")
     try:
         with open(part, "wb") as file:
@@ -1095,8 +1095,8 @@ def load_volume(item, cache=None, size=SIZE, hu="auto"):
     return volume.float()
 
 
-# A cache folder is a data set of its own: `<id>.npy`, a row of manifest-K-of-N.jsonl for each, written
-# after it, and cache.json, which tells how they were made.
+# A cache folder is a data set of its own: `<id>.npy`, after each a row of manifest-K-of-N.jsonl, and
+# cache.json, which tells how they were made.
 
 def file_name(text):
     """A text as the name of a file: what a system may refuse there is percent-encoded"""
@@ -1153,12 +1153,11 @@ def _cache_rows(folder):
 
 
 def _source(volume, known=None):
-    """Path, bytes, newest time and sha256 of a raw volume, of all its files; or `known`, without a
-    look at the content, if bytes and time are the same"""
+    """Path, bytes, newest time, sha256 of all files of a volume; `known` where bytes and time agree"""
     files = files_of(volume)
     stats = [file.stat() for file in files]
     stamp = {"size": sum(stat.st_size for stat in stats),
-             "mtime_ns": max(stat.st_mtime_ns for stat in stats)}
+             "mtime_ns": max((stat.st_mtime_ns for stat in stats), default=0)}
     if known and known | stamp == known:
         return known
     content = hashlib.sha256()
@@ -1167,14 +1166,14 @@ def _source(volume, known=None):
     return {"path": str(volume.resolve()), **stamp, "sha256": content.hexdigest()}
 
 
-def has_changed(volume, source):
-    """Has a raw volume another content than the row of a cache folder notes?"""
-    return _source(volume, source)["sha256"] != source["sha256"]
+def has_changed(path, source):
+    """Has a raw volume, if it is there, another content than the row of a cache folder notes?"""
+    return os.path.exists(path) and _source(Path(path), source)["sha256"] != source["sha256"]
 
 
 def _cache_items(folder):
     """The items of a cache folder, sorted by id. The last row of an id counts."""
-    items, changed = {}, set()
+    volumes, items, changed = read_cache(folder)["volumes"], {}, set()
     is_first = os.environ.get("RANK", "0") == "0"  # one process is enough to look for the raw files
     for manifest, place, row in _cache_rows(folder):
         name, source, other = row["id"], row["source"], items.get(row["id"])
@@ -1184,17 +1183,16 @@ def _cache_items(folder):
         items[name] = CachedItem(name, manifest, place, row["split"], row["patient"], labels)
         raw = source["path"]
         changed.discard(raw)
-        if is_first and os.path.exists(raw) and has_changed(Path(raw), source):
+        if is_first and has_changed(raw, source):
             changed.add(raw)
     if changed:
-        log.warning("%s: %d raw volumes have changed: %s", folder, len(changed), shorten(sorted(changed)))
+        log.warning("%s: raw volumes have changed: %s", folder, shorten(sorted(changed)))
     files = set(os.listdir(folder))  # to ask for each of a million would take long
     absent = sorted(name for name in items if cache_name(name) not in files)
     tell_absent(absent, len(items), folder)
     items = [items[name] for name in sorted(items.keys() - set(absent))]
-    volumes = read_cache(folder)["volumes"]
     if len(items) < volumes:
-        log.warning("%s: holds %d of %d volumes, the rest is not made yet", folder, len(items), volumes)
+        log.warning("%s: holds %d of %d volumes, the rest is to be made", folder, len(items), volumes)
     return items
 
 
@@ -1237,10 +1235,10 @@ def pretraining_example(item, generator, tokenizer, cache=None, size=SIZE, hu="a
 
 
 class Examples(torch.utils.data.Dataset):
-    """Training examples; asked for (index, step), as `Batches` does. make(item, generator) gives a dict or
-    raises ValueError: then the volume is named, its id goes into "skipped", and the next one stands in.
-    An epoch holds as many of the `negatives` as items, drawn anew. Randomness comes from (seed, step,
-    index) alone: neither the worker nor the number of processes matters."""
+    """Training examples, asked for (index, step). make(item, generator) gives a dict or raises
+    ValueError: then the volume is named, its id goes into "skipped", and the next one stands in. An
+    epoch holds as many of the `negatives` as items, drawn anew. All is drawn from (seed, step, index):
+    neither the worker nor the number of processes matters."""
 
     def __init__(self, items, make, seed=0, negatives=()):
         self.items, self.make, self.seed, self.negatives = items, make, seed, negatives
@@ -1267,8 +1265,8 @@ class Examples(torch.utils.data.Dataset):
 
 
 def collate(examples, pad_id=0):
-    """B examples -> one batch: "ids" and "skipped" are lists, all else tensors. Sequences are padded; lists
-    of them come flat, those of patient 0 first: (ΣS, L_s); all else, (P, ...), becomes (ΣP, ...)."""
+    """B examples -> one batch: lists "ids" and "skipped", else tensors. Sequences are padded; lists of
+    them come flat, those of patient 0 first: (ΣS, L_s); all else, (P, ...), becomes (ΣP, ...)."""
     padding = {"input_ids": pad_id, "masked_ids": pad_id, "single_ids": pad_id, "tokens": 0,
                "attention_mask": 0, "single_mask": 0, "sentence_mask": False, "sentence_ids": -1,
                "mlm_labels": -100}
@@ -1307,18 +1305,16 @@ def keep_apart(order, patients, size, generator):
 
 
 class Batches:
-    """Batch sampler without end, from step `start`: lists of (index, step) for one of `world` processes.
-    An epoch is a permutation seeded by (seed, epoch), cut into global batches of batch_size · world; the
-    rest is dropped. W processes with batch B see, in rank order, what one sees with W·B. patients: one
-    of each volume; see `keep_apart`."""
-    # NOTE(paper): reconstructions of one scan are separate volumes. In one batch they would be
-    # negatives of each other.
+    """Endless batch sampler from step `start`: lists of (index, step) for one of `world` processes.
+    An epoch is a permutation seeded by (seed, epoch), cut into global batches of batch_size · world.
+    W processes with batch B see, in rank order, what one sees with W·B. patients: of each volume."""
+    # NOTE(paper): reconstructions of one scan are separate volumes. `keep_apart` keeps them from being
+    # negatives of each other in a batch.
 
     def __init__(self, n, batch_size, rank=0, world=1, seed=0, start=0, patients=()):
         self.size = batch_size * world
         if self.size > n:
-            needed = f"{batch_size} x {world} = {self.size}"
-            raise ValueError(f"found {n} volumes, expected at least a global batch of {needed}")
+            raise ValueError(f"found {n} volumes, expected a batch, {batch_size} x {world} = {self.size}")
         self.n, self.batch_size, self.first = n, batch_size, rank * batch_size
         self.seed, self.start, self.patients = seed, start, patients
 
@@ -2076,7 +2072,8 @@ def in_processes(job, jobs, workers, name):
     seconds = 0.1 if sys.stderr.isatty() else 60  # between two lines of progress
     with ProcessPoolExecutor(max(1, workers), initializer=_begin_worker) as pool:
         try:
-            yield from tqdm(pool.map(job, jobs), name, total=len(jobs), unit="scan", mininterval=seconds)
+            results = pool.map(job, jobs)
+            yield from tqdm(results, name, total=len(jobs), unit="scan", mininterval=seconds)
         except BrokenProcessPool:
             killed = "that one was killed, probably for want of memory"
             raise wrong(f"--workers {workers}", killed, "fewer") from None
@@ -2093,7 +2090,7 @@ def _tried(job, x):
 
 
 def good_results(job, jobs, n, workers, name):
-    """Yield job(x) for each x. A ValueError is logged and left out; more than 5 % of n are refused."""
+    """Yield job(x) for each x. A ValueError is logged, x left out; more than 5 % of n are refused."""
     problems = 0
     for result in in_processes(partial(_tried, job), jobs, workers, name):
         if not isinstance(result, ValueError):
@@ -2174,8 +2171,8 @@ def _made_rows(folder, items):
     """{id: row} of the volumes that a cache folder holds; says how many of `items` it lacks"""
     files = set(os.listdir(folder))
     rows = {row["id"]: row for _, _, row in _cache_rows(folder) if cache_name(row["id"]) in files}
-    lacking = sum(item.id not in rows for item in items)
-    print(f"{folder}: {len(items) - lacking} of {len(items)} of all shards; {lacking} still lack", flush=True)
+    done = sum(item.id in rows for item in items)
+    print(f"{folder}: {done} of {len(items)} of all shards; {len(items) - done} still lack", flush=True)
     return rows
 
 
@@ -2183,17 +2180,15 @@ def _compare(items, rows, folder):
     """Tell which items differ from their rows; ValueError for another source of an id."""
     differ = []
     for item in tqdm(items, "compare", unit="scan", disable=None):
-        if item.id not in rows:
-            continue
         row, raw = rows[item.id], item.volume
-        is_new = raw.exists() and has_changed(raw, row["source"])
+        is_new = has_changed(raw, row["source"])
         if is_new and str(raw.resolve()) != row["source"]["path"]:
-            raise wrong(raw, "another content", f"that of {row['source']['path']}, cached with this id")
+            raise wrong(raw, "another content", f"that of {row['source']['path']}, which has its id")
         if is_new or row != row | _described(item):
             differ.append(cache_name(item.id))
     if differ:
-        log.warning("%s: %d volumes have another file, report, split, patient, label or metadata by now; "
-                    "to make them anew, delete %s", folder, len(differ), shorten(differ))
+        log.warning("%s: %d volumes have another file, report, split, patient, label or metadata now; to "
+                    "make them anew, delete %s", folder, len(differ), shorten(differ))
 
 
 def make_cache(args):
@@ -2207,11 +2202,11 @@ def make_cache(args):
     begin_cache(folder, size, args.hu, len(items))
     mine = [item for item in items if shard_of(item.id, n) == k]
     rows = _made_rows(folder, items)
-    _compare(mine, rows, folder)
+    _compare([item for item in mine if item.id in rows], rows, folder)
     todo = [item for item in mine if item.id not in rows and item.volume.exists()]
     needed = len(todo) * math.prod(size) * 2 / 1e9  # GB
     free = shutil.disk_usage(folder).free / 1e9
-    print(f"shard {args.shard}: to make: {len(todo)} volumes, {needed:.2f} of {free:.2f} GB free", flush=True)
+    print(f"shard {args.shard}: {len(todo)} volumes to make, {needed:.2f} of {free:.2f} GB", flush=True)
     if needed > free:
         raise wrong(folder, f"{free:.2f} GB free", f"{needed:.2f} GB")
     for part in folder.glob(f"*.{shard}.*.part"):  # a kill left it
@@ -2219,7 +2214,7 @@ def make_cache(args):
     job = partial(_cache_volume, folder=folder, shard=shard, size=size, hu=args.hu)
     path = folder / f"manifest-{shard}.jsonl"
     with open(path, "ab") as manifest:
-        manifest.truncate(path.read_bytes().rfind(b"\n") + 1)  # a kill may have cut off the last row
+        manifest.truncate(path.read_bytes().rfind(b"\n") + 1)  # a kill may have cut off a row
         for row in good_results(job, todo, len(mine), args.workers, "cache"):
             manifest.write(json.dumps(row).encode() + b"\n")
             manifest.flush()
@@ -2254,7 +2249,7 @@ def _check_scan(items, task, hu):
 
 
 def check(args):
-    """Print a line for each of the first --limit volumes and what the data hold -> number of problems"""
+    """Print a line for each of the first --limit volumes, and what the data hold -> problems"""
     task = TASKS.get(args.task)
     if task:
         print(f"{args.task} lies on disk as: {task.layout}")

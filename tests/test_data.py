@@ -1388,8 +1388,8 @@ def test_cache_folder_stands_alone(tmp_path, command):
     volumes = {name: data.load_volume(item, None, SMALL) for name, item in before.items()}
     code, text = command(*cache_flags(path, out))
     assert code == 0 and is_whole(out, before)
-    assert "shard 1/1: to make: 10 volumes, 0.00 of " in text
-    assert f"{out}: 10 of 10 of all shards; 0 still lack" in text and "by now" not in text
+    assert "shard 1/1: 10 volumes to make, 0.00 of " in text
+    assert f"{out}: 10 of 10 of all shards; 0 still lack" in text and "metadata now" not in text
     for row in cached_rows(out):
         file = before[row["id"]].volume
         assert row["source"] == {"path": str(file), "size": file.stat().st_size, "mtime_ns": file.stat().st_mtime_ns,
@@ -1478,7 +1478,7 @@ def test_what_cannot_be_cached_is_refused(tmp_path, command):
     for volume in path.parent.glob("*.nii.gz"):
         volume.unlink()
     code, text = command(*cache_flags(path, out))
-    assert code == 0 and "to make: 0 volumes" in text and "0 of 4 of all shards; 4 still lack" in text
+    assert code == 0 and "0 volumes to make" in text and "0 of 4 of all shards; 4 still lack" in text
 
 
 def test_broken_volumes_of_a_cache_folder_are_named(tmp_path, command):
@@ -1499,7 +1499,7 @@ def test_broken_volumes_of_a_cache_folder_are_named(tmp_path, command):
         data.load_items(out)
     os.truncate(items[2].volume, 0)
     code, text = command(*cache_flags(tmp_path / "data.csv", out))
-    assert code == 0 and "18 of 20 of all shards" in text and "to make: 2 volumes" in text      # made again
+    assert code == 0 and "18 of 20 of all shards" in text and "2 volumes to make" in text      # made again
     assert len(data.load_items(out)) == 20
 
 
@@ -1586,19 +1586,19 @@ def test_download_a_part_cache_it_delete_it(tmp_path, command, caplog):
         code, text = command(*cache_flags(part, out))
         done = (3, 4, 6)[k]
         assert code == 0 and f"{done} of 6 of all shards; {6 - done} still lack" in text
-        assert f"to make: {len(chosen)} volumes" in text
+        assert f"{len(chosen)} volumes to make" in text
         for name in chosen:
             (part / f"{name}.nii.gz").unlink()
         caplog.clear()
         assert len(data.load_items(out)) == done
         assert (f"{out}: holds {done} of 6 volumes" in caplog.text) == (done < 6)
     assert is_whole(out, names)
-    assert "by now" not in text
+    assert "metadata now" not in text
     for tables in (part, tmp_path / "all"):
         write_csv(tables / "metadata" / "valid.csv", "VolumeName,RescaleSlope,RescaleIntercept",
                   [["valid_1_a_1.nii.gz", 1, -1000]])                       # the voxels would be others
     code, text = command(*cache_flags(part, out))
-    assert "2 volumes have another file, report, split, patient, label or metadata by now; to make them anew, " \
+    assert "2 volumes have another file, report, split, patient, label or metadata now; to make them anew, " \
            "delete valid_1_a_1.npy, valid_2_a_1.npy" in text
     whole = {item.id: item for item in data.load_items(tmp_path / "all")}
     for item in data.load_items(out):
@@ -1636,7 +1636,7 @@ def test_a_changed_source_is_told(tmp_path, command, monkeypatch, caplog):
         os.utime(file, ns=(1, 1))
     save_nifti(tmp_path / "scan3.nii.gz", chest((20, 24, 30)))      # another size
     assert hashed() == ["scan1.nii.gz", "scan2.nii.gz", "scan3.nii.gz"]
-    assert f"{out}: 2 raw volumes have changed: {tmp_path / 'scan2.nii.gz'}, {tmp_path / 'scan3.nii.gz'}" in caplog.text
+    assert f"{out}: raw volumes have changed: {tmp_path / 'scan2.nii.gz'}, {tmp_path / 'scan3.nii.gz'}" in caplog.text
     code, text = command(*cache_flags(path, out))
     assert code == 0 and f"{out}: 2 volumes have another file" in text
     assert "to make them anew, delete scan2.nii.gz.npy, scan3.nii.gz.npy" in text
@@ -1648,7 +1648,7 @@ def test_a_changed_source_is_told(tmp_path, command, monkeypatch, caplog):
         (out / f"{name}.nii.gz.npy").unlink()
     code, text = command(*cache_flags(path, out))
     items = {item.id: item for item in data.load_items(out)}        # of two rows the last counts
-    assert code == 0 and "to make: 2 volumes" in text and "have changed" not in caplog.text and len(items) == 20
+    assert code == 0 and "2 volumes to make" in text and "have changed" not in caplog.text and len(items) == 20
     raw = data.Item("", tmp_path / "scan2.nii.gz", "", "train", "")
     assert torch.equal(data.load_volume(items["scan2.nii.gz"], None, SMALL), data.load_volume(raw, None, SMALL))
 
@@ -1657,7 +1657,7 @@ def test_two_sources_with_one_id(tmp_path, command):
     a, b, out = manifest(tmp_path / "a"), manifest(tmp_path / "b"), tmp_path / "made"
     command(*cache_flags(a, out))
     code, text = command(*cache_flags(b, out))                      # the same files, copied
-    assert code == 0 and "to make: 0 volumes" in text
+    assert code == 0 and "0 volumes to make" in text
     save_nifti(tmp_path / "b" / "scan1.nii.gz", chest(seed=99))
     code, text = command(*cache_flags(b, out))
     assert code == 1 and f"{tmp_path / 'b' / 'scan1.nii.gz'}: found another content, expected that of " \
@@ -1666,7 +1666,7 @@ def test_two_sources_with_one_id(tmp_path, command):
     assert code == 1 and "twice, expected it once" in text
     manifest(tmp_path / "a", report=["Fine."] * 4)
     code, text = command(*cache_flags(a, out))
-    assert f"{out}: 4 volumes have another file, report, split, patient, label or metadata by now" in text
+    assert f"{out}: 4 volumes have another file, report, split, patient, label or metadata now" in text
     rows = cached_rows(out)                                         # two folders, put together
     rows[2]["source"]["sha256"] = "0"
     (out / "manifest-2-of-2.jsonl").write_text(json.dumps(rows[2]) + "\n")
