@@ -1286,22 +1286,19 @@ def collate(examples, pad_id=0):
 def keep_apart(order, patients, size, generator):
     """An epoch in which no batch holds two volumes of one patient, where that can be.
 
-    order: volumes, of which `size` in a row are a batch and the rest is dropped. If a batch has two,
-    all volumes are dealt out anew, those of a patient one after another, to a batch each.
+    order (n,): volumes, of which `size` in a row are a batch and the rest is dropped; patients (n,):
+    numbers. If a batch has two of one, all volumes are dealt out anew to the batches.
     """
-    n = len(order) // size
-    batches = [order[i * size:(i + 1) * size] for i in range(n)]
-    if all(len({patients[index] for index in batch}) == size for batch in batches):
+    batches = len(order) // size
+    who = np.sort(patients[order[:batches * size]].reshape(batches, size), 1)
+    if (who[:, 1:] != who[:, :-1]).all():
         return order
-    volumes_of = defaultdict(list)
-    for index in order:
-        volumes_of[patients[index]].append(index)
-    dealt, crowd = [], []
-    for volumes in volumes_of.values():
-        dealt += volumes[:n]
-        crowd += volumes[n:]  # more than there are batches
-    dealt += crowd
-    return [index for k in generator.permutation(n) for index in dealt[k:n * size:n]]
+    rank = generator.permutation(patients.max() + 1)
+    order = order[np.argsort(rank[patients[order]], kind="stable")]  # those of a patient in a row
+    who = patients[order]
+    is_crowd = np.append(np.zeros(batches, bool), who[batches:] == who[:-batches])
+    order = np.append(order[~is_crowd], order[is_crowd])  # more than there are batches: last
+    return order[:batches * size].reshape(size, batches).T[generator.permutation(batches)].ravel()
 
 
 class Batches:
@@ -1316,18 +1313,19 @@ class Batches:
         if self.size > n:
             raise ValueError(f"found {n} volumes, expected a batch, {batch_size} x {world} = {self.size}")
         self.n, self.batch_size, self.first = n, batch_size, rank * batch_size
-        self.seed, self.start, self.patients = seed, start, patients
+        self.seed, self.start, numbers = seed, start, {}
+        self.patients = np.array([numbers.setdefault(name, len(numbers)) for name in patients])
 
     def __iter__(self):
         steps = self.n // self.size  # of an epoch
         for epoch in itertools.count(self.start // steps):
             generator = np.random.default_rng((self.seed, epoch))
-            order = generator.permutation(self.n).tolist()
-            if self.patients:
+            order = generator.permutation(self.n)
+            if len(self.patients):
                 order = keep_apart(order, self.patients, self.size, generator)
             for step in range(max(self.start, epoch * steps), (epoch + 1) * steps):
                 first = step % steps * self.size + self.first
-                yield [(index, step) for index in order[first:first + self.batch_size]]
+                yield [(int(index), step) for index in order[first:first + self.batch_size]]
 
 
 # ===================================================================================== the tasks
