@@ -3,7 +3,6 @@
     python data.py check --data X                    a table of volumes; exits 1 on a problem
     python data.py check --task T --data DIR         the same for one of the tasks
     python data.py cache --data X --out DIR          preprocess every volume: DIR is a new data set
-    python data.py cache --task T --data DIR         prepare every scan of a task, in --cache
     python data.py demo --out DIR --n 64             write synthetic chests with reports
     python data.py demo --task luna16 --out DIR      write a synthetic set in that task's own layout
 
@@ -16,7 +15,6 @@ import argparse
 import contextlib
 import csv
 import functools
-import gc
 import hashlib
 import io
 import itertools
@@ -29,10 +27,9 @@ import re
 import shutil
 import sys
 import threading
-import time
 import uuid
 from collections import Counter, defaultdict
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
@@ -49,11 +46,6 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import phantoms
-
-try:
-    import fcntl
-except ImportError:             # Windows
-    fcntl = None
 
 log = logging.getLogger("mg3d")
 
@@ -1028,20 +1020,15 @@ def files_of(path):
         return _visible_files(path)
     if path.suffix.lower() not in (".mhd", ".nhdr"):
         return [path]
-    text = _header_text(path)
-    key = re.search(r"(?im)^(ElementDataFile *=|data ?file *:)", text)
-    first, *names = text[key.end():].split("\n") if key else [""]
-    pattern, *numbers = first.split() or [""]
-    if "%" in pattern:  # of names, from number to number
-        low, high, step = map(int, numbers[:3])
-        names = [pattern % number for number in range(low, high + 1, step)]
-    elif pattern != "LIST":
-        names = [first]
-    return [path, *filter(Path.is_file, (path.parent / name.strip() for name in names))]
+    data_file = re.split(r"(?im)^(?:ElementDataFile *=|data ?file *:)", _header_text(path))[-1]
+    first, *names = map(str.strip, data_file.split("\n"))
+    if "%" in first:  # a pattern of names, then numbers: s%03d.raw 0 19 1
+        names = sorted(path.parent.glob(re.sub(r"%\d*d(\S*).*", r"*\1", first)))
+    return [path, *filter(Path.is_file, map(path.parent.joinpath, [first, *names]))]
 
 
 def cache_file(cache, volumes, *settings):
-    """Where what is made of these volumes lies: it changes with their files and with every setting."""
+    """Where what is made of these volumes lies: it changes with their files and all settings."""
     stats = []
     for volume in volumes:
         stats.append(str(volume.resolve()))
@@ -1052,16 +1039,15 @@ def cache_file(cache, volumes, *settings):
 
 
 @contextlib.contextmanager
-def written_whole(path, shard="", put=os.replace):
-    """A file to write. It becomes `path` whole or not at all; a kill may leave .NAME.SHARD.….part"""
+def written_whole(path, shard=""):
+    """A file to write. It becomes `path` whole or not at all; a kill may leave .NAME.SHARD.*.part"""
     part = path.with_name(f".{path.name}.{shard}.{uuid.uuid4().hex}.part")
     try:
         with open(part, "wb") as file:
             yield file
-            if shard:  # a row of a manifest relies on it
-                file.flush()
-                os.fsync(file.fileno())
-        put(part, path)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
@@ -1109,9 +1095,8 @@ def load_volume(item, cache=None, size=SIZE, hu="auto"):
     return volume.float()
 
 
-# A cache folder is a data set of its own: `<id>.npy`, a line of manifest-K-of-N.jsonl for each, and
-# cache.json, which tells how they were made. A row is written after its volume, and by its shard
-# alone: a kill leaves at most a volume without a row, and a row that is cut off.
+# A cache folder is a data set of its own: `<id>.npy`, after each a row of manifest-K-of-N.jsonl, and
+# cache.json, which tells how they were made.
 
 def file_name(text):
     """A text as the name of a file: what a system may refuse there is percent-encoded"""
@@ -1119,11 +1104,7 @@ def file_name(text):
 
 
 def cache_name(name):
-    """The file of a cache folder that holds the volume of an id"""
-    name = file_name(name)
-    if len(name.encode()) > 150:  # systems end at 255, temporary files have more behind
-        name = f"{name[:30]}%-{hashlib.sha1(name.encode()).hexdigest()}"
-    return f"{name}.npy"
+    return f"{file_name(name)}.npy"
 
 
 def is_cache(data):
@@ -1131,13 +1112,9 @@ def is_cache(data):
 
 
 def read_cache(folder):
-    """cache.json of a cache folder"""
-    path = folder / "cache.json"
-    with expecting(path, "JSON as `data.py cache --out` writes it"):
-        made = json.loads(read_text(path))
-        version = made["version"]
-    if version != CACHE_VERSION:
-        raise wrong(path, f"a cache of version {version}", f"version {CACHE_VERSION}")
+    made = json.loads(read_text(folder / "cache.json"))
+    if made["version"] != CACHE_VERSION:
+        raise wrong(folder, f"a cache of version {made['version']}", f"version {CACHE_VERSION}")
     return made
 
 
@@ -1147,114 +1124,75 @@ def preprocessing(size, hu):
             "window": list(WINDOW), "dtype": "float16"}
 
 
-@functools.cache
 def check_settings(folder, size, hu):
     """ValueError if the volumes of a cache folder were made in another way"""
     made, wanted = read_cache(folder), preprocessing(size, hu)
-    differ = [key for key in wanted if made.get(key) != wanted[key]]
-
-    def say(settings):
-        texts = [f"{'--' * (key in ('size', 'hu'))}{key} {settings.get(key)}" for key in differ]
-        return re.sub(r"[][,]", "", "; ".join(texts))
-    if differ:
-        raise wrong(folder, f"a cache made with {say(made)}",
-                    f"{say(wanted)}. Give the flags that it was made with, or make another")
+    for key in wanted:
+        if made[key] != wanted[key]:
+            found, expected = (" ".join(map(str, np.ravel(one[key]))) for one in (made, wanted))
+            raise wrong(folder, f"a cache made with --{key} {found}", f"--{key} {expected}")
 
 
 def check_prepared(items, size, hu):
     """Are these items of a cache folder? ValueError if it was made in another way"""
     is_prepared = bool(items) and isinstance(items[0], CachedItem)
     if is_prepared:
-        check_settings(items[0].volume.parent, tuple(size), hu)
+        check_settings(items[0].volume.parent, size, hu)
     return is_prepared
 
 
-def _cache_rows(folder, with_report=True):
-    """All rows of a cache folder: (manifest, place of the row in it, row). Without the report, which
-    comes last, a million are read in half of the time."""
+def _cache_rows(folder):
+    """All rows of a cache folder: (manifest, place of the row in it, row)"""
     for manifest in sorted(folder.glob("manifest-*.jsonl")):
         place = 0
-        with open(manifest, "rb") as lines:
+        with open(manifest, "rb") as lines, expecting(manifest, "rows of JSON"):
             for line in lines:
                 if line.endswith(b"\n"):  # else it is being written, or was cut off
-                    try:
-                        head = line if with_report else line.partition(b', "report": ')[0] + b"}"
-                        yield manifest, place, json.loads(head.decode())
-                    except json.JSONDecodeError as error:
-                        raise wrong(f"{manifest}, byte {place}", error, "a row of JSON") from None
+                    yield manifest, place, json.loads(line)
                 place += len(line)
 
 
-def _size_and_time(volume):
-    """Bytes of all files of a volume, and the newest of their times in ns"""
-    stats = [file.stat() for file in files_of(volume)]
-    return [sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)]
-
-
-def _content_hash(volume):
-    """sha256 of the files of a volume in a row"""
+def _source(volume, known=None):
+    """Path, bytes, newest time, sha256 of all files of a volume; `known` where bytes and time agree"""
+    files = files_of(volume)
+    stats = [file.stat() for file in files]
+    stamp = {"size": sum(stat.st_size for stat in stats),
+             "mtime_ns": max((stat.st_mtime_ns for stat in stats), default=0)}
+    if known and known | stamp == known:
+        return known
     content = hashlib.sha256()
-    for file in files_of(volume):
-        with open(file, "rb") as stream:
-            for block in iter(partial(stream.read, 1 << 20), b""):
-                content.update(block)
-    return content.hexdigest()
+    for file in files:
+        content.update(file.read_bytes())
+    return {"path": str(volume.resolve()), **stamp, "sha256": content.hexdigest()}
 
 
-def _looks_changed(source, volume):
-    return _size_and_time(volume) != [source["size"], source["mtime_ns"]]
+def has_changed(path, source):
+    """Has a raw volume, if it is there, another content than the row of a cache folder notes?"""
+    return os.path.exists(path) and _source(Path(path), source)["sha256"] != source["sha256"]
 
 
-def has_changed(source_and_volume):
-    """Has a raw volume another content than a row notes? It is read only if size or time differ."""
-    source, volume = source_and_volume
-    return _looks_changed(source, volume) and _content_hash(volume) != source["sha256"]
-
-
-@functools.cache
-def _shared_labels(values):
-    return np.array(values, np.float32)  # None becomes NaN
-
-
-@contextlib.contextmanager
-def _without_gc():
-    """To look again and again through a million objects for waste takes as long as to read them."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-@_without_gc()
 def _cache_items(folder):
-    """The items of a cache folder, sorted by id. Of an id that a manifest has twice the last row counts."""
-    volumes, items, suspects = read_cache(folder).get("volumes", 0), {}, []
+    """The items of a cache folder, sorted by id. The last row of an id counts."""
+    volumes, items, changed = read_cache(folder)["volumes"], {}, set()
     is_first = os.environ.get("RANK", "0") == "0"  # one process is enough to look for the raw files
-    for manifest, place, row in _cache_rows(folder, with_report=False):
-        name, source = row["id"], row["source"]
-        other = items.get(name)
+    for manifest, place, row in _cache_rows(folder):
+        name, source, other = row["id"], row["source"], items.get(row["id"])
         if other and other[1] != manifest and other.row["source"]["sha256"] != source["sha256"]:
-            raise wrong(manifest, f"{name} of {source['path']}",
-                        f"one source of it, {other.row['source']['path']} in {other[1]}")
-        labels = row["labels"] and _shared_labels(tuple(row["labels"]))
-        patient = sys.intern(row["patient"])
-        items[name] = CachedItem(name, manifest, place, row["split"], patient, labels)
+            raise wrong(manifest, f"{name} of {source['path']}", f"its source in {other[1]}")
+        labels = row["labels"] and np.array(row["labels"], np.float32)  # None becomes NaN
+        items[name] = CachedItem(name, manifest, place, row["split"], row["patient"], labels)
         raw = source["path"]
-        if is_first and os.path.exists(raw) and _looks_changed(source, Path(raw)):
-            suspects.append((source, Path(raw)))
-    names = set(os.listdir(folder))  # a question for each of a million files would take long
-    absent = {name for name in items if cache_name(name) not in names}
-    tell_absent(sorted(absent), len(items), folder)
-    changed = sorted(volume for source, volume in suspects[:100] if has_changed((source, volume)))
+        changed.discard(raw)
+        if is_first and has_changed(raw, source):
+            changed.add(raw)
     if changed:
-        log.warning("%s: %d raw volumes have changed since: %s", folder, len(changed), shorten(changed))
-    if len(suspects) > 100:
-        log.warning("%s: %d more have another size or time; `data.py cache` compares their content", folder,
-                    len(suspects) - 100)
-    items = [items[name] for name in sorted(items.keys() - absent)]
+        log.warning("%s: raw volumes have changed: %s", folder, shorten(sorted(changed)))
+    files = set(os.listdir(folder))  # to ask for each of a million would take long
+    absent = sorted(name for name in items if cache_name(name) not in files)
+    tell_absent(absent, len(items), folder)
+    items = [items[name] for name in sorted(items.keys() - set(absent))]
     if len(items) < volumes:
-        log.warning("%s: holds %d of %d volumes; `data.py cache` goes on", folder, len(items), volumes)
+        log.warning("%s: holds %d of %d volumes, the rest is to be made", folder, len(items), volumes)
     return items
 
 
@@ -1281,27 +1219,26 @@ def text_batch(tokenizer, texts):
 
 
 def pretraining_example(item, generator, tokenizer, cache=None, size=SIZE, hu="auto", mask_size=16,
-                        mask_ratio=0.5, mlm_prob=0.15, max_sentences=32, max_tokens=250):
+                        mask_ratio=0.5, mlm_prob=0.15):
     """A masked volume (1, 1, D, H, W) and a masked report (L,) for `collate` and `MG3D.forward`"""
     volume = load_volume(item, cache, size, hu)
-    report = tokenize_report(tokenizer, split_sentences(item.report), max_sentences, max_tokens)
-    masked_ids, mlm_labels = mask_words(report["input_ids"], report["word_ids"], tokenizer, generator,
-                                        mlm_prob)
+    report = tokenize_report(tokenizer, split_sentences(item.report))
+    ids, labels = mask_words(report["input_ids"], report["word_ids"], tokenizer, generator, mlm_prob)
     single_ids = [torch.from_numpy(ids) for ids in report["single_ids"]]
     return _report_tensors(report) | {
         "volume": volume[None],
         "volume_mask": mask_volume(size, mask_size, mask_ratio, generator)[None],
-        "masked_ids": torch.from_numpy(masked_ids),
-        "mlm_labels": torch.from_numpy(mlm_labels),
+        "masked_ids": torch.from_numpy(ids),
+        "mlm_labels": torch.from_numpy(labels),
         "single_ids": single_ids,
         "single_mask": [torch.ones_like(ids) for ids in single_ids]}
 
 
 class Examples(torch.utils.data.Dataset):
-    """Training examples; asked for (index, step), as `Batches` does. make(item, generator) gives a dict or
-    raises ValueError: then the volume is named, its id goes into "skipped", and the next one stands in.
-    An epoch holds as many of the `negatives` as items, drawn anew. Randomness comes from (seed, step,
-    index) alone: neither the worker nor the number of processes matters."""
+    """Training examples, asked for (index, step). make(item, generator) gives a dict or raises
+    ValueError: then the volume is named, its id goes into "skipped", and the next one stands in. An
+    epoch holds as many of the `negatives` as items, drawn anew. All is drawn from (seed, step, index):
+    neither the worker nor the number of processes matters."""
 
     def __init__(self, items, make, seed=0, negatives=()):
         self.items, self.make, self.seed, self.negatives = items, make, seed, negatives
@@ -1328,8 +1265,8 @@ class Examples(torch.utils.data.Dataset):
 
 
 def collate(examples, pad_id=0):
-    """B examples -> one batch: "ids" and "skipped" are lists, all else tensors. Sequences are padded; lists
-    of them come flat, those of patient 0 first: (ΣS, L_s); all else, (P, ...), becomes (ΣP, ...)."""
+    """B examples -> one batch: lists "ids" and "skipped", else tensors. Sequences are padded; lists of
+    them come flat, those of patient 0 first: (ΣS, L_s); all else, (P, ...), becomes (ΣP, ...)."""
     padding = {"input_ids": pad_id, "masked_ids": pad_id, "single_ids": pad_id, "tokens": 0,
                "attention_mask": 0, "single_mask": 0, "sentence_mask": False, "sentence_ids": -1,
                "mlm_labels": -100}
@@ -1346,67 +1283,49 @@ def collate(examples, pad_id=0):
     return batch
 
 
-def keep_apart(order, patients, size):
-    """Swap volumes of an epoch, in place, until no batch holds two of one patient, where that can be.
+def keep_apart(order, patients, size, generator):
+    """An epoch in which no batch holds two volumes of one patient, where that can be.
 
-    order (n,): indices of volumes, `size` in a row are a batch, the rest is dropped; patients (n,)
+    order (n,): volumes, of which `size` in a row are a batch and the rest is dropped; patients (n,):
+    numbers. If a batch has two of one, all volumes are dealt out anew to the batches.
     """
-    kept = len(order) // size * size
-    batches, rest = order[:kept].reshape(-1, size), order[kept:]        # views
-    counts = np.bincount(patients[order[:kept]], minlength=len(patients))
-    for k in range(len(rest)) if counts.max() > len(batches) else ():  # drop some of such a patient
-        crowded = np.flatnonzero(counts[patients[order[:kept]]] > len(batches))
-        if len(crowded) and counts[patients[rest[k]]] < len(batches):
-            order[crowded[0]], rest[k] = rest[k], order[crowded[0]]
-            counts = np.bincount(patients[order[:kept]], minlength=len(patients))
-    place, by_patient = np.argsort(order), np.argsort(patients, kind="stable")
-    starts = np.searchsorted(patients[by_patient], np.arange(patients.max() + 2))
-    who = patients[batches]                             # (batches, size)
-    ordered = np.sort(who, 1)
-    for patient in np.unique(ordered[:, 1:][ordered[:, 1:] == ordered[:, :-1]]):
-        places = np.sort(place[by_patient[starts[patient]:starts[patient + 1]]])
-        rows = places[places < kept] // size
-        second = places[1:len(rows)][rows[1:] == rows[:-1]]
-        for i, row in zip(second, np.setdiff1d(np.arange(len(batches)), rows)):
-            # This batch has a volume of a patient whom the other lacks, or two of one: with every
-            # change of places fewer volumes are not alone.
-            fits = ~np.isin(who[row], who[i // size], kind="sort")
-            if not fits.any():
-                fits = (who[row, :, None] == who[row]).sum(1) > 1
-            j = row * size + fits.argmax()
-            order[[i, j]] = order[[j, i]]
-            place[order[[i, j]]] = i, j
-            who.flat[[i, j]] = who.flat[[j, i]]
+    batches = len(order) // size
+    who = np.sort(patients[order[:batches * size]].reshape(batches, size), 1)
+    if (who[:, 1:] != who[:, :-1]).all():
+        return order
+    rank = generator.permutation(patients.max() + 1)
+    order = order[np.argsort(rank[patients[order]], kind="stable")]  # those of a patient in a row
+    who = patients[order]
+    is_crowd = np.append(np.zeros(batches, bool), who[batches:] == who[:-batches])
+    order = np.append(order[~is_crowd], order[is_crowd])  # more than there are batches: last
+    return order[:batches * size].reshape(size, batches).T[generator.permutation(batches)].ravel()
 
 
 class Batches:
-    """Batch sampler without end, from step `start`: lists of (index, step) for one of `world` processes.
-    An epoch is a permutation seeded by (seed, epoch), cut into global batches of batch_size · world; the
-    rest is dropped. W processes with batch B see, in rank order, what one sees with W·B. patients: one of
-    each volume; see `keep_apart`."""
-    # NOTE(paper): reconstructions of one scan are separate volumes. In one batch they would be
-    # negatives of each other.
+    """Endless batch sampler from step `start`: lists of (index, step) for one of `world` processes.
+    An epoch is a permutation seeded by (seed, epoch), cut into global batches of batch_size · world.
+    W processes with batch B see, in rank order, what one sees with W·B. patients: of each volume."""
+    # NOTE(paper): reconstructions of one scan are separate volumes. `keep_apart` keeps them from being
+    # negatives of each other in a batch.
 
     def __init__(self, n, batch_size, rank=0, world=1, seed=0, start=0, patients=()):
-        if batch_size * world > n:
-            needed = f"{batch_size} x {world} = {batch_size * world}"
-            raise ValueError(f"found {n} volumes, expected at least a global batch of {needed}")
-        self.n, self.batch_size, self.rank, self.world = n, batch_size, rank, world
-        self.seed, self.start = seed, start
-        numbers = {}
+        self.size = batch_size * world
+        if self.size > n:
+            raise ValueError(f"found {n} volumes, expected a batch, {batch_size} x {world} = {self.size}")
+        self.n, self.batch_size, self.first = n, batch_size, rank * batch_size
+        self.seed, self.start, numbers = seed, start, {}
         self.patients = np.array([numbers.setdefault(name, len(numbers)) for name in patients])
 
     def __iter__(self):
-        epoch_of_order = None
-        for step in itertools.count(self.start):
-            epoch, batch = divmod(step, self.n // (self.batch_size * self.world))
-            if epoch != epoch_of_order:
-                order = np.random.default_rng((self.seed, epoch)).permutation(self.n)
-                if len(self.patients):
-                    keep_apart(order, self.patients, self.batch_size * self.world)
-                epoch_of_order = epoch
-            first = (batch * self.world + self.rank) * self.batch_size
-            yield [(int(index), step) for index in order[first:first + self.batch_size]]
+        steps = self.n // self.size  # of an epoch
+        for epoch in itertools.count(self.start // steps):
+            generator = np.random.default_rng((self.seed, epoch))
+            order = generator.permutation(self.n)
+            if len(self.patients):
+                order = keep_apart(order, self.patients, self.size, generator)
+            for step in range(max(self.start, epoch * steps), (epoch + 1) * steps):
+                first = step % steps * self.size + self.first
+                yield [(int(index), step) for index in order[first:first + self.batch_size]]
 
 
 # ===================================================================================== the tasks
@@ -2019,14 +1938,13 @@ def _begin_worker():
     threading.Thread(target=end, daemon=True).start()
 
 
-def in_processes(job, jobs, workers, name, ordered=True):
-    """Yield job(x) for each of a list, from `workers` processes, in order or as they come."""
+def in_processes(job, jobs, workers, name):
+    """Yield job(x) for each of `jobs`, in order, from `workers` processes"""
+    seconds = 0.1 if sys.stderr.isatty() else 60  # between two lines of progress
     with ProcessPoolExecutor(max(1, workers), initializer=_begin_worker) as pool:
-        futures = [pool.submit(job, one) for one in jobs]
         try:
-            done = futures if ordered else as_completed(futures)
-            for future in tqdm(done, name, total=len(futures), unit="scan", disable=None):
-                yield future.result()
+            results = pool.map(job, jobs)
+            yield from tqdm(results, name, total=len(jobs), unit="scan", mininterval=seconds)
         except BrokenProcessPool:
             killed = "that one was killed, probably for want of memory"
             raise wrong(f"--workers {workers}", killed, "fewer") from None
@@ -2034,136 +1952,76 @@ def in_processes(job, jobs, workers, name, ordered=True):
             pool.shutdown(cancel_futures=True)
 
 
-def _problem(items, task, cache, size, hu):
-    """Put the volume of these items into the cache -> what is wrong with it, or None"""
+def _tried(job, x):
+    """job(x), or the ValueError that it raises"""
     try:
-        if task is None or task.view == "whole":
-            if not volume_file(items[0], cache, size, hu).exists():
-                load_volume(items[0], cache, size, hu)
-            return None
+        return job(x)
+    except ValueError as error:
+        return error
+
+
+def good_results(job, jobs, n, workers, name):
+    """Yield job(x) for each x. A ValueError is logged, x left out; more than 5 % of n are refused."""
+    problems = 0
+    for result in in_processes(partial(_tried, job), jobs, workers, name):
+        if not isinstance(result, ValueError):
+            yield result
+            continue
+        log.warning("left out %s", result)
+        problems += 1
+        if problems > 0.05 * n:
+            raise ValueError(f"{problems} of {n} scans are wrong, more than 5 %:\n  {result}")
+
+
+def _prepare_scan(items, task, cache):
+    """Put the volume of these items into the cache -> its path"""
+    if task.view == "whole":
+        load_volume(items[0], cache, task.size, task.hu)
+    else:
         volume, _, affine = prepare(items[0], task, cache)
         for item in items:
             if item.centre:
                 candidate_voxel(item, volume.shape, affine)
-    except ValueError as error:
-        return str(error)
+    return items[0].volume
 
 
-def prepare_all(items, cache="cache", workers=1, task=None, size=SIZE, hu="auto"):
-    """Put every volume into the cache, in `workers` processes -> the items that are good.
-    A volume that is wrong is named and left out; ValueError if that happens to more than 5 %."""
-    if task:
-        size, hu = task.size, task.hu
-    if check_prepared(items, size, hu):
+def prepare_all(items, cache, workers, task):
+    """Put the scans of a task into the cache, in `workers` processes -> the items that are good"""
+    if check_prepared(items, task.size, task.hu):
         return items
-    groups = by_volume(items)
-    task = task and task._replace(records=None)  # other processes need not know this function
-    job = partial(_problem, task=task, cache=cache, size=size, hu=hu)
-    problems = in_processes(job, groups.values(), workers, "prepare")
-    bad = {volume: problem for volume, problem in zip(groups, problems) if problem}
-    if len(bad) > 0.05 * len(groups):
-        summary = f"{len(bad)} of {len(groups)} scans are wrong, more than 5 %:"
-        raise ValueError("\n  ".join([summary, *sorted(bad.values())[:5]]))
-    for problem in sorted(bad.values()):
-        log.warning("left out %s", problem)
-    return [item for item in items if item.volume not in bad]
-
-
-def check_space(folder, volumes, size):
-    """What so many volumes will take of a disk, in words. ValueError if it has less."""
-    needed = volumes * math.prod(size) * 2 / 1e9
-    free = shutil.disk_usage(folder).free / 1e9
-    if needed > free:
-        raise wrong(folder, f"{free:.2f} GB free", f"{needed:.2f} GB for {volumes} volumes")
-    return f"{needed:.2f} GB of {free:.2f} GB free"
-
-
-def fill_cache(args):
-    """Prepare all volumes that the cache lacks."""
-    task, size, hu = TASKS.get(args.task), tuple(args.size), args.hu
-    if task:
-        items = load_task(args.task, args.data, args.fold, cache=args.cache)
-        task = with_classes(task, items)
-        size, hu = task.size, task.hu
-    else:
-        items = load_items(args.data, args.cache)
-    args.cache.mkdir(parents=True, exist_ok=True)
-    if (task is None or task.view == "whole") and not check_prepared(items, size, hu):
-        missing = sum(not volume_file(item, args.cache, size, hu).exists() for item in items)
-        print(f"{len(items)} volumes, {len(items) - missing} of them in {args.cache}; the rest takes "
-              f"{check_space(args.cache, missing, size)}")
-    good = prepare_all(items, args.cache, args.workers, task, size, hu)
-    print(f"{len(good)} of {len(items)} items are ready in {args.cache}")
+    scans = by_volume(items)
+    job = partial(_prepare_scan, task=task, cache=cache)
+    good = set(good_results(job, scans.values(), len(scans), workers, "prepare"))
+    return [item for item in items if item.volume in good]
 
 
 def read_shard(text):
-    """"3/16" -> "3-of-16", and which of the numbers that `_number_of` gives to ids are its own"""
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    k, n = map(int, match.groups()) if match else (0, 0)
-    if not 1 <= k <= n:
+    """"3/16" -> (3, 16)"""
+    k, _, n = text.partition("/")
+    if not (k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n)):
         raise wrong("--shard", text, "a shard from 1/n to n/n, such as 3/16")
-    return f"{k}-of-{n}", range(*[-(-i * 2 ** 32 // n) for i in (k - 1, k)])
+    return int(k), int(n)
 
 
-def _number_of(name):
-    """Of an id, below 2^32. It alone tells the shard, whatever else is listed, in whatever order."""
-    return int(hashlib.sha1(name.encode()).hexdigest()[:8], 16)
+def shard_of(name, n):
+    """The shard, 1 to n, of an id: it alone tells, whatever else is listed, in whatever order."""
+    return 1 + int(hashlib.sha1(name.encode()).hexdigest(), 16) % n
 
 
-def _write_settings(folder, settings, put):
-    with written_whole(folder / "cache.json", "settings", put) as file:
-        file.write(json.dumps(settings, indent=1).encode())
-
-
-def begin_cache(folder, size, hu):
-    """Make a cache folder, or see that one was begun in the same way."""
+def begin_cache(folder, size, hu, volumes):
+    """Make a cache folder for so many volumes, or see that one was begun in the same way."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [name for name in os.listdir(folder) if not is_hidden(name)]
-    if not is_cache(folder):
-        if files:
-            raise wrong(folder, f"other files, such as {files[0]}", "a new folder or a cache")
-        with contextlib.suppress(FileExistsError):  # another shard was faster: its settings stay
-            _write_settings(folder, preprocessing(size, hu), os.link)
-    check_settings(folder, tuple(size), hu)
-
-
-@contextlib.contextmanager
-def claim_shard(folder, shard, own):
-    """The manifest of a shard, to be written, without what a kill left. ValueError if another process
-    makes volumes whose numbers are in `own`, of whatever shard."""
-    path = folder / f"manifest-{shard}.jsonl"
-    with open(folder / ".lock", "ab") as lock, open(path, "ab+") as manifest:
-        try:
-            if fcntl:  # bytes of the file stand for ids; the end of a process frees them
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, len(own), own.start)
-        except (BlockingIOError, PermissionError):
-            raise wrong(folder, f"another process that makes volumes of the shard {shard}",
-                        "it to end first") from None
-        except OSError as error:
-            log.warning("%s: cannot be locked (%s): see to it that no shard runs twice", folder, error)
-        manifest.seek(0)
-        manifest.truncate(sum(len(line) for line in manifest if line.endswith(b"\n")))
-        for part in folder.glob(f"*.{shard}.*.part"):
-            part.unlink()
-        yield manifest
-
-
-def _cache_volume(item, folder, shard, size, hu):
-    """Put a volume into a cache folder -> its row of the manifest, or a text: what is wrong with it"""
-    try:
-        size_and_time = _size_and_time(item.volume)
-        content = _content_hash(item.volume)
-        volume = make_volume(item, size, hu)
-    except (ValueError, OSError) as error:
-        return str(error)
-    save_array(folder / cache_name(item.id), volume.numpy(), shard)
-    source = {"path": str(item.volume.resolve()), **dict(zip(("size", "mtime_ns"), size_and_time)),
-              "sha256": content}
-    return {"source": source} | _described(item)
+    if is_cache(folder):  # asked for last: another shard may begin at this moment
+        check_settings(folder, size, hu)
+    elif files:
+        raise wrong(folder, f"other files, such as {files[0]}", "a new folder or a cache")
+    with written_whole(folder / "cache.json") as file:
+        file.write(json.dumps(preprocessing(size, hu) | {"volumes": volumes}, indent=1).encode())
 
 
 def _described(item):
-    """What a row says of an item beside its source"""
+    """What a row of a cache folder says of an item beside its source"""
     labels = item.labels
     if labels is not None:
         labels = [None if math.isnan(value) else value for value in labels.tolist()]
@@ -2172,115 +2030,97 @@ def _described(item):
             "geometry": item.geometry and list(item.geometry[1:]), "report": item.report}
 
 
-def _check_made(items, rows, folder, workers):
-    """Tell which volumes of a cache folder have changed since; refuse another source of an id."""
-    there = [item for item in items if item.id in rows and item.volume.exists()]
-    there = [item for item in there if _looks_changed(rows[item.id]["source"], item.volume)]
-    pairs = [(rows[item.id]["source"], item.volume) for item in there]
-    remedy = f"to make it anew, delete its row in {folder}"
-    results = in_processes(has_changed, pairs, workers, "compare")
-    for (source, volume), changed in zip(pairs, results):
-        if changed and source["path"] != str(volume.resolve()):
-            raise wrong(volume, f"another content than in {source['path']}, of which {folder} has the id",
-                        f"one source of an id; {remedy}")
-        if changed:
-            log.warning("%s: it has changed since it was cached; %s", volume, remedy)
-    stale = [item.id for item in items
-             if item.id in rows and rows[item.id] != rows[item.id] | _described(item)]
-    if stale:
-        log.warning("%s: keeps another report, split, patient, labels or metadata of %d volumes than the "
-                    "data: %s; %s", folder, len(stale), shorten(stale), remedy)
+def _cache_volume(item, folder, shard, size, hu):
+    """Put a volume into a cache folder -> its row of the manifest"""
+    volume = make_volume(item, size, hu)
+    row = {"source": _source(item.volume)} | _described(item)
+    save_array(folder / cache_name(item.id), volume.numpy(), shard)
+    return row
 
 
-def _rows_of(folder, items, shard, own):
-    """{id: row if the shard's own, else None} of what a cache folder holds; says how much of `items`"""
-    names = set(os.listdir(folder))
-    rows = {row["id"]: row if _number_of(row["id"]) in own else None
-            for _, _, row in _cache_rows(folder) if cache_name(row["id"]) in names}
-    mine = [item.id in rows for item in items if _number_of(item.id) in own]
+def _made_rows(folder, items):
+    """{id: row} of the volumes that a cache folder holds; says how many of `items` it lacks"""
+    files = set(os.listdir(folder))
+    rows = {row["id"]: row for _, _, row in _cache_rows(folder) if cache_name(row["id"]) in files}
     done = sum(item.id in rows for item in items)
-    print(f"{folder}: {sum(mine)} of {len(mine)} volumes of the shard {shard}, {done} of {len(items)} of "
-          f"all shards; {len(items) - done} still lack", flush=True)
+    print(f"{folder}: {done} of {len(items)} of all shards; {len(items) - done} still lack", flush=True)
     return rows
 
 
+def _compare(items, rows, folder):
+    """Tell which items differ from their rows; ValueError for another source of an id."""
+    differ = []
+    for item in tqdm(items, "compare", unit="scan", disable=None):
+        row, raw = rows[item.id], item.volume
+        is_new = has_changed(raw, row["source"])
+        if is_new and str(raw.resolve()) != row["source"]["path"]:
+            raise wrong(raw, "another content", f"that of {row['source']['path']}, which has its id")
+        if is_new or row != row | _described(item):
+            differ.append(cache_name(item.id))
+    if differ:
+        log.warning("%s: %d volumes have another file, report, split, patient, label or metadata now; to "
+                    "make them anew, delete %s", folder, len(differ), shorten(differ))
+
+
 def make_cache(args):
-    """Add to OUT what it lacks of a shard. A volume that is wrong is named and left out."""
-    (shard, own), folder, size = read_shard(args.shard or "1/1"), args.out, tuple(args.size)
+    """Add to OUT what it lacks of a shard. A wrong volume is named and left out."""
+    k, n = read_shard(args.shard)
+    shard, folder, size = f"{k}-of-{n}", args.out, tuple(args.size)
     if is_cache(args.data):
         raise wrong(args.data, "a cache folder", "raw volumes")
     items = with_words(read_items(args.data, args.cache, with_absent=True), args.data)
     check_identities(items, args.data, lambda item: item.split == "train")
-    begin_cache(folder, size, args.hu)
-    with claim_shard(folder, shard, own) as manifest:
-        rows = _rows_of(folder, items, shard, own)
-        if not any(item.id in rows or item.volume.exists() for item in items):
-            raise wrong(args.data, f"no file for any of {len(items)} volumes", "one at least")
-        volumes = len(rows.keys() | {item.id for item in items})
-        if read_cache(folder).get("volumes") != volumes:
-            _write_settings(folder, preprocessing(size, args.hu) | {"volumes": volumes}, os.replace)
-        mine = [item for item in items if _number_of(item.id) in own]
-        _check_made(mine, rows, folder, args.workers)
-        lacking = [item for item in mine if item.id not in rows]
-        todo = [item for item in lacking if item.volume.exists()]
-        print(f"to make: {len(todo)} volumes, {check_space(folder, len(todo), size)}; there is no file here "
-              f"for {len(lacking) - len(todo)} that lack", flush=True)
-        job = partial(_cache_volume, folder=folder, shard=shard, size=size, hu=args.hu)
-        started, problems = time.perf_counter(), []
-        results = in_processes(job, todo, args.workers, "cache", ordered=False)
-        with contextlib.closing(results):
-            for n, result in enumerate(results, 1):
-                if isinstance(result, str):
-                    problems.append(result)
-                else:
-                    manifest.write(json.dumps(result).encode() + b"\n")
-                    manifest.flush()
-                    os.fsync(manifest.fileno())
-                if len(problems) > 0.05 * len(mine):
-                    summary = f"{len(problems)} of {len(mine)} volumes are wrong, more than 5 %:"
-                    raise ValueError("\n  ".join([summary, *problems[:5]]))
-                if n == 2 * args.workers < len(todo):
-                    seconds = (time.perf_counter() - started) * (len(todo) / n - 1)
-                    tqdm.write(f"like the first {n}, the others take {tqdm.format_interval(seconds)}")
-        for problem in sorted(problems):
-            log.warning("left out %s", problem)
-        _rows_of(folder, items, shard, own)
+    begin_cache(folder, size, args.hu, len(items))
+    mine = [item for item in items if shard_of(item.id, n) == k]
+    rows = _made_rows(folder, items)
+    _compare([item for item in mine if item.id in rows], rows, folder)
+    todo = [item for item in mine if item.id not in rows and item.volume.exists()]
+    needed = len(todo) * math.prod(size) * 2 / 1e9  # GB
+    free = shutil.disk_usage(folder).free / 1e9
+    print(f"shard {args.shard}: {len(todo)} volumes to make, {needed:.2f} of {free:.2f} GB", flush=True)
+    if needed > free:
+        raise wrong(folder, f"{free:.2f} GB free", f"{needed:.2f} GB")
+    for part in folder.glob(f"*.{shard}.*.part"):  # a kill left it
+        part.unlink()
+    job = partial(_cache_volume, folder=folder, shard=shard, size=size, hu=args.hu)
+    path = folder / f"manifest-{shard}.jsonl"
+    with open(path, "ab") as manifest:
+        manifest.truncate(path.read_bytes().rfind(b"\n") + 1)  # a kill may have cut off a row
+        for row in good_results(job, todo, len(mine), args.workers, "cache"):
+            manifest.write(json.dumps(row).encode() + b"\n")
+            manifest.flush()
+            os.fsync(manifest.fileno())
+    _made_rows(folder, items)
 
 
-def _check_volume(items, task, hu):
+def _check_scan(items, task, hu):
     """A line of the table of `check`, for the items of one volume"""
     item = items[0]
     if isinstance(item, CachedItem):
         made = read_cache(item.volume.parent)
-        volume = load_volume(item, None, made["size"], made["hu"])[0]
-        shape, values = "x".join(map(str, volume.shape)), f"{volume.min():.2f}..{volume.max():.2f}"
-        return f"{shape:>13} {'':22} {values:>13}  preprocessed"
-    xyz, stored_affine = read_item(item)
-    array, spacing, affine = to_ras(item.volume, xyz, stored_affine)
-    note = "no CT: z-score"
-    if task is None or task.window:
-        array, note = to_hounsfield(array, item.volume, hu, item.rescale)
+        array, spacing = load_volume(item, None, made["size"], made["hu"])[0].numpy(), ()
+        axes, note = "", "preprocessed"
+    else:
+        xyz, stored_affine = read_item(item)
+        array, spacing, affine = to_ras(item.volume, xyz, stored_affine)
+        axes, note = "".join(nib.aff2axcodes(stored_affine)), "no CT: z-score"
+        if task is None or task.window:
+            array, note = to_hounsfield(array, item.volume, hu, item.rescale)
     for candidate in items:
         if candidate.centre:
             candidate_voxel(candidate, array.shape, affine)
     if item.mask and task and task.kind == "segment":
         values, counts = np.unique(read_mask(item, task, array.shape, affine), return_counts=True)
         note += "; voxels " + ", ".join(f"{value}: {count}" for value, count in zip(values, counts))
+    if item.report:
+        sentences = split_sentences(item.report)
+        note += f"; {len(item.report.split())} words in {len(sentences)} sentences"
     shape, mm = "x".join(map(str, array.shape)), " ".join(f"{side:.2f}" for side in spacing)
-    axes, values = "".join(nib.aff2axcodes(stored_affine)), f"{array.min():.0f}..{array.max():.0f}"
-    return f"{shape:>13} {mm:>17} {axes:4} {values:>13}  {note}"
-
-
-def _check_scan(items, task, hu):
-    """The line of `_check_volume` and True, or what is wrong and False"""
-    try:
-        return _check_volume(items, task, hu), True
-    except ValueError as error:
-        return f"PROBLEM {error}", False
+    return f"{shape:>13} {mm:>17} {axes:4} {f'{array.min():.0f}..{array.max():.0f}':>13}  {note}"
 
 
 def check(args):
-    """Print what the data hold and a line for each of the first --limit volumes -> number of problems."""
+    """Print a line for each of the first --limit volumes, and what the data hold -> problems"""
     task = TASKS.get(args.task)
     if task:
         print(f"{args.task} lies on disk as: {task.layout}")
@@ -2292,29 +2132,25 @@ def check(args):
     print(f"{'volume':32} {'z, y, x':>13} {'spacing (mm)':>17} {'axes':4} {'values':>13}  note")
     scans = list(by_volume(items).values())[:args.limit]
     problems = 0
-    job = partial(_check_scan, task=task and task._replace(records=None), hu=args.hu)
-    for scan, (line, is_good) in zip(scans, in_processes(job, scans, args.workers, "check")):
-        item = scan[0]
-        problems += not is_good
-        if item.report:
-            words, sentences = len(item.report.split()), len(split_sentences(item.report))
-            line += f"; {words} words in {sentences} sentences"
-        tqdm.write(f"{(item.volume.name if task else item.id)[-32:]:32} {line}")
+    job = partial(_tried, partial(_check_scan, task=task, hu=args.hu))
+    for scan, line in zip(scans, in_processes(job, scans, args.workers, "check")):
+        if isinstance(line, ValueError):
+            problems += 1
+            line = f"PROBLEM {line}"
+        tqdm.write(f"{(scan[0].volume.name if task else scan[0].id)[-32:]:32} {line}")
     for split in SPLITS:
         part = [item for item in items if item.split == split]
-        patients = {item.patient for item in part}
-        line = f"{split:6} {len(part):7} items of {len(patients)} patients in {len(by_volume(part))} volumes"
+        patients, volumes = {item.patient for item in part}, {item.volume for item in part}
+        print(f"{split:6} {len(part):7} items of {len(patients)} patients in {len(volumes)} volumes")
         labels = np.array([item.labels for item in part if item.labels is not None])
         if len(labels):
             counts = zip((labels == 1).sum(0), task.classes if task else LABELS)
-            line += ": " + ", ".join(f"{count} {name}" for count, name in counts)
-        print(line)
+            print(f"{'':14} {', '.join(f'{count} {name}' for count, name in counts)}")
     long = sum(len(split_sentences(item.report)) > 32 for item in items)
     if long:
         print(f"{long} reports have more than 32 sentences; pre-training leaves out the last ones")
     left_out = len(listed) - len(items)
-    print(f"{len(scans)} volumes read, {problems} of them with a problem; {left_out} left out for want of a "
-          "report or a file")
+    print(f"{len(scans)} volumes read, {problems} of them with a problem; {left_out} left out")
     return problems + left_out
 
 
@@ -2327,31 +2163,27 @@ def main():
     add("--data", type=Path, help="manifest .csv, CT-RATE or cache folder, CTRG-Chest .json, or demo")
     add("--task", choices=TASKS, help="--data is the folder of this task in its native layout")
     add("--fold", type=int, default=0, help="fold of --task that is the test part")
-    add("--cache", type=Path, default=Path("cache"), metavar="DIR", help="of prepared volumes")
+    add("--cache", type=Path, default=Path("cache"), metavar="DIR", help="where --data demo lies")
     add("--size", type=int, nargs=3, default=SIZE, metavar=("D", "H", "W"), help="voxels (z, y, x)")
     add("--hu", choices=("auto", "header", "csv"), default="auto",
         help="Hounsfield units: told from the values, as stored, or rescaled by the metadata CSV")
     add("--limit", type=int, metavar="N", help="check: read only the first N volumes")
     add("--workers", type=int, default=os.cpu_count(), help="cache, check: processes")
-    add("--out", type=Path, metavar="DIR", help="the folder to write; cache: a data set of its own")
-    add("--shard", metavar="K/N", help="cache --out: make part K of N alone; others may run at once")
+    add("--out", type=Path, metavar="DIR", help="cache, demo: the folder to write")
+    add("--shard", default="1/1", metavar="K/N", help="cache: make part K of N alone")
     add("--n", type=int, help="demo: patients; by default 64, or as many as the task needs")
     add("--seed", type=int, default=0, help="demo: the same seed gives the same bytes")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         check_numbers(args)
-        needed = "out" if args.command == "demo" else "data"
-        if getattr(args, needed) is None:
-            raise wrong(args.command, f"no --{needed}", "it")
-        if args.shard and (args.command != "cache" or not args.out):
-            raise wrong(f"--shard {args.shard}", "no `cache --out DIR`", "a folder of which to make a part")
-        if args.command == "cache" and args.task and args.out:
-            raise wrong("cache", "--task and --out", "one: scans of a task go into --cache")
+        for name in {"check": ["data"], "cache": ["data", "out"], "demo": ["out"]}[args.command]:
+            if getattr(args, name) is None:
+                raise wrong(args.command, f"no --{name}", "it")
         if args.command == "check":
             sys.exit(int(check(args) > 0))
         elif args.command == "cache":
-            make_cache(args) if args.out else fill_cache(args)
+            make_cache(args)
         elif args.task:
             print(phantoms.write_task_demo(args.task, args.out, args.n, args.seed))
         else:

@@ -532,12 +532,13 @@ def test_a_full_disk_leaves_nothing_behind(sets, tmp_path, monkeypatch):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def _killed(items, **settings):
+def _killed(items, task, cache):
     if items[0].id == "2":
         os.kill(os.getpid(), signal.SIGKILL)
+    return items[0].volume
 
 
-def _full(items, **settings):
+def _full(items, task, cache):
     item, = items
     if item.id == "3":
         raise OSError(28, "No space left on device")
@@ -546,20 +547,20 @@ def _full(items, **settings):
 
 
 def test_after_an_error_the_jobs_that_wait_are_not_begun(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_problem", _full)
+    monkeypatch.setattr(data, "_prepare_scan", _full)
     items = [data.Item(str(i), tmp_path / str(i), "", "train", str(i), None, None) for i in range(100)]
     with pytest.raises(OSError, match="No space left"):
-        data.prepare_all(items, tmp_path)
+        data.prepare_all(items, tmp_path, 1, data.TASKS["stoic"])
     assert 3 <= len(list(tmp_path.iterdir())) < 20
 
 
 def test_a_worker_that_is_killed_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_problem", _killed)
+    monkeypatch.setattr(data, "_prepare_scan", _killed)
     items = [data.Item(str(i), tmp_path / str(i), "", "train", str(i), None, None) for i in range(4)]
     with pytest.raises(ValueError, match="--workers 2: found that one was killed, probably for want of memory"):
-        data.prepare_all(items, tmp_path, 2)
+        data.prepare_all(items, tmp_path, 2, data.TASKS["stoic"])
     others = [items[1], items[3]]
-    assert data.prepare_all(others, tmp_path, 2) == others
+    assert data.prepare_all(others, tmp_path, 2, data.TASKS["stoic"]) == others
 
 
 # ------------------------------------------------------------------------ interrupted, repeated

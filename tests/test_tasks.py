@@ -245,13 +245,11 @@ def test_missing_scans(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("name", ["luna16", "msd-lung", "stoic", "ctrg"])
-def test_cache_command(name, tmp_path, command, monkeypatch):
+def test_scans_are_prepared_once(name, tmp_path, monkeypatch, caplog):
     folder, cache, task = tmp_path / "set", tmp_path / "cache", TASKS[name]
     WRITE[name](folder)
     items = load_task(name, folder)
-    flags = ("data.py", "cache", "--task", name, "--data", folder, "--cache", cache, "--workers", 1)
-    code, text = command(*flags)
-    assert code == 0 and f"{len(items)} of {len(items)} items are ready in {cache}" in text
+    assert data.prepare_all(items, cache, 1, task) == items
     scans = {item.volume for item in items}
     dtypes = {"": np.float16}
     if task.view != "whole":
@@ -262,7 +260,7 @@ def test_cache_command(name, tmp_path, command, monkeypatch):
     assert len(written) == len(scans) * len(dtypes)
     assert {Path(file.stem).suffix: np.load(file).dtype for file in written} == dtypes
     times = [file.stat().st_mtime_ns for file in written]
-    assert command(*flags)[0] == 0                          # all is there: nothing is written
+    assert data.prepare_all(items, cache, 1, task) == items     # all is there: nothing is written
     assert [file.stat().st_mtime_ns for file in sorted(cache.iterdir())] == times
     with monkeypatch.context() as patch:                    # a network's input is read from there alone
         patch.delattr(data, "read_stored")
@@ -271,15 +269,13 @@ def test_cache_command(name, tmp_path, command, monkeypatch):
 
     item = items[-1]
     item.volume.write_bytes(b"broken")
-    code, text = command(*flags)
     if len(scans) == 20:                                    # one of 20 may be wrong, one of 10 may not
-        assert code == 0 and f"left out {item.volume}: " in text and "19 of 20 items are ready" in text
+        good = [one for one in items if one.volume != item.volume]
+        assert data.prepare_all(items, cache, 1, task) == good and len(good) == 19
+        assert re.search(f"left out {item.volume}: .*expected", caplog.text)
     else:
-        assert code == 1 and "1 of 10 scans are wrong, more than 5 %" in text and f"{item.volume}: " in text
-    assert "expected" in text
-    (tmp_path / "empty").mkdir()
-    code, text = command(*flags, "--data", tmp_path / "empty")
-    assert code == 1 and re.search(f"{tmp_path / 'empty'}: found .* expected", text)
+        with pytest.raises(ValueError, match=f"1 of 10 scans are wrong, more than 5 %:\n.*{item.volume}: .*expected"):
+            data.prepare_all(items, cache, 1, task)
 
 
 # ------------------------------------------------------------------------------------ each of them
