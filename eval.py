@@ -1,13 +1,13 @@
 """Metrics, prediction and pictures of MG-3D.
 
     python eval.py --task T --data DIR --checkpoint out/best.pt    a task's number with its interval
-    python eval.py --task T --checkpoint out/best.pt --input SCAN  one scan: a mask, probabilities, a report
+    python eval.py --task T --checkpoint out/best.pt --input SCAN  mask, probabilities or report of a scan
     python eval.py zeroshot --data demo --checkpoint out/last.pt   findings told by what a text says
-    python eval.py retrieval --data demo --checkpoint out/last.pt  volumes found by reports, and back
+    python eval.py retrieval --data demo --checkpoint out/last.pt  volumes found by reports and back
     python eval.py probe --data demo --checkpoint out/last.pt      a linear probe of the 18 findings
     python eval.py pairing --data demo --checkpoint out/last.pt    which losses use the right report
     python eval.py embed --checkpoint out/encoder.pt --input DIR   features of scans, one row each
-    python eval.py export --checkpoint out/best.pt --out MODEL.pt2 a graph for PyTorch, without this code
+    python eval.py export --checkpoint out/best.pt --out MODEL.pt2 a graph for PyTorch alone
     python eval.py radar A/result.json B/result.json               methods and tasks in one chart
 
 Accuracy, AUC, Dice and recall are shares of 1, BLEU and ROUGE-L are in percent.
@@ -18,7 +18,6 @@ import csv
 import difflib
 import functools
 import hashlib
-import html
 import io
 import itertools
 import json
@@ -42,20 +41,20 @@ def flags():
     add = parser.add_argument
     add("--task", help="a row of TASKS in data.py")
     add("--checkpoint", type=Path, help="best.pt of finetune.py, a path or hf:owner/name/file")
-    add("--data", help="demo, or the task's set in its own layout; with --input: the reports to search")
+    add("--data", help="demo, or a set of the task; with --input: the reports to search")
     add("--split", choices=["train", "valid", "test"], default="test", help="part to report on")
     add("--fold", type=int, help="of sets that have folds; else the fold of the training")
-    add("--input", type=Path, help="instead of --data: one scan, any file or folder that data.py reads")
+    add("--input", type=Path, help="one scan instead of a set: a file or folder")
     add("--centre", type=float, nargs=3, metavar=("X", "Y", "Z"),
         help="candidate to look at, in mm: RAS for NIfTI, LPS for all else, as in LUNA16's CSV")
     add("--out", type=Path, help="folder for results; else eval, beside the checkpoint")
     add("--cache", default="cache", help="folder of preprocessed volumes")
 
     weights, sets, part, encoders = (argparse.ArgumentParser(add_help=False) for _ in range(4))
-    weights.add_argument("--checkpoint", type=Path, required=True, help="a path or hf:owner/name[/file]")
+    weights.add_argument("--checkpoint", type=Path, required=True, help="a file or hf:owner/name")
     weights.add_argument("--cache", default="cache", help="folder of preprocessed volumes")
-    sets.add_argument("--data", required=True, help="demo, a manifest, a CT-RATE or cache folder, a .json")
-    part.add_argument("--split", choices=["train", "valid", "test"], help="else test, or valid, or all")
+    sets.add_argument("--data", required=True, help="demo, a manifest, a folder, a .json")
+    part.add_argument("--split", choices=["train", "valid", "test"], help="else test, valid or all")
     add = encoders.add_argument
     add("--encoder", help="swin_b, swin_l, swin_t or unet, if the file does not say")
     add("--merging", default="auto", choices=["auto", "monai", "v0.9", "mergingv2"], help="likewise")
@@ -65,11 +64,11 @@ def flags():
 
     def command(name, out, *parents):
         parser = commands.add_parser(name, parents=parents, formatter_class=Help)
-        parser.add_argument("--out", type=Path, default=out, help="file or folder for what is found")
+        parser.add_argument("--out", type=Path, default=out, help="file or folder to write")
         return parser.add_argument
     add = command("zeroshot", "out/zeroshot", weights, sets, part)
-    add("--prompts", type=Path, help="CSV name,positive,negative: two texts for each label column; else "
-        "'NAME.' and 'not NAME.' of the 18, for the demo in words of its reports")
+    add("--prompts", type=Path, help="CSV name,positive,negative: two texts a label column; else 'NAME.' "
+        "and 'not NAME.' of the 18, for the demo in words of its reports")
     command("retrieval", "out/retrieval", weights, sets, part)
     add = command("probe", "out/probe", weights, sets, encoders)
     add("--batch_size", type=int, default=8, help="volumes at a time")
@@ -112,6 +111,7 @@ SACREBLEU = BLEU(tokenize="none", smooth_method="none", effective_order=True)
 PENALTIES = np.logspace(-1, 5, 25)  # of the ridge regression
 WEIGHTED = "mean weighted by positives"
 KS = (1, 5, 10, 50, 100)            # of Recall@K
+AS_PRETRAINED = data.TASKS["ct-rate-vocab"]._replace(kind="encode", classes=())  # the same input
 
 
 # --------------------------------- metrics
@@ -998,9 +998,9 @@ KINDS = {"classify": (predict_log_odds, score_classes, "the items that count hav
 
 
 def evaluate(run, items, out=None, progress=True, train_items=()):
-    """The number of a task as a dict: task, metric, value, its 95 % interval, n, chance, protocol, split,
-    ids_sha1, per_class and positives by name, `more` that its kind adds. A value that cannot be computed is
-    nan, and `reason` says why. Pictures go to the folder `out`; a report of train_items is a constant one."""
+    """The number of a task as a dict: task, metric, value, its 95 % interval, n, chance, protocol,
+    split, ids_sha1, per_class and positives by name, `more` of its kind; `reason` for a value of nan.
+    out: folder of pictures and predictions; train_items: for the constant report."""
     run.network.eval()
     if out:
         out.mkdir(parents=True, exist_ok=True)
@@ -1010,13 +1010,13 @@ def evaluate(run, items, out=None, progress=True, train_items=()):
               "interval": bootstrap(metric, *arrays), "n": len(items), "positives": {},
               "split": "+".join(sorted({item.split for item in items})), "ids_sha1": _hash(items)}
     if math.isnan(result["value"]):
-        known = np.isfinite(arrays[0]).all()
-        result["reason"] = no_value if known else "predictions that are not finite"
+        is_finite = np.isfinite(arrays[0]).all()
+        result["reason"] = no_value if is_finite else "predictions that are not finite"
     return result | scores  # scores may name another metric and n
 
 
 def predict_scan(run, item, out, index=()):
-    """Print and write to `out`: a mask, probabilities, a report, or the nearest reports of `index` (items)"""
+    """Print and write a mask, probabilities, a report, or the nearest reports of the items `index`"""
     kind = run.task.kind
     predict = predict_classes if kind in ("classify", "prompt") else KINDS[kind][0]
     [prediction] = predict(run, [item], progress=True)
@@ -1037,7 +1037,7 @@ def predict_scan(run, item, out, index=()):
         similarity = (text_features(run.network, list(ids)) @ prediction).tolist()
         rows = sorted(zip(similarity, ids.values(), ids), reverse=True)[:10]
         _write_csv(path, ["similarity", "id", "report"], rows)
-        lines = [f"{score:.3f}  {name}  {textwrap.shorten(report, 160)}" for score, name, report in rows]
+        lines = [f"{score:.3f}  {name}  {text:.160}" for score, name, text in rows]
     else:
         path = _own_path(out, "probabilities.csv", item)
         rows = list(zip(run.task.classes, prediction.tolist()))
@@ -1060,12 +1060,12 @@ def _file_names(items):
     names = [data.file_name(data.ENDING.sub("", item.id)) for item in items]
     alike = [item.volume for item, name in zip(items, names) if names.count(name) > 1]
     if alike:
-        raise ValueError(f"found one name for the masks of {data.shorten(alike)}, expected one for each")
+        raise ValueError(f"found the same name for masks of {data.shorten(alike)}")
     return names
 
 
 def _own_path(out, name, item):
-    """OUT/name; a hash precedes the name where it belongs to another scan, as OUT/inputs.json tells"""
+    """OUT/name, after a hash if OUT/inputs.json says that it belongs to another scan"""
     notes, scan = out / "inputs.json", str(item.volume.resolve())
     owners = json.loads(notes.read_text(encoding="utf-8")) if notes.exists() else {}
     if owners.get(name, scan) != scan:
@@ -1087,10 +1087,10 @@ def write_result(result, path):
 
 
 def summary(result):
-    """The number of a task in one line"""
     reason = f", for {result['reason']}" if "reason" in result else ""
-    return (f"{result['task']}: {result['metric']} {result['value']:.3f} {span(result['interval'])}{reason}, "
-            f"n = {result['n']} ({result['split']}), chance {result['chance']:.3f}")
+    value = f"{result['metric']} {result['value']:.3f} {span(result['interval'])}{reason}"
+    n = f"n = {result['n']} ({result['split']})"
+    return f"{result['task']}: {value}, {n}, chance {result['chance']:.3f}"
 
 
 def print_classes(metric, per_class, positives, intervals):
@@ -1128,7 +1128,7 @@ def _show(ax, picture, title="", **options):
 
 
 def _coronal(volume, y=None):
-    """(1, D, H, W) -> a coronal slice (D, W), else the middle: head up, the patient's right on the left"""
+    """(1, D, H, W) -> slice (D, W) at y, else the middle: head up, the patient's right on the left"""
     y = volume.shape[2] // 2 if y is None else y
     return volume[0, :, y].flip(0, 1).float().cpu().numpy()
 
@@ -1139,7 +1139,7 @@ def plot_curves(rows, out):
     with figure(out, 1, len(names), 2.6, 2.4) as axes:
         for ax, name in zip(axes[0], names):
             points = [(row["step"], row[name]) for row in rows if name in row]
-            steps, values = np.array(points, float).T  # None becomes NaN, a gap
+            steps, values = np.array(points, float).T           # None becomes NaN, a gap
             width = max(1, len(values) // 10)
             means = np.convolve(values, np.ones(width) / width, "valid")
             ax.plot(steps, values, color="0.8", lw=0.8)
@@ -1156,26 +1156,23 @@ def plot_reconstruction(network, batch, out):
     volume, mask = batch["volume"], batch["volume_mask"]
     pictures = {"volume": volume, "masked": volume.masked_fill(mask, 0),
                 "reconstructed": torch.where(mask, recon, volume)}
-    flatness = volume.shape[2] / volume.shape[4]
-    with figure(out, min(3, len(volume)), 3, 2.5, 2.5 * flatness + 0.2) as axes:
+    height = 2.5 * volume.shape[2] / volume.shape[4] + 0.2
+    with figure(out, min(3, len(volume)), 3, 2.5, height) as axes:
         for i, row in enumerate(axes):
             for ax, (title, volumes) in zip(row, pictures.items()):
                 _show(ax, _coronal(volumes[i]), title)
 
 
 def plot_attention(network, item, volume, out):
-    """Where four sentences of a report look, on slices through their lesions if item.mask has them: volume
-    (1, D, H, W)"""
+    """Where four sentences of a report look in a volume (1, D, H, W), beside the lesions of item.mask"""
     sentences, maps = sentence_maps(network, volume, item.report)
-    places = torch.zeros(len(data.LABELS), *volume.shape[1:], dtype=torch.bool)
-    if item.mask:
-        places = data.lesions(item, volume.shape[1:])
+    shape = volume.shape[1:]
+    places = data.lesions(item, shape) if item.mask else torch.zeros(len(data.LABELS), *shape)
     lesions = [places[findings(sentence)].any(0) for sentence in sentences]         # (D, H, W) each
     chosen = sorted(range(len(sentences)), key=lambda i: not lesions[i].any())[:4]  # lesions first
-    grid = [side // network.encoder.stride for side in volume.shape[1:]]
-    maps = F.interpolate(maps.unflatten(1, grid)[:, None], volume.shape[1:], mode="trilinear")
-    flatness = volume.shape[1] / volume.shape[3]
-    with figure(out, 1, len(chosen), 3.2, 3.2 * flatness + 0.3) as axes:
+    grid = [side // network.encoder.stride for side in shape]
+    maps = F.interpolate(maps.unflatten(1, grid)[:, None], shape, mode="trilinear")
+    with figure(out, 1, len(chosen), 3.2, 3.2 * shape[0] / shape[2] + 0.3) as axes:
         for ax, i in zip(axes[0], chosen):
             y = int(lesions[i].sum((0, 2)).argmax()) if lesions[i].any() else None
             _show(ax, _coronal(volume, y), textwrap.shorten(sentences[i], 45, placeholder=" …"))
@@ -1185,7 +1182,7 @@ def plot_attention(network, item, volume, out):
 
 
 def plot_roc(scores, truth, classes, out):
-    """One ROC curve a class that has both kinds: scores (n, K), truth (n, K) of 0, 1 and NaN = unknown"""
+    """The ROC curve of each class: scores (n, K), truth (n, K) of 0, 1 and NaN = unknown"""
     with figure(out, 1, 1, 6.4) as [[ax]]:
         ax.set_prop_cycle(color=plt.get_cmap("tab20").colors)
         ax.plot([0, 1], [0, 1], color="0.8", label="chance 0.500")
@@ -1199,21 +1196,19 @@ def plot_roc(scores, truth, classes, out):
 
 
 def plot_recall(ranks, out):
-    """Recall@K of reports that look for their volume. ranks: {protocol: those of reports, of volumes}"""
+    """Recall@K over K of reports. ranks: {protocol: those of the reports, those of the volumes}"""
     with figure(out) as [[ax]]:
         for name, (found, _) in ranks.items():
-            n = len(found)
-            line = ax.ecdf(found, label=f"{name} (n = {n})")
-            ax.plot(np.arange(1, n + 1), np.arange(1, n + 1) / n, color=line.get_color(), ls="--", lw=0.8)
+            ks = np.arange(1, len(found) + 1)
+            line = ax.ecdf(found, label=f"{name} (n = {len(found)})")
+            ax.plot(ks, ks / len(found), color=line.get_color(), ls="--", lw=0.8)
         ax.set(xscale="log", xlabel="K", ylabel="Recall@K; dashed: chance", xlim=(1, None))
         ax.legend()
 
 
 def plot_overlay(examples, out):
     """Scans and, below, what was marked (Fig. 7 of the paper): slices (y, x) in RAS.
-
-    examples: (title, image in [0, 1], pred, truth, Dice, height of a pixel in widths)
-    """
+    examples: (title, image in [0, 1], pred, truth, Dice, height of a pixel in widths)"""
     paint = np.array([(0, 0, 0, 0), (0.1, 0.8, 0.2, 0.75), (0.95, 0.15, 0.1, 0.75), (1, 0.85, 0, 0.75)])
     with figure(out, 2, len(examples), 2.8, 3) as axes:
         for (top, bottom), (title, image, pred, truth, score, aspect) in zip(axes.T, examples):
@@ -1222,31 +1217,30 @@ def plot_overlay(examples, out):
             _show(top, image[:, ::-1], title[-32:], **options)
             _show(bottom, image[:, ::-1], f"Dice {score:.3f}", **options)
             bottom.imshow(paint[kind][:, ::-1], **options)
-        names = zip(("correct", "wrong", "missing"), paint[1:])
-        patches = [Patch(color=colour, label=name) for name, colour in names]
-        axes[0, 0].figure.legend(handles=patches, loc="outside lower center", ncols=3)
+        patches = [Patch(color=colour) for colour in paint[1:]]
+        names = "correct", "wrong", "missing"
+        axes[0, 0].figure.legend(patches, names, loc="outside lower center", ncols=3)
 
 
 def write_comparison(rows, path):
     """Generated beside true reports, a word a line. rows: dicts of id, generated, truth"""
-    tables = [difflib.HtmlDiff().make_table(row["generated"].split(), row["truth"].split(),
-                                            html.escape(row["id"]), "true") for row in rows]
-    style = "<meta charset='utf-8'><style>.diff_add, .diff_chg, .diff_sub { background: #fbb }</style>"
-    path.write_text("<hr>".join([style, *tables]), encoding="utf-8")
+    generated = " ".join(f"{row['id']} {row['generated']}" for row in rows)
+    truth = " ".join(f"{row['id']} {row['truth']}" for row in rows)
+    page = difflib.HtmlDiff().make_file(generated.split(), truth.split(), "generated", "true")
+    path.write_text(page, encoding="utf-8")
 
 
 def plot_radar(columns, methods, out):
-    """One axis a task from chance (the centre) to the best value (the rim), one line a method (Fig. 8).
-
-    columns: {task and metric: {method: result of `evaluate`}}; a method without a value has a gap there.
-    """
-    values = [[by_method.get(method, {}).get("value") for method in methods] for by_method in columns.values()]
-    values = np.array(values, float)                                # None becomes NaN
-    chance = np.array([[next(iter(by_method.values()))["chance"]] for by_method in columns.values()], float)
+    """One axis a task from chance (centre) to the best value (rim), one line a method (Fig. 8).
+    columns: {task and metric: {method: result}}; where a value is missing there is a gap."""
+    values, chances = [], []
+    for by_method in columns.values():
+        values.append([by_method.get(method, {}).get("value") for method in methods])
+        chances.append([next(iter(by_method.values()))["chance"]])
+    values, chances = np.array(values, float), np.array(chances, float)     # None becomes NaN
     best = np.nanmax(values, 1, keepdims=True)
-    radii = (values - chance) / np.maximum(best - chance, 1e-9)     # (tasks, methods)
-    ends = zip(columns, chance[:, 0], best[:, 0])
-    labels = [f"{column}\n{centre:.3g} … {rim:.3g}" for column, centre, rim in ends]
+    radii = (values - chances) / np.maximum(best - chances, 1e-9)           # (tasks, methods)
+    labels = [f"{name}\n{low:.3g} … {high:.3g}" for name, [low], [high] in zip(columns, chances, best)]
     angles = np.linspace(0, 2 * math.pi, len(columns) + 1)
     with figure(out, 1, 1, 6.4, 5.6, projection="polar") as [[ax]]:
         ax.plot(angles, np.clip([*radii, radii[0]], 0, 1), marker="o", ms=3, label=methods)
@@ -1270,16 +1264,17 @@ def load_encoder(checkpoint, name=None, merging="auto"):
     return encoder, config
 
 
-def _encoder_of(args):
-    """The encoder of a command on its device, its input size, source of HU, config of its run or {}"""
+def load_as_run(args):
+    """The encoder of any file of weights -> Run, whose task has the size and source of HU"""
     encoder, config = load_encoder(args.checkpoint, args.encoder, args.merging)
-    whole = "task" not in config or data.TASKS[config["task"]].view == "whole"  # else the size of a patch
-    size = args.size or whole and config.get("size") or data.SIZE
+    is_whole = "task" not in config or data.TASKS[config["task"]].view == "whole"   # no patch
+    size = args.size or is_whole and config.get("size") or data.SIZE
     for name, ours in (("crop", data.CROP), ("window", data.WINDOW)):
         if tuple(config.get(name, ours)) != ours:
-            log.warning("warning: %s was trained with the %s %s, here it is %s", args.checkpoint, name,
-                        config[name], ours)
-    return encoder.to(DEVICE), tuple(size), args.hu or config.get("hu", "auto"), config
+            log.warning("warning: %s was trained with the %s %s, here it is %s", args.checkpoint,
+                        name, config[name], ours)
+    task = AS_PRETRAINED._replace(size=tuple(size), hu=args.hu or config.get("hu", "auto"))
+    return Run(encoder.to(DEVICE), task, config, args.cache, DEVICE)
 
 
 def patients_of(path):
@@ -1297,15 +1292,15 @@ def count_seen(items, hashes, source):
     patients = {item.patient for item in items}
     seen = data.patient_hashes(patients) & set(hashes)
     if seen:
-        log.warning("warning: %d of %d patients of the test part bear names of patients that %s was trained "
-                    "on: the number may be too good", len(seen), len(patients), source)
+        log.warning("warning: %d of %d patients of the test part bear names of patients that %s was "
+                    "trained on", len(seen), len(patients), source)
     return len(seen)
 
 
 def probe_command(args):
-    encoder, size, hu, config = _encoder_of(args)
-    items = data.load_items(args.data, args.cache)
-    features = probe_features(encoder, items, args.cache, size, hu, args.batch_size)
+    run, items = load_as_run(args), data.load_items(args.data, args.cache)
+    inputs = items, args.cache, run.task.size, run.task.hu, args.batch_size
+    features = probe_features(run.network, *inputs)
     left_out = len(items) - sum(map(len, features))
     if left_out:
         log.warning("%s: left out %d of %d volumes without all 18 labels", args.data, left_out, len(items))
@@ -1320,42 +1315,28 @@ def probe_command(args):
               "patients_seen_in_pretraining": seen}
     if math.isnan(value):
         result["reason"] = KINDS["prompt"][2]
-    untrained = untrained_encoder(config) if "mlm_prob" in config else None     # of a run of pretrain.py
-    if untrained is not None:
-        before = probe_features(untrained.to(DEVICE), items, args.cache, size, hu, args.batch_size)
+    untrained = untrained_encoder(run.config) if "mlm_prob" in run.config else None
+    if untrained is not None:                   # of a run of pretrain.py
+        before = probe_features(untrained.to(DEVICE), *inputs)
         result["gain"] = compare_probes(before, features, items, args.few)
         print(say_probe(result["gain"]))
     write_result(result, args.out / "probe.json")
 
 
-def load_pretrained(path, device="cpu"):
-    """last.pt of pretrain.py -> (MG3D in eval mode, its flags). ValueError for any other file."""
+def load_pretrained(path, cache="cache", device="cpu"):
+    """last.pt of pretrain.py -> Run of an MG3D in eval mode. ValueError for any other file."""
     checkpoint = model.read_checkpoint(path)
     config = model.flags_of(checkpoint)
     if "task" in config or "mlm_prob" not in config:
         raise data.wrong(path, "no text side", "last.pt of pretrain.py")
     network = model.build_network("pretrain", 0, config, model.local_file(path).parent)
     model.restore(network, checkpoint, path)
-    return network.to(device).eval(), config
-
-
-def load_towers(path, cache="cache", device="cpu"):
-    """A checkpoint with the projections of volumes and of whole reports -> Run. ValueError without one."""
-    config = model.flags_of(model.read_checkpoint(path))
-    if "task" in config:
-        run = load_checkpoint(path, cache, device)
-    else:
-        network, config = load_pretrained(path, device)
-        task = data.TASKS["ct-rate-vocab"]._replace(size=tuple(config["size"]), hu=config["hu"])
-        run = Run(network, task, config, cache, device)
-    if getattr(run.network, "text_pool", None) is None:
-        raise data.wrong(path, "no projection of whole reports", "last.pt of pretrain.py with --clip, "
-                         "or a checkpoint of ct-rate-vocab or ct-rate-retrieval")
-    return run
+    task = AS_PRETRAINED._replace(size=tuple(config["size"]), hu=config["hu"])
+    return Run(network.to(device).eval(), task, config, cache, device)
 
 
 def tested_part(items, split, source):
-    """The items of a part: of test, if there are none of valid, or else all. ValueError if none is left."""
+    """The items of a part; without a name of test, or of valid, or all. ValueError if there are none."""
     for name in [split] if split else ["test", "valid"]:
         part = [item for item in items if item.split == name]
         if part:
@@ -1378,27 +1359,32 @@ def read_prompts(path):
 
 
 def label_items(items, names, source):
-    """The items that have any of these labels: of the 18, or other columns of the manifest `source`"""
+    """The items that have any of these labels, of the 18 or of other columns of a manifest"""
     if set(names) <= set(data.LABELS):
         columns = [data.LABELS.index(name) for name in names]
         labels = {item.id: item.labels[columns] for item in items if item.labels is not None}
     elif Path(source).is_file():
         labels = data.read_labels(source, names)
     else:
-        raise data.wrong(source, f"no columns {data.shorten(names)}", "a manifest .csv that has them")
+        raise data.wrong(source, f"no columns {data.shorten(names)}", "a manifest with them")
     labelled = data.with_labels(items, labels, source)
     if not labelled:
-        raise data.wrong(source, f"no label of {data.shorten(names)}", "some, or --prompts of other labels")
+        raise data.wrong(source, f"no label of {data.shorten(names)}", "some, or other --prompts")
     return labelled
 
 
 def towers_command(args):
     """zeroshot and retrieval: volumes against texts, by the features of a dual encoder"""
-    run = load_towers(args.checkpoint, args.cache, DEVICE)
-    teacher = run.config.get("task") or ("--clip" if run.config.get("clip") else "nothing")
+    config = model.flags_of(model.read_checkpoint(args.checkpoint))
+    load = load_checkpoint if "task" in config else load_pretrained
+    run = load(args.checkpoint, args.cache, DEVICE)
+    if getattr(run.network, "text_pool", None) is None:
+        raise data.wrong(args.checkpoint, "no projection of whole reports", "last.pt of a run with --clip, "
+                         "or best.pt of ct-rate-vocab or ct-rate-retrieval")
+    teacher = config.get("task") or ("--clip" if config.get("clip") else "nothing")
     if teacher == "nothing":
-        log.warning("warning: %s was trained without --clip, the only loss that brings the pooled "
-                    "features of a volume and of its report together: expect chance", args.checkpoint)
+        log.warning("warning: %s was trained without --clip, the only loss that compares the features "
+                    "of volumes and reports: expect chance", args.checkpoint)
     items = tested_part(data.load_items(args.data, args.cache), args.split, args.data)
     task, texts = run.task._replace(kind="retrieve", metric="Recall@50"), None
     if args.command == "zeroshot":
@@ -1407,13 +1393,12 @@ def towers_command(args):
             names, texts = read_prompts(args.prompts)
         items = label_items(items, names, args.data)
         task = run.task._replace(kind="prompt", metric="AUC", classes=names)
-        prompts, text_encoder = texts or data.prompts(names), run.network.text_encoder
-        text_encoder.check_words(prompts, args.prompts or "the prompts")
-        unknown = text_encoder.tokenizer.unk_token
-        lacking = [text for text in prompts if unknown in text_encoder.tokenizer.tokenize(text)]
+        prompts, tokenizer = texts or data.prompts(names), run.network.text_encoder.tokenizer
+        run.network.text_encoder.check_words(prompts, args.prompts or "the prompts")
+        lacking = [text for text in prompts if tokenizer.unk_token in tokenizer.tokenize(text)]
         if lacking:
-            log.warning("warning: the text encoder lacks words of %d of %d prompts: %s", len(lacking),
-                        len(prompts), data.shorten(lacking))
+            log.warning("warning: the text encoder lacks words of %d of %d prompts: %s",
+                        len(lacking), len(prompts), data.shorten(lacking))
     run = run._replace(task=task, config=run.config | {"task": args.command, "prompts": texts})
     seen = count_seen(items, patients_of(args.checkpoint), args.checkpoint)
     save_evaluation(run, items, args.out, score=f"cosine of pooled features, taught by {teacher}",
@@ -1431,20 +1416,19 @@ def save_evaluation(run, items, out, train_items=(), **more):
 
 
 def pairing_command(args):
-    network, config = load_pretrained(args.checkpoint, DEVICE)
+    network, task, config, *_ = load_pretrained(args.checkpoint, args.cache, DEVICE)
     held_out = [item for item in data.load_items(args.data, args.cache) if item.split != "train"]
-    data.check_prepared(held_out, config["size"], config["hu"])
-    items = list({item.patient: item for item in held_out}.values())    # a second scan has the same report
-    if len(items) < 2 or args.batch_size < 2:
-        raise ValueError(f"{args.data}: found {len(items)} held-out patients and --batch_size "
-                         f"{args.batch_size}, expected at least two of each")
+    data.check_prepared(held_out, task.size, task.hu)
+    items = list({item.patient: item for item in held_out}.values())    # one report a patient
+    size = min(args.batch_size, len(items))
+    if size < 2:
+        raise data.wrong(args.data, f"{len(items)} held-out patients", "at least two in a batch")
     count_seen(items, patients_of(args.checkpoint), args.checkpoint)
     tokenizer = network.text_encoder.tokenizer
     settings = {name: config[name] for name in ("hu", "mask_size", "mask_ratio", "mlm_prob")}
     make = functools.partial(data.pretraining_example, tokenizer=tokenizer, cache=args.cache,
-                             size=tuple(config["size"]), **settings)
-    examples, size = data.Examples(items, make, args.seed), min(args.batch_size, len(items))
-    batches = []
+                             size=task.size, **settings)
+    examples, batches = data.Examples(items, make, args.seed), []
     for shuffle in range(3):
         order = np.random.default_rng((args.seed, shuffle)).permutation(len(items))
         for i in range(0, len(order) - size + 1, size):                 # batches of equal size
@@ -1460,8 +1444,7 @@ def pairing_command(args):
 
 
 def find_scans(folder):
-    """What a folder holds at any depth: volume files, folders of DICOM, and folders of pictures that have no
-    volume beside them; if there is nothing of these, the folder itself"""
+    """At any depth: volume files, folders of DICOM or, without volumes, of pictures; else the folder"""
     scans = []
     for root, _, names in data.walk(folder):
         paths = [root / name for name in names if name != "DICOMDIR"]
@@ -1476,24 +1459,24 @@ def find_scans(folder):
 
 def embed_command(args):
     """Features of every scan of a folder; a scan that cannot be read is named and left out."""
-    if args.out.suffix != ".npz":
-        raise ValueError(f"--out {args.out}: expected a name that ends in .npz")
-    encoder, size, hu, _ = _encoder_of(args)
+    run = load_as_run(args)
     source = args.input.absolute()              # . has a name then
     scans = find_scans(source) if source.is_dir() else [source]
     ids, rows = [], []
     for scan in tqdm(scans, desc="embed", unit="scan", disable=None):
         name = scan.name if scan == source else scan.relative_to(source).as_posix()
         try:
-            rows += list(global_features(encoder, [data.Item(name, scan, "", None, name)], args.cache, size, hu))
+            item = data.Item(name, scan, "", None, name)
+            rows += [*global_features(run.network, [item], args.cache, run.task.size, run.task.hu)]
             ids.append(name)
         except ValueError as error:
             log.warning("left out %s", error)
     if not ids:
-        raise ValueError(f"{args.input}: found no scan that can be read, expected a scan or a folder of them")
+        raise data.wrong(args.input, "no scan that can be read", "a scan or a folder of them")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     features = np.array(rows, np.float32)
-    np.savez(args.out, ids=np.array(ids), features=features)
+    with data.written_whole(args.out) as file:
+        np.savez(file, ids=np.array(ids), features=features)
     print(f"wrote {args.out}: features {features.shape}; {len(scans) - len(ids)} scans left out")
 
 
@@ -1509,44 +1492,33 @@ class ImageFeature(torch.nn.Module):
         return F.normalize(tokens.mean(1), dim=-1)
 
 
-def load_for_export(args):
-    """The network of a task, else an encoder; the name of what it gives; what its user must know"""
-    config = model.flags_of(model.read_checkpoint(args.checkpoint))
-    if "task" not in config:
-        encoder, size, hu, _ = _encoder_of(args)
-        return encoder, "maps", {"task": None, "kind": "encode", "view": "whole", "size": size,
-                                 "window": data.WINDOW, "spacing": None, "hu": hu}
-    run = load_checkpoint(args.checkpoint)
-    notes = {"task": config["task"], **run.task.settings()}
-    notes |= {"size": args.size or notes["size"], "vocabulary": config["vocabulary"]}
-    if run.task.kind == "prompt":  # log odds: (yes - no) / temperature, cosines of a feature and two texts
-        texts = text_features(run.network, data.prompts(run.task.classes))
-        notes |= {"texts": texts.tolist(), "temperature": config["temperature"]}
-    if run.task.kind in ("prompt", "retrieve"):
-        return ImageFeature(run.network), "feature", notes
-    return run.network, "logits", notes
-
-
 @torch.no_grad()
 def export_command(args):
     """A graph for one volume on a CPU. It is written if, read again, it gives our numbers."""
-    if args.out.suffix != ".pt2":
-        raise ValueError(f"--out {args.out}: expected a name that ends in .pt2")
-    network, name, notes = load_for_export(args)
-    network, size = network.cpu().eval(), notes["size"]
+    config = model.flags_of(model.read_checkpoint(args.checkpoint))
+    run = load_checkpoint(args.checkpoint) if "task" in config else load_as_run(args)
+    network, kind, size = run.network.cpu().eval(), run.task.kind, args.size or run.task.size
     stride = getattr(network, "encoder", network).stride
     if any(side % stride for side in size):
         raise ValueError(f"found the size {tuple(size)}, expected multiples of {stride}")
-    inputs = {"volume": torch.rand(1, 1, *size)}
-    if notes["kind"] == "report":  # shorter reports end in padding, which no word before it sees
+    notes = {**run.task.settings(), "task": config.get("task"), "size": size, "crop": data.CROP,
+             "vocabulary": config.get("vocabulary"), "axes": "z, y, x of a scan in RAS",
+             "values": "HU, window to [0, 1]" if run.task.window else "z-score of all voxels but 0"}
+    inputs, name = {"volume": torch.rand(1, 1, *size)}, "maps" if kind == "encode" else "logits"
+    if kind == "report":  # shorter reports end in padding, which no word before it sees
         inputs["tokens"] = torch.randint(len(notes["vocabulary"]), (1, network.max_length + 1))
+    if kind == "prompt":  # log odds: (yes - no) / temperature, cosines of a feature and two texts
+        texts = text_features(network, data.prompts(run.task.classes))
+        notes |= {"texts": texts.tolist(), "temperature": config["temperature"]}
+    if kind in ("prompt", "retrieve"):
+        network, name = ImageFeature(network), "feature"
     expected = network(*inputs.values())
-    shapes = [list(tensor.shape) for tensor in (expected if name == "maps" else [expected])]
-    notes |= {"inputs": {key: list(tensor.shape) for key, tensor in inputs.items()},
-              "outputs": {name: shapes}, "axes": "z, y, x of a scan in RAS", "crop": data.CROP,
-              "values": "HU, window to [0, 1]" if notes["window"] else "z-score of all voxels but 0"}
-    print("traced, written and read again, which takes minutes for Swin-B in full size …", flush=True)
-    program, graph = torch.export.export(network, tuple(inputs.values()), strict=False), io.BytesIO()
+    tensors = expected if name == "maps" else [expected]
+    notes["inputs"] = {key: list(tensor.shape) for key, tensor in inputs.items()}
+    notes["outputs"] = {name: [list(tensor.shape) for tensor in tensors]}
+    print("traced, written and read again: minutes for Swin-B in full size", flush=True)
+    program = torch.export.export(network, tuple(inputs.values()), strict=False)
+    graph = io.BytesIO()
     torch.export.save(program, graph, extra_files={"mg3d.json": json.dumps(notes)})
     graph.seek(0)
     found = torch.export.load(graph).module()(*inputs.values())
@@ -1554,7 +1526,7 @@ def export_command(args):
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with data.written_whole(args.out) as file:
         file.write(graph.getvalue())
-    print(f"wrote {args.out}: {len(graph.getvalue()) / 1e6:.1f} MB, {notes['inputs']} to {notes['outputs']}")
+    print(f"wrote {args.out}: from {notes['inputs']} to {notes['outputs']}")
 
 
 def radar_command(args):
@@ -1575,16 +1547,17 @@ def radar_command(args):
         other, first = next(iter(by_method.items()))
         for key in ("split", "n", "ids_sha1", "protocol"):
             if key in result and key in first and result[key] != first[key]:
-                log.warning("warning: %s: found the %s %s, in %s %s: these numbers cannot be compared",
-                            path, key, result[key], other, first[key])
+                log.warning("warning: %s cannot be compared with %s: %s %s and %s", path, other, key,
+                            result[key], first[key])
     methods = list(dict.fromkeys(itertools.chain(*columns.values())))
     print(f"| method | {' | '.join(columns)} |\n|{' --- |' * (1 + len(columns))}")
     for method in methods:
         row = [method]
         for column, by_method in columns.items():
             scale = 1 if "BLEU" in column else 100                      # BLEU comes in percent
-            numbers = [by_method.get(method, {}).get(name) for name in ("value", "std")]
-            row.append("±".join(f"{scale * number:.2f}" for number in numbers if number is not None))
+            result = by_method.get(method, {})
+            numbers = [result[name] for name in ("value", "std") if result.get(name) is not None]
+            row.append("±".join(f"{scale * number:.2f}" for number in numbers))
         print(f"| {' | '.join(row)} |")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     plot_radar(columns, methods, args.out)
@@ -1593,30 +1566,30 @@ def radar_command(args):
 
 def task_command(args):
     if not (args.task and args.checkpoint and (args.data or args.input)):
-        raise ValueError("expected --task, --checkpoint, and --data or --input, or a command: "
-                         f"{', '.join(filter(None, COMMANDS))}")
+        raise ValueError("expected --task, --checkpoint, and --data or --input; see --help")
     run = load_checkpoint(args.checkpoint, args.cache, DEVICE)
     config, out = run.config, args.out or args.checkpoint.parent / "eval"
     if config["task"] != args.task:
-        raise data.wrong(args.checkpoint, f"a checkpoint of {config['task']}", f"one of {args.task}")
+        raise data.wrong(args.checkpoint, f"the task {config['task']}", f"--task {args.task}")
     items, chosen = [], []
     if args.data:
         fold = config["fold"] if args.fold is None else args.fold
         items = data.load_task(args.task, args.data, fold, config["seed"], cache=args.cache)
         classes = data.with_classes(run.task, items).classes
         if run.task.kind == "classify" and classes != run.task.classes:
-            raise data.wrong(args.data, f"the labels {classes}", f"{run.task.classes} of {args.checkpoint}")
+            raise data.wrong(args.data, f"the labels {classes}", f"{run.task.classes} as in training")
         chosen = tested_part(items, args.split, args.data)
     if args.input:
         centre = args.centre
         if (centre is not None) != (run.task.view == "cube"):
-            raise ValueError(f"--task {args.task}: expected {'no --centre' if centre else '--centre X Y Z'}")
+            raise ValueError(f"{args.task}: expected {'no --centre' if centre else '--centre X Y Z'}")
         if run.task.kind == "retrieve" and not chosen:
-            raise ValueError(f"--task {args.task}: expected --data, whose reports are those to search")
+            raise ValueError(f"{args.task}: expected --data with the reports to search")
         if centre and ".nii" not in args.input.name.lower():  # LPS to RAS
             centre = [-centre[0], -centre[1], centre[2]]
         name = args.input.name
-        return predict_scan(run, data.Item(name, args.input, "", None, name, centre=centre), out, chosen)
+        item = data.Item(name, args.input, "", None, name, centre=centre)
+        return predict_scan(run, item, out, chosen)
     tested = chosen if args.split == "test" else []
     seen = count_seen(tested, data.patient_hashes(config["patients"]), args.checkpoint)
     seen_before = count_seen(tested, config.get("pretrained_on", ()), config.get("init"))
