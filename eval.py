@@ -18,7 +18,6 @@ import csv
 import difflib
 import functools
 import hashlib
-import io
 import itertools
 import json
 import logging
@@ -51,7 +50,7 @@ def flags():
     add("--cache", default="cache", help="folder of preprocessed volumes")
 
     weights, sets, part, encoders = (argparse.ArgumentParser(add_help=False) for _ in range(4))
-    weights.add_argument("--checkpoint", type=Path, required=True, help="a file or hf:owner/name")
+    weights.add_argument("--checkpoint", type=Path, required=True, help="a path or hf:owner/name[/file]")
     weights.add_argument("--cache", default="cache", help="folder of preprocessed volumes")
     sets.add_argument("--data", required=True, help="demo, a manifest, a folder, a .json")
     part.add_argument("--split", choices=["train", "valid", "test"], help="else test, valid or all")
@@ -111,7 +110,7 @@ SACREBLEU = BLEU(tokenize="none", smooth_method="none", effective_order=True)
 PENALTIES = np.logspace(-1, 5, 25)  # of the ridge regression
 WEIGHTED = "mean weighted by positives"
 KS = (1, 5, 10, 50, 100)            # of Recall@K
-AS_PRETRAINED = data.TASKS["ct-rate-vocab"]._replace(kind="encode", classes=())  # the same input
+PRETRAINING = data.TASKS["ct-rate-vocab"]._replace(kind="encode", classes=())   # the same input
 
 
 # --------------------------------- metrics
@@ -1246,7 +1245,7 @@ def plot_radar(columns, methods, out):
         ax.plot(angles, np.clip([*radii, radii[0]], 0, 1), marker="o", ms=3, label=methods)
         ax.set(theta_zero_location="N", theta_direction=-1, ylim=(0, 1), yticklabels=[])
         ax.set_xticks(angles[:-1], labels)
-        ax.tick_params(pad=18)
+        ax.tick_params(pad=24)
         ax.figure.legend(loc="outside right upper")
 
 
@@ -1273,8 +1272,20 @@ def load_as_run(args):
         if tuple(config.get(name, ours)) != ours:
             log.warning("warning: %s was trained with the %s %s, here it is %s", args.checkpoint,
                         name, config[name], ours)
-    task = AS_PRETRAINED._replace(size=tuple(size), hu=args.hu or config.get("hu", "auto"))
+    task = PRETRAINING._replace(size=tuple(size), hu=args.hu or config.get("hu", "auto"))
     return Run(encoder.to(DEVICE), task, config, args.cache, DEVICE)
+
+
+def load_pretrained(path, cache="cache", device="cpu"):
+    """last.pt of pretrain.py -> Run of an MG3D in eval mode. ValueError for any other file."""
+    checkpoint = model.read_checkpoint(path)
+    config = model.flags_of(checkpoint)
+    if "task" in config or "mlm_prob" not in config:
+        raise data.wrong(path, "no text side", "last.pt of pretrain.py")
+    network = model.build_network("pretrain", 0, config, model.local_file(path).parent)
+    model.restore(network, checkpoint, path)
+    task = PRETRAINING._replace(size=tuple(config["size"]), hu=config["hu"])
+    return Run(network.to(device).eval(), task, config, cache, device)
 
 
 def patients_of(path):
@@ -1321,18 +1332,6 @@ def probe_command(args):
         result["gain"] = compare_probes(before, features, items, args.few)
         print(say_probe(result["gain"]))
     write_result(result, args.out / "probe.json")
-
-
-def load_pretrained(path, cache="cache", device="cpu"):
-    """last.pt of pretrain.py -> Run of an MG3D in eval mode. ValueError for any other file."""
-    checkpoint = model.read_checkpoint(path)
-    config = model.flags_of(checkpoint)
-    if "task" in config or "mlm_prob" not in config:
-        raise data.wrong(path, "no text side", "last.pt of pretrain.py")
-    network = model.build_network("pretrain", 0, config, model.local_file(path).parent)
-    model.restore(network, checkpoint, path)
-    task = AS_PRETRAINED._replace(size=tuple(config["size"]), hu=config["hu"])
-    return Run(network.to(device).eval(), task, config, cache, device)
 
 
 def tested_part(items, split, source):
@@ -1444,7 +1443,7 @@ def pairing_command(args):
 
 
 def find_scans(folder):
-    """At any depth: volume files, folders of DICOM or, without volumes, of pictures; else the folder"""
+    """The scans in a folder: volume files, folders of DICOM, folders of pictures alone; or itself"""
     scans = []
     for root, _, names in data.walk(folder):
         paths = [root / name for name in names if name != "DICOMDIR"]
@@ -1461,20 +1460,20 @@ def embed_command(args):
     """Features of every scan of a folder; a scan that cannot be read is named and left out."""
     run = load_as_run(args)
     source = args.input.absolute()              # . has a name then
-    scans = find_scans(source) if source.is_dir() else [source]
+    scans = find_scans(source)
     ids, rows = [], []
     for scan in tqdm(scans, desc="embed", unit="scan", disable=None):
         name = scan.name if scan == source else scan.relative_to(source).as_posix()
         try:
             item = data.Item(name, scan, "", None, name)
-            rows += [*global_features(run.network, [item], args.cache, run.task.size, run.task.hu)]
+            rows.append(global_features(run.network, [item], run.cache, run.task.size, run.task.hu))
             ids.append(name)
         except ValueError as error:
             log.warning("left out %s", error)
     if not ids:
         raise data.wrong(args.input, "no scan that can be read", "a scan or a folder of them")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    features = np.array(rows, np.float32)
+    features = np.concatenate(rows).astype(np.float32)
     with data.written_whole(args.out) as file:
         np.savez(file, ids=np.array(ids), features=features)
     print(f"wrote {args.out}: features {features.shape}; {len(scans) - len(ids)} scans left out")
@@ -1518,14 +1517,12 @@ def export_command(args):
     notes["outputs"] = {name: [list(tensor.shape) for tensor in tensors]}
     print("traced, written and read again: minutes for Swin-B in full size", flush=True)
     program = torch.export.export(network, tuple(inputs.values()), strict=False)
-    graph = io.BytesIO()
-    torch.export.save(program, graph, extra_files={"mg3d.json": json.dumps(notes)})
-    graph.seek(0)
-    found = torch.export.load(graph).module()(*inputs.values())
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with data.written_whole(args.out) as file:
-        file.write(graph.getvalue())
+        torch.export.save(program, file, extra_files={"mg3d.json": json.dumps(notes)})
+        file.flush()
+        found = torch.export.load(file.name).module()(*inputs.values())
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     print(f"wrote {args.out}: from {notes['inputs']} to {notes['outputs']}")
 
 
@@ -1547,8 +1544,7 @@ def radar_command(args):
         other, first = next(iter(by_method.items()))
         for key in ("split", "n", "ids_sha1", "protocol"):
             if key in result and key in first and result[key] != first[key]:
-                log.warning("warning: %s cannot be compared with %s: %s %s and %s", path, other, key,
-                            result[key], first[key])
+                log.warning("warning: %s cannot be compared with %s: another %s", path, other, key)
     methods = list(dict.fromkeys(itertools.chain(*columns.values())))
     print(f"| method | {' | '.join(columns)} |\n|{' --- |' * (1 + len(columns))}")
     for method in methods:

@@ -969,8 +969,8 @@ def test_radar_tells_what_cannot_be_compared(tmp_path, caplog):
     assert done.returncode == 0 and "warning" not in caplog.text
     done = radar("ours", "fold")
     assert "| fold | 40.00 |" in done.stdout
-    for key in ("n 21 and 20", "ids_sha1 b and a"):
-        assert f"fold/result.json cannot be compared with ours: {key}" in caplog.text
+    for key in ("n", "ids_sha1"):
+        assert f"fold/result.json cannot be compared with ours: another {key}\n" in caplog.text
     done = radar("ours", "metric")                              # another column
     assert "| ours | 50.00 |  |" in done.stdout and "| metric |  | 40.00 |" in done.stdout and "warning" not in caplog.text
     assert "| null |  |" in radar("ours", "null").stdout
