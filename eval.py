@@ -52,18 +52,19 @@ def flags():
     weights, sets, part, encoders = (argparse.ArgumentParser(add_help=False) for _ in range(4))
     weights.add_argument("--checkpoint", type=Path, required=True, help="a path or hf:owner/name[/file]")
     weights.add_argument("--cache", default="cache", help="folder of preprocessed volumes")
-    sets.add_argument("--data", required=True, help="demo, a manifest, a folder, a .json")
-    part.add_argument("--split", choices=["train", "valid", "test"], help="else test, valid or all")
+    sets.add_argument("--data", required=True, help="demo, or a set as pretrain.py takes it")
+    part.add_argument("--split", choices=["train", "valid", "test"], help="else test, or valid, or all")
     add = encoders.add_argument
     add("--encoder", help="swin_b, swin_l, swin_t or unet, if the file does not say")
-    add("--merging", default="auto", choices=["auto", "monai", "v0.9", "mergingv2"], help="likewise")
+    add("--merging", default="auto", choices=["auto", "monai", "v0.9", "mergingv2"], help="of patches")
     add("--size", type=int, nargs=3, metavar=("D", "H", "W"), help="of the input, likewise")
     add("--hu", choices=["auto", "header", "csv"], help="source of Hounsfield units, likewise")
     commands = parser.add_subparsers(dest="command")
 
     def command(name, out, *parents):
         parser = commands.add_parser(name, parents=parents, formatter_class=Help)
-        parser.add_argument("--out", type=Path, default=out, help="file or folder to write")
+        what = "file or folder to write" if out else "folder to write, else that of the checkpoint"
+        parser.add_argument("--out", type=Path, default=out, help=what)
         return parser.add_argument
     add = command("zeroshot", "out/zeroshot", weights, sets, part)
     add("--prompts", type=Path, help="CSV name,positive,negative: two texts a label column; else 'NAME.' "
@@ -72,7 +73,7 @@ def flags():
     add = command("probe", "out/probe", weights, sets, encoders)
     add("--batch_size", type=int, default=8, help="volumes at a time")
     add("--few", type=int, default=100, help="labels of a second probe, the mean of 10 draws")
-    add = command("pairing", None, weights, sets)               # beside the checkpoint
+    add = command("pairing", None, weights, sets)
     add("--batch_size", type=int, default=24, help="volumes that stand against each other")
     add("--seed", type=int, default=0, help="of the batches and masks")
     add = command("embed", "embeddings.npz", weights, encoders)
