@@ -106,7 +106,7 @@ def measure(folder, manifest, seed):
     untrained = evaluation.untrained_encoder({"encoder": pretrain.DEMO["encoder"], "seed": seed, "init": None})
     network, encoder, row = None, untrained, {}
     if (folder / "last.pt").exists():
-        network, _ = evaluation.load_pretrained(folder / "last.pt", evaluation.DEVICE)
+        network = evaluation.load_pretrained(folder / "last.pt", device=evaluation.DEVICE).network
         encoder = network.encoder
     before, after = (evaluation.probe_features(net.to(evaluation.DEVICE), items, cache, size, batch_size=24)
                      for net in (untrained, encoder))

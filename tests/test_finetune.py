@@ -154,7 +154,7 @@ def test_labels_of_ones_own_need_no_data_any_more(run, sets, tmp_path, cache):
     other = tmp_path / "other.csv"
     lines = [f"{sets('labels')}/volumes/{i}.nii.gz,{i % 2}" for i in range(1, 21)]
     other.write_text("\n".join(["volume,asthma", *lines]))
-    with pytest.raises(ValueError, match="other.csv: found the labels asthma, expected those of out.best.pt: Cardiomegaly, Lung"):
+    with pytest.raises(ValueError, match="other.csv: found the labels .'asthma',., expected .'Cardiomegaly', 'Lung"):
         eval_py("--data", other)
 
 
@@ -346,11 +346,12 @@ def test_a_checkpoint_of_the_hub_brings_its_text_encoder(run, hub, sets, tmp_pat
     before, task = tmp_path / "before", "ct-rate-retrieval"
     reports = [item.report for item in data.load_task(task, sets(task))]
     phantoms.make_demo_text_encoder(before / "text_encoder", reports)
-    config = {"encoder": "swin_t", "embed_dim": 24, "text_encoder": "demo", "use_checkpoint": False, "clip": True}
+    config = {"encoder": "swin_t", "embed_dim": 24, "text_encoder": "demo", "use_checkpoint": False, "clip": True,
+              "size": [32, 32, 32], "hu": "auto"}
     source = model.build_network("retrieve", 0, config, before)
     torch.save({"model": model.weights_of(source), "config": config | {"mlm_prob": 0.15}}, before / "last.pt")
     hub("someone/mg3d", {"last.pt": before / "last.pt", "text_encoder": before / "text_encoder"})
-    assert evaluation.load_pretrained("hf:someone/mg3d/last.pt")[0].text_pool is not None
+    assert evaluation.load_pretrained("hf:someone/mg3d/last.pt").network.text_pool is not None
     run(task, "--init", "hf:someone/mg3d/last.pt", "--embed_dim", 24, "--steps", 1, "--lr", 0, "--batch_size", 2)
     assert torch.equal(weights("out/last.pt")["text_proj.weight"], source.text_proj.weight)
     first, second = (folder / "text_encoder" / "tokenizer.json" for folder in (before, tmp_path / "out"))
