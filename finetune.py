@@ -236,8 +236,8 @@ def train(args, task, out, seed, rank, world, device):
     patients = {split: sorted({item.patient for item in part})
                 for split, part in zip(data.SPLITS, parts)}
     config = {name: value for name, value in vars(args).items() if name not in ("resume", "out")}
-    config |= {"seed": seed, "vocabulary": None, "pretrained_on": [],
-               "patients": sorted({*patients["train"], *patients["valid"]})}
+    config |= {"seed": seed, "vocabulary": None,
+               "patients": sorted({*patients["train"], *patients["valid"]}), "pretrained_on": []}
     if task.kind == "report":
         reports = [item.report for item in train_items]
         config["vocabulary"] = data.build_vocabulary(reports, args.min_count)

@@ -104,7 +104,7 @@ import os
 import signal
 import sys
 import time
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import torch
@@ -439,7 +439,13 @@ def main(args, given):
         if args.init:
             raise ValueError("--resume goes on, --init starts from other weights: give one")
         checkpoint = load_last(out)
+        newest = json.loads((out / "run.json").read_text(encoding="utf-8"))
+        if newest["begun"] != checkpoint["config"]["begun"]:
+            raise ValueError(f"--resume: the run that began in {out} at {newest['begun']} saved "
+                             "nothing; last.pt is of an older one")
         args = resume_flags(args, given, checkpoint["config"], MAY_CHANGE)
+    else:
+        args.begun = str(datetime.now())
     if args.batch_size is None:
         args.batch_size = max(1, 24 // world)
     check_flags(args)
@@ -513,10 +519,8 @@ def main(args, given):
     log_path, board = out / "log.jsonl", None
     nothing = know_nothing() if step == rank == 0 else None
     if rank == 0:
-        if not checkpoint and (out / "last.pt").exists():   # --resume must not go on with it
-            log.warning("warning: %s is of an older run; it is older.pt now", out / "last.pt")
-            os.replace(out / "last.pt", out / "older.pt")
-            (out / "previous.pt").unlink(missing_ok=True)
+        if not checkpoint:                              # an older last.pt is not of this run
+            evaluation.write_result(config, out / "run.json")
         write_log(log_path, [row for row in read_log(log_path) if row["step"] < step], mode="w")
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter

@@ -469,7 +469,8 @@ def test_a_broken_checkpoint_falls_back_to_the_one_before(run, copied, uninterru
     for name in ("last.pt", "previous.pt"):
         (copied / name).write_bytes(b"no checkpoint")
     again = run(f"--out {copied} --resume")
-    again.refused(last, copied / "previous.pt", "no checkpoint to go on from")
+    again.refused(copied / "previous.pt", "cannot be read")
+    assert f"{last}: cannot be read" in again.text
 
 
 def test_an_older_run_in_the_folder_is_not_taken_for_the_new_one(run, copied):
@@ -479,9 +480,9 @@ def test_an_older_run_in_the_folder_is_not_taken_for_the_new_one(run, copied):
     new.until_step(0, copied)
     new.processes[0].kill()
     new.processes[0].join()
-    assert f"warning: {copied / 'last.pt'} is of an older run" in new.read("out")
-    assert load(copied / "older.pt")["config"]["seed"] == 0
-    run(f"--out {copied} --resume").refused("no checkpoint to go on from", copied / "last.pt")
+    newest = json.loads((copied / "run.json").read_text())
+    assert (newest["seed"], load(copied / "last.pt")["config"]["seed"]) == (7, 0)
+    run(f"--out {copied} --resume").refused(newest["begun"], "last.pt is of an older one")
 
 
 def test_weights_of_the_losses():
@@ -536,7 +537,7 @@ def test_a_checkpoint_of_code_is_not_executed(tmp_path, monkeypatch, uninterrupt
     monkeypatch.chdir(tmp_path)
     Path("last.pt").write_bytes(pickle.dumps({"optimizer": Code()}, protocol=2))
     torch.save({"optimizer": Code()}, "previous.pt")
-    with pytest.raises(ValueError, match="no checkpoint to go on from"):
+    with pytest.raises(ValueError, match="previous.pt: cannot be read safely"):
         pretrain.load_last(tmp_path)
     shutil.copy(uninterrupted[1][0] / "last.pt", "previous.pt")
     assert pretrain.load_last(tmp_path)["step"] == 6
@@ -555,7 +556,7 @@ def test_resume_refuses_what_contradicts_the_checkpoint(run, copied, folder):
     for flags, words in cases.items():
         run(f"--out {copied} --resume {flags}").refused(*words)
     run(f"--out {copied} --resume", world=2).refused("by 1 processes, found 2")
-    run(f"--out {copied.parent / 'nothing'} --resume").refused("no checkpoint to go on from", "last.pt")
+    run(f"--out {copied.parent / 'nothing'} --resume").refused("previous.pt: found no such file")
     assert read_log(copied) == before
 
 
