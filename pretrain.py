@@ -142,17 +142,8 @@ run        {step} of {steps} steps, seed {seed}
 {numbers}
 ```
 
-In the folder of the code, with the name of this repository or the path of a file:
-
-```python
-import data, eval
-encoder, config = eval.load_encoder("hf:OWNER/NAME")
-array, spacing, _ = data.read_volume("scan.nii.gz")
-array, _ = data.to_hounsfield(array, "scan.nii.gz", config["hu"])
-maps = encoder(data.preprocess(array, spacing, config["size"])[None])
-```
-
-The weights have the names of MONAI's `SwinUNETR`: {architecture}.
+`encoder, config = eval.load_encoder("hf:OWNER/NAME")` of the code loads it. The weights have the names
+of MONAI's `SwinUNETR`: {architecture}.
 The files hold hashes of the names of the patients, so that a test can warn of them.
 """
 MAY_CHANGE = {"resume", "out", "steps", "cache", "workers", "save_every", "log_every", "data"}
@@ -411,25 +402,20 @@ batch      {args.batch_size} volumes × {world} processes × {args.accumulate} p
 {args.batch_size * world - 1} negatives for each volume"""
 
 
-def save_encoder(args, encoder, patients, out):
-    """OUT/encoder.pt and encoder.safetensors: the weights with MONAI's names, all that they need to
-    be used without a flag, and hashes of the patients"""
+def save_encoder(args, encoder, patients, about, step, out, numbers="None yet: the run goes on."):
+    """OUT/encoder.pt and encoder.safetensors, the weights with MONAI's names and all that they need
+    to be used without a flag, and README.md, the model card"""
     config = {"encoder": args.encoder, "size": args.size, "hu": args.hu, "crop": data.CROP,
               "window": data.WINDOW}
     weights = model.export_encoder(encoder, config=config, patients=patients)
     save_file(weights, out / "encoder.pt")
     save_file(weights, out / "encoder.safetensors", write=model.write_safetensors)
-
-
-def write_card(args, encoder, about, step, out, numbers="None yet: the run goes on."):
-    """OUT/README.md, the model card. about: of `describe`; numbers: of `say_result`, at the end"""
-    path = out / "README.md"
-    if path.exists() and not path.read_bytes().startswith(CARD.partition("{")[0].encode()):
-        log.warning("warning: %s is no model card of ours or was edited: it stays", path)
+    card, architecture = out / "README.md", model.monai_settings(encoder)
+    if card.exists() and not card.read_bytes().startswith(CARD.partition("{")[0].encode()):
+        log.warning("warning: %s is no model card of ours or was edited: it stays", card)
         return
-    text = CARD.format(about=about, step=step, numbers=numbers,
-                       architecture=model.monai_settings(encoder), **vars(args))
-    path.write_text(text, encoding="utf-8")
+    text = CARD.format(about=about, step=step, numbers=numbers, architecture=architecture, **vars(args))
+    card.write_text(text, encoding="utf-8")
 
 
 def main(args, given):
@@ -576,8 +562,7 @@ def main(args, given):
         if step % args.save_every == 0 or step == args.steps or stopping:
             save_run(out, network, optimizer, scaler, config, step, ids=ids, patients=patients)
             if rank == 0:
-                save_encoder(args, encoder, patients, out)
-                write_card(args, encoder, about, step, out)
+                save_encoder(args, encoder, patients, about, step, out)
                 evaluation.plot_curves(read_log(log_path), out / "curves.png")
     bar.close()
     interruption.end()
@@ -591,7 +576,7 @@ def main(args, given):
         levels = evaluation.levels(read_log(log_path), know_nothing())      # SFR's target has moved
         text = say_result(measure(args, network, levels, items, unseen, collate, out))
         log.info(text)
-        write_card(args, encoder, about, step, out, text)
+        save_encoder(args, encoder, patients, about, step, out, text)
 
 
 def first_batches(examples, collate, batch_size, volumes):
