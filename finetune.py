@@ -32,7 +32,7 @@ def flags():
         "those of pretrain.py know --encoder, last.pt --text_encoder and --embed_dim, too")
     add("--merging", default="auto", choices=["auto", "monai", "v0.9", "mergingv2"],
         help="of --init, as in pretrain.py")
-    add("--encoder", default="swin_b", choices=["swin_b", "swin_l", "swin_t", "unet"])
+    add("--encoder", default="swin_b", choices=["swin_b", "swin_l", "swin_t", "unet"], help="3D")
     add("--text_encoder", default="StanfordAIMI/RadBERT", help="as in pretrain.py")
     add("--embed_dim", type=int, default=768, help="width E of prompts and retrieval")
     add("--temperature", type=float, default=0.1, help="of prompts and retrieval")

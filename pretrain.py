@@ -30,7 +30,7 @@ def flags():
     add("--workers", type=int, default=2, help="loader processes for each GPU")
 
     add = parser.add_argument_group("model").add_argument
-    add("--encoder", default="swin_b", choices=["swin_b", "swin_l", "swin_t", "unet"])
+    add("--encoder", default="swin_b", choices=["swin_b", "swin_l", "swin_t", "unet"], help="3D")
     add("--text_encoder", default="StanfordAIMI/RadBERT", help="frozen: a hub name, a folder, demo")
     add("--embed_dim", type=int, default=768, help="width E of the fusion, a multiple of 12")
     add("--guidance", default="sentence", choices=["sentence", "word"], help="of volumes")
@@ -81,7 +81,7 @@ def flags():
 
 
 def read_flags(argv=None):
-    """All flags, and as a dict those that were given: to resume they must agree with a checkpoint"""
+    """All flags, and as a dict those that were given: they must agree with a run to resume"""
     parser = flags()
     if parser.parse_args(argv).data == "demo":
         parser.set_defaults(**DEMO, batch_size=None)
@@ -142,8 +142,8 @@ run        {step} of {steps} steps, seed {seed}
 {numbers}
 ```
 
-`encoder, config = eval.load_encoder("hf:OWNER/NAME")` of the code loads it. The weights have the names
-of MONAI's `SwinUNETR`: {architecture}.
+`encoder, config = eval.load_encoder("hf:OWNER/NAME")` of the code loads it. The weights have the
+names of MONAI's `SwinUNETR`: {architecture}.
 The files hold hashes of the names of the patients, so that a test can warn of them.
 """
 MAY_CHANGE = {"resume", "out", "steps", "cache", "workers", "save_every", "log_every", "data"}
@@ -315,7 +315,7 @@ def load_last(out):
         state = model.read_checkpoint(previous)
         last.unlink(missing_ok=True)            # a broken file must not become previous.pt
     if state["world"] != world:
-        raise ValueError(f"--resume: {out} was written by {state['world']} processes, found {world}")
+        raise ValueError(f"--resume: {out} is of {state['world']} processes, found {world}")
     return state
 
 
@@ -403,8 +403,8 @@ batch      {args.batch_size} volumes × {world} processes × {args.accumulate} p
 
 
 def save_encoder(args, encoder, patients, about, step, out, numbers="None yet: the run goes on."):
-    """OUT/encoder.pt and encoder.safetensors, the weights with MONAI's names and all that they need
-    to be used without a flag, and README.md, the model card"""
+    """OUT/encoder.pt and encoder.safetensors, which know what they need to be used without a flag,
+    and README.md, the model card"""
     config = {"encoder": args.encoder, "size": args.size, "hu": args.hu, "crop": data.CROP,
               "window": data.WINDOW}
     weights = model.export_encoder(encoder, config=config, patients=patients)
@@ -414,8 +414,8 @@ def save_encoder(args, encoder, patients, about, step, out, numbers="None yet: t
     if card.exists() and not card.read_bytes().startswith(CARD.partition("{")[0].encode()):
         log.warning("warning: %s is no model card of ours or was edited: it stays", card)
         return
-    text = CARD.format(about=about, step=step, numbers=numbers, architecture=architecture, **vars(args))
-    card.write_text(text, encoding="utf-8")
+    card.write_text(CARD.format(about=about, step=step, numbers=numbers, architecture=architecture,
+                                **vars(args)), encoding="utf-8")
 
 
 def main(args, given):
@@ -572,7 +572,6 @@ def main(args, given):
     if rank == 0:
         network.eval()
         unseen = data.Examples(held_out or train_items, make_example, args.seed)
-        draw(network, unseen, collate, out)
         levels = evaluation.levels(read_log(log_path), know_nothing())      # SFR's target has moved
         text = say_result(measure(args, network, levels, items, unseen, collate, out))
         log.info(text)
@@ -586,26 +585,19 @@ def first_batches(examples, collate, batch_size, volumes):
             for k in starts]
 
 
-def draw(network, examples, collate, out):
-    """Pictures of what MIM rebuilds, and of where the sentences of the first patient look"""
-    device = next(network.parameters()).device
-    batch = first_batches(examples, collate, 4, 4)[0]
+def measure(args, network, levels, items, unseen, collate, out):
+    """Pictures, and what was learned; of the demo OUT/result.json, with what it is good for"""
+    device, size = next(network.parameters()).device, tuple(args.size)
+    has_maps = isinstance(network.sentence_attention, model.SentenceAttention)  # a gate has none
+    batch = first_batches(unseen, collate, 4, 4)[0]
     batch = {key: value.to(device) for key, value in batch.items() if torch.is_tensor(value)}
     if network.mim_decoder is not None:
         evaluation.plot_reconstruction(network, batch, out / "reconstruction.png")
-    if has_maps(network):
-        evaluation.plot_attention(network, examples.items[0], batch["volume"][0].cpu(),
-                                  out / "attention.png")
+    if has_maps:
+        volume = batch["volume"][0].cpu()
+        evaluation.plot_attention(network, unseen.items[0], volume, out / "attention.png")
 
-
-def has_maps(network):
-    """Whether its sentences look at places: the gate of `--sentence_values text` does not"""
-    return isinstance(network.sentence_attention, model.SentenceAttention)
-
-
-def measure(args, network, levels, items, unseen, collate, out):
-    """What was learned; of the demo also what it is good for on unseen phantoms: result.json"""
-    result, size = {"levels": levels}, tuple(args.size)
+    result = {"levels": levels}
     untrained = evaluation.untrained_encoder(vars(args))
     if untrained is not None:
         before, after = (parameters_to_vector(encoder.parameters()).detach().cpu()
@@ -613,16 +605,15 @@ def measure(args, network, levels, items, unseen, collate, out):
         result["moved"] = float((after - before).norm() / before.norm())
     if args.data != "demo":
         return result
+    volumes = args.cache, size, args.hu
     if untrained is not None:
-        untrained.to(next(network.parameters()).device)
-        features = [evaluation.probe_features(encoder, items, args.cache, size, args.hu, 24)
-                    for encoder in (untrained, network.encoder)]
+        features = [evaluation.probe_features(encoder, items, *volumes, batch_size=24)
+                    for encoder in (untrained.to(device), network.encoder)]
         result["probe"] = evaluation.compare_probes(*features, items, few=100)
-    volumes = unseen.items, args.cache, size, args.hu
     if network.text_pool is not None:
-        result["retrieval"] = evaluation.retrieve_reports(network, *volumes)
-    if has_maps(network):
-        result["lesion_attention"] = evaluation.lesion_attention(network, *volumes)
+        result["retrieval"] = evaluation.retrieve_reports(network, unseen.items, *volumes)
+    if has_maps:
+        result["lesion_attention"] = evaluation.lesion_attention(network, unseen.items, *volumes)
     enabled = [name for name in model.LOSSES if name in network.losses]
     batches = first_batches(unseen, collate, 24, len(unseen))
     result["pairing"] = evaluation.pairing(network, batches, enabled, args.temperature, gradients=1)

@@ -838,7 +838,7 @@ def test_resume_needs_a_run_and_the_same_flags(run):
         run(None, "--resume", "--steps", 7)
     torch.save(load("out/last.pt") | {"world": 2}, "out/last.pt")
     Path("out/result.json").unlink()
-    with pytest.raises(ValueError, match="--resume: out was written by 2 processes, found 1"):
+    with pytest.raises(ValueError, match="--resume: out is of 2 processes, found 1"):
         run(None, "--resume")
 
 

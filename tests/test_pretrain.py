@@ -552,7 +552,7 @@ def test_resume_refuses_what_contradicts_the_checkpoint(run, copied, folder):
     }
     for flags, words in cases.items():
         run(f"--out {copied} --resume {flags}").refused(*words)
-    run(f"--out {copied} --resume", world=2).refused("by 1 processes, found 2")
+    run(f"--out {copied} --resume", world=2).refused("is of 1 processes, found 2")
     run(f"--out {copied.parent / 'nothing'} --resume").refused("previous.pt: found no such file")
     assert read_log(copied) == before
 
