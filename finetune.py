@@ -222,7 +222,7 @@ def loss_of(task, network, batch, prompts, temperature):
 
 
 def train(args, task, out, seed, rank, world, device):
-    """One run: train, validate, test the best epoch -> the test's result on rank 0, else None."""
+    """One run: train, validate, test the best epoch. The last writes OUT/result.json."""
     precision, autocast, scaler = pretrain.mixed_precision(args.precision, device)
     checkpoint = None
     if args.resume and any((out / name).exists() for name in ("last.pt", "previous.pt")):
@@ -261,9 +261,9 @@ def train(args, task, out, seed, rank, world, device):
     parallel = DistributedDataParallel(network) if world > 1 else network
     torch.manual_seed(seed + rank)                      # dropout differs from process to process
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6
-    counts = [f"{len(part)} items of {len({item.volume for item in part})} scans" for part in parts]
     log.info(f"""\
-data       {args.data}: {counts[0]} to train on, {counts[1]} to validate, {counts[2]} to test
+data       {args.data}: {len(train_items)} items to train on, {len(valid_items)} to validate, \
+{len(test_items)} to test
 input      {task.view} of {task.size} voxels (z, y, x), window {task.window}, spacing {task.spacing}
 model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}, \
 {type(network).__name__}: {trained:.1f} M parameters trained""")
@@ -382,7 +382,6 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}, \
         pretrain.finish(stopping, step, args.out)
 
     # ---------------------------------------- the number
-    result = None
     if rank == 0:
         evaluation.plot_curves(pretrain.read_log(log_path), out / "curves.png")
         run = evaluation.load_checkpoint(out / "best.pt", args.cache, device)
@@ -398,7 +397,6 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}, \
                  best["metric"], best["value"], result["n"], evaluation.summary(result))
         evaluation.write_result(result, out / "result.json")
     dist.barrier()
-    return result
 
 
 def summarise(args, task, out, results):
@@ -441,16 +439,14 @@ def main(args, given):
     args.out = str(out)
     spacing = args.spacing and tuple(args.spacing)
     task = data.TASKS[args.task]._replace(size=tuple(args.size), spacing=spacing)
-    results = []
-    for repeat in range(args.repeats):
-        folder = out / f"repeat_{repeat}" if args.repeats > 1 else out
+    folders = [out / f"repeat_{k}" for k in range(args.repeats)] if args.repeats > 1 else [out]
+    for repeat, folder in enumerate(folders):
         folder.mkdir(parents=True, exist_ok=True)
-        done = folder / "result.json"
-        if args.resume and done.exists():
-            results.append(json.loads(done.read_text(encoding="utf-8")))
-        else:
-            results.append(train(args, task, folder, args.seed + repeat, rank, world, device))
+        if not (args.resume and (folder / "result.json").exists()):
+            train(args, task, folder, args.seed + repeat, rank, world, device)
     if rank == 0 and args.repeats > 1:
+        files = [folder / "result.json" for folder in folders]
+        results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
         summarise(args, task, out, results)
     pretrain.finish(0, 0, out)
 

@@ -27,15 +27,16 @@ AORTA = (0, 20, -10), (8, 22, 36), (-12, -10, 56), (-23, -38, 30), (-20, -42, -6
 def polyline(*points, n=60):
     """n points (n, 3) on the lines between points, equally many on each."""
     position = np.linspace(0, len(points) - 1, n)
-    return np.stack([np.interp(position, range(len(points)), axis) for axis in np.transpose(points)], 1)
+    axes = [np.interp(position, range(len(points)), axis) for axis in np.transpose(points)]
+    return np.stack(axes, 1)
 
 
 class Chest:
     """A healthy patient. The methods of findings draw at a place (side, lobe); some return mm.
 
-    `volume` (D, H, W): HU without noise; `flat`: a view of it; `lung` (K,): the lung voxels in `flat`.
-    Of these `at` (K, 3) is the position, `lobe` (K,) the number in LOBES, `depth` (K,) the distance
-    to the lung's surface, `clear` (K,) that to the next wall or fissure.
+    `volume` (D, H, W): HU without noise; `flat`: a view of it; `lung` (K,): its lung voxels. Of
+    these `at` (K, 3) is the position, `lobe` (K,) the number in LOBES, `depth` (K,) the distance to
+    the lung's surface, `clear` (K,) that to the next wall or fissure.
     """
 
     def __init__(self, seed, index):
@@ -138,7 +139,7 @@ class Chest:
             hilum = np.array([36 if side == "right" else -36, -12, 12])
             ends = self.rng.choice(self.at[(self.lobe == number) & (self.clear > 7)], (22, 1))
             branches.append(hilum + np.linspace(0, 1, 30)[:, None] * (ends - hilum))
-        vessels, self.bronchi = np.split(np.array(branches), [18], axis=1)  # (5 lobes, 18 or 4, 30, 3)
+        vessels, self.bronchi = np.split(np.array(branches), [18], axis=1)  # (5, 18 or 4, 30, 3)
         self.tube(vessels, 1.9, 40, high=AIR)
         self.tube(self.bronchi, 4, -350, high=-100)
 
@@ -223,8 +224,8 @@ class Chest:
 CENTRAL, SIDE = [(None, None)], [("right", None), ("left", None)]  # places: (side, lobe)
 LUNGS, UPPER, LOWER = ([(side, lobe) for side in ("right", "left", "bilateral")]
                        for lobe in (None, "upper", "lower"))
-# In the order of CT-RATE's labels: (layer, small findings are drawn last; places; names in a report;
-# size in mm from which it is called large).
+# In the order of CT-RATE's labels: (layer: small findings are drawn last, places, names in a
+# report, size in mm from which it is called large).
 FINDINGS = {
     "Medical material": (4, SIDE, "pacemaker | cardiac device", None),
     "Arterial wall calcification": (4, CENTRAL, "aortic calcification | aortic plaque", None),
@@ -291,10 +292,10 @@ def write_report(lesions, rng):
 def phantom(seed, index, findings=None):
     """One synthetic patient; the same arguments give the same voxels and words.
 
-    findings: names to draw; None: each by a chance of 1/4. Returns volume int16 HU (z, y, x) in RAS;
-    spacing (z, y, x) mm; affine (4, 4); mask uint8 (z, y, x), k + 1 where finding k, the last one
-    drawn, changed the voxels; labels float32 (18,); report; lesions: label, side, lobe, size_mm,
-    centre (z, y, x) in voxels; stored: the orientation of its files.
+    findings: names to draw; None: each by a chance of 1/4. Returns volume int16 HU (z, y, x) in
+    RAS; spacing (z, y, x) mm; affine; mask uint8, k + 1 where finding k, the last one drawn, changed
+    the voxels; labels float32 (18,); report; lesions: label, side, lobe, size_mm, centre (z, y, x)
+    in voxels; stored: the orientation of its files.
     """
     chest = Chest(seed, index)
     chooser, noise, writer = (np.random.default_rng([seed, index, stream]) for stream in (1, 2, 3))
@@ -336,7 +337,7 @@ def save_image(path, array, affine, stored="LPS"):
 
 
 def save_patient(out, patient, volume, mask=None):
-    """Write the volume of a phantom, and its mask, to these files of OUT, oriented as it is stored."""
+    """Write the volume of a phantom, and its mask, to files of OUT, oriented as it is stored."""
     for key, file in (("volume", volume), ("mask", mask)):
         if file:
             save_image(Path(out, file), patient[key], patient["affine"], patient["stored"])
@@ -370,14 +371,13 @@ def write_set(write, out, n, seed, workers):
 
 def write_phantom(out, seed, index):
     """Random findings, for pre-training."""
-    patient, name = phantom(seed, index), f"demo_{index:04d}.nii.gz"
-    files = {"volume": f"volumes/{name}", "mask": f"masks/{name}"}
+    patient, split = phantom(seed, index), "train" if index % 10 < 7 else "test"
+    files = {key: f"{key}s/demo_{index:04d}.nii.gz" for key in ("volume", "mask")}
     save_patient(out, patient, **files)
-    row = {"volume": files["volume"], "report": patient["report"],
-           "split": "train" if index % 10 < 7 else "test",
-           "patient": f"demo{VERSION}-{seed}-{index:04d}"}
     labels = dict(zip(FINDINGS, patient["labels"].astype(int)))
-    return {"manifest.csv": [row | labels | {"mask": files["mask"]}]}
+    row = {"volume": files["volume"], "report": patient["report"], "split": split,
+           "patient": f"demo{VERSION}-{seed}-{index:04d}", **labels, "mask": files["mask"]}
+    return {"manifest.csv": [row]}
 
 
 def write_demo(out, n=64, seed=0, workers=None):
@@ -403,8 +403,8 @@ def write_cc_ccii(out, seed, index):
     """Normal: nothing; CP: a consolidation; NCP: ground glass."""
     target = index % 3
     name, findings = (("Normal", []), ("CP", ["Consolidation"]), ("NCP", ["Lung opacity"]))[target]
-    window = np.clip((phantom(seed, index, findings)["volume"] + 1000) / 1400, 0, 1)  # -1000 to 400 HU
-    pictures = np.uint8(255 * window)[::2, ::-1, ::-1]  # every other slice, as in LPS
+    volume = phantom(seed, index, findings)["volume"].clip(-1000, 400)
+    pictures = np.uint8(255 * ((volume + 1000) / 1400))[::2, ::-1, ::-1]  # every other slice, LPS
     folder = Path(out, name, str(1000 + index), str(index))
     folder.mkdir(parents=True, exist_ok=True)
     files = [f"{folder}/{number:04d}.png" for number in range(len(pictures))]
@@ -459,7 +459,8 @@ def write_acdc(out, seed, index):
     """Short-axis MR, diastole and systole: 1 right ventricle, 2 myocardium, 3 left ventricle."""
     rng = np.random.default_rng([seed, index])
     folder = f"training/patient{index + 1:03d}"
-    systole, step, radius, gain = int(rng.integers(8, 15)), *rng.uniform((2.7, 21, 0.4), (3.2, 27, 4))
+    systole = int(rng.integers(8, 15))
+    step, radius, gain = rng.uniform((2.7, 21, 0.4), (3.2, 27, 4))
     z, y, x = np.ix_(np.arange(10), *(np.arange(-36, 36) * step + rng.uniform(-12, 12, (2, 1))))
     affine = np.diag([step, step, 10, 1])
     for frame, size in ((1, 1), (systole, rng.uniform(0.6, 0.72))):
@@ -479,8 +480,9 @@ def write_stoic(out, seed, index):
     """Nothing, ground glass (COVID-19), or a consolidation too (severe)."""
     patient = phantom(seed, index, ["Lung opacity", "Consolidation"][:index % 3])
     save_image(Path(out, f"data/mha/{index + 1}.mha"), patient["volume"], patient["affine"])
-    return {"metadata/reference.csv": [
-        {"PatientID": index + 1, "probCOVID": int(index % 3 > 0), "probSevere": int(index % 3 == 2)}]}
+    covid, severe = int(index % 3 > 0), int(index % 3 == 2)
+    row = {"PatientID": index + 1, "probCOVID": covid, "probSevere": severe}
+    return {"metadata/reference.csv": [row]}
 
 
 def write_ctrg(out, seed, index):
@@ -488,10 +490,10 @@ def write_ctrg(out, seed, index):
     rng = np.random.default_rng([seed, index, 100])
     large = "Cardiomegaly", "Lung opacity", "Pleural effusion", "Consolidation"
     patient = phantom(seed, index, [name for name in large if rng.random() < 0.4])
-    name = f"{index + 1}.nii.gz"
-    save_patient(out, patient, f"volumes/{name}")
+    name, path = f"{index + 1}.nii.gz", f"volumes/{index + 1}.nii.gz"
+    save_patient(out, patient, path)
     result = ", ".join(lesion["label"] for lesion in patient["lesions"]) or "Normal"
-    row = {"id": name, "report": patient["report"], "result": result, "image_path": f"volumes/{name}"}
+    row = {"id": name, "report": patient["report"], "result": result, "image_path": path}
     parts = ["train"] if index % 10 < 7 else ["val", "test"]
     return {"ctrg_chest.json": [(part, row) for part in parts]}
 
@@ -508,12 +510,12 @@ def write_ct_rate(out, seed, index):
     for name, image in scans.items():
         save_image(Path(out, split, f"{split}_{index + 1}", scan, name), *image)
     impression = " ".join(f"{lesion['label']}." for lesion in patient["lesions"]) or "Not given."
-    tables = {
+    columns = {
         f"radiology_text_reports/{word}_reports.csv": {
             "Findings_EN": patient["report"], "Impressions_EN": impression},
         f"metadata/{word}_metadata.csv": {"RescaleSlope": 1, "RescaleIntercept": -1024},
         f"multi_abnormality_labels/{split}_predicted_labels.csv": dict(zip(FINDINGS, labels))}
-    tables = {file: [{"VolumeName": name} | columns for name in scans] for file, columns in tables.items()}
+    tables = {file: [{"VolumeName": name} | row for name in scans] for file, row in columns.items()}
     return tables | {f"metadata/no_chest_{split}.txt": [*scans][1:] if index == 0 else []}
 
 
@@ -543,7 +545,8 @@ TASK_DEMOS = {  # patients by default, and what writes one of them
     "cc-ccii": (108, write_cc_ccii), "luna16": (80, write_luna16), "msd-lung": (30, write_msd_lung),
     "covid-19-20": (30, write_covid_19_20), "acdc": (24, write_acdc), "stoic": (150, write_stoic),
     "ctrg": (160, write_ctrg), "ct-rate-vocab": (160, write_ct_rate),
-    "ct-rate-retrieval": (240, write_ct_rate), "labels": (160, write_labels), "segment": (30, write_segment)}
+    "ct-rate-retrieval": (240, write_ct_rate), "labels": (160, write_labels),
+    "segment": (30, write_segment)}
 
 
 def write_task_demo(task, out, n=None, seed=0, workers=None):
@@ -565,9 +568,10 @@ def make_demo_text_encoder(folder, reports, seed=0):
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(words)]
     save_table(Path(folder, "vocab.txt"), vocabulary)
     BertTokenizerFast(str(Path(folder, "vocab.txt")), model_max_length=512).save_pretrained(folder)
+    config = BertConfig(vocab_size=len(vocabulary), hidden_size=128, num_hidden_layers=2,
+                        num_attention_heads=4, intermediate_size=256)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        bert = BertModel(BertConfig(vocab_size=len(vocabulary), hidden_size=128, num_hidden_layers=2,
-                                    num_attention_heads=4, intermediate_size=256))
+        bert = BertModel(config)
     bert.embeddings.word_embeddings.weight.data *= 5  # words weigh more than their positions
     bert.save_pretrained(folder)

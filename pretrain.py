@@ -425,10 +425,10 @@ def main(args, given):
         if args.init:
             raise ValueError("--resume goes on, --init starts from other weights: give one")
         checkpoint = load_last(out)
-        newest = json.loads((out / "run.json").read_text(encoding="utf-8"))
-        if newest["begun"] != checkpoint["config"]["begun"]:
-            raise ValueError(f"--resume: the run that began in {out} at {newest['begun']} saved "
-                             "nothing; last.pt is of an older one")
+        newest = json.loads((out / "run.json").read_text(encoding="utf-8"))["begun"]
+        if newest != checkpoint["config"]["begun"]:
+            raise ValueError(f"--resume: the run that began in {out} at {newest} saved nothing; "
+                             "last.pt is of an older one")
         args = resume_flags(args, given, checkpoint["config"], MAY_CHANGE)
     else:
         args.begun = str(datetime.now())
