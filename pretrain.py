@@ -414,8 +414,9 @@ def save_encoder(args, encoder, patients, about, step, out, numbers="None yet: t
     if card.exists() and not card.read_bytes().startswith(CARD.partition("{")[0].encode()):
         log.warning("warning: %s is no model card of ours or was edited: it stays", card)
         return
-    card.write_text(CARD.format(about=about, step=step, numbers=numbers, architecture=architecture,
-                                **vars(args)), encoding="utf-8")
+    text = CARD.format(about=about, step=step, numbers=numbers, architecture=architecture,
+                       **vars(args))
+    card.write_bytes(text.encode())
 
 
 def main(args, given):
