@@ -222,7 +222,7 @@ def loss_of(task, network, batch, prompts, temperature):
 
 
 def train(args, task, out, seed, rank, world, device):
-    """One run: train, validate, test the best epoch. The last writes OUT/result.json."""
+    """One run: train, validate, test the best epoch."""
     precision, autocast, scaler = pretrain.mixed_precision(args.precision, device)
     checkpoint = None
     if args.resume and any((out / name).exists() for name in ("last.pt", "previous.pt")):
@@ -260,13 +260,11 @@ def train(args, task, out, seed, rank, world, device):
     network.to(device).train()
     parallel = DistributedDataParallel(network) if world > 1 else network
     torch.manual_seed(seed + rank)                      # dropout differs from process to process
-    trained = sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6
     log.info(f"""\
 data       {args.data}: {len(train_items)} items to train on, {len(valid_items)} to validate, \
 {len(test_items)} to test
 input      {task.view} of {task.size} voxels (z, y, x), window {task.window}, spacing {task.spacing}
-model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}, \
-{type(network).__name__}: {trained:.1f} M parameters trained""")
+model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}""")
 
     # ---------------------------------------- scans, batches
     good = [None]
@@ -320,8 +318,8 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}, \
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate,
                         num_workers=args.workers, pin_memory=device.type == "cuda",
                         generator=torch.Generator())
-    log.info(f"run        steps {step} to {steps} ({epoch_steps} an epoch) of {batch_size} × {world} on "
-             f"{device} in {precision}, seed {seed}, out in {out}")
+    log.info(f"run        steps {step} to {steps} ({epoch_steps} an epoch) of {batch_size} × {world} "
+             f"on {device} in {precision}, seed {seed}, out in {out}")
     if task.kind == "retrieve" and batch_size * world == 1:
         log.warning("warning: in a batch of one there is no other patient: nothing is learned")
 
@@ -381,22 +379,25 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}, \
     if stopping:
         pretrain.finish(stopping, step, args.out)
 
-    # ---------------------------------------- the number
     if rank == 0:
         evaluation.plot_curves(pretrain.read_log(log_path), out / "curves.png")
-        run = evaluation.load_checkpoint(out / "best.pt", args.cache, device)
-        result = evaluation.evaluate(run, test_items, out=out / "predictions",
-                                     train_items=train_items)
-        result |= {"valid": best["value"], "epoch": best["epoch"], "seed": seed, "init": args.init}
-        result["more"]["patients_seen_in_pretraining"] = seen
-        if "reason" in best:
-            result["valid_reason"] = best["reason"]
-            log.warning("warning: no epoch has a validation %s, for %s: the last one is taken",
-                        best["metric"], best["reason"])
-        log.info("best epoch %d (validation %s %.4f); on %d unseen items: %s", best["epoch"],
-                 best["metric"], best["value"], result["n"], evaluation.summary(result))
-        evaluation.write_result(result, out / "result.json")
+        test_best(args, out, best, seed, seen, train_items, test_items, device)
     dist.barrier()
+
+
+def test_best(args, out, best, seed, seen, train_items, test_items, device):
+    """OUT/result.json: the best epoch on the test part. seen: its patients seen in pre-training"""
+    run = evaluation.load_checkpoint(out / "best.pt", args.cache, device)
+    result = evaluation.evaluate(run, test_items, out=out / "predictions", train_items=train_items)
+    result |= {"valid": best["value"], "epoch": best["epoch"], "seed": seed, "init": args.init}
+    result["more"]["patients_seen_in_pretraining"] = seen
+    if "reason" in best:
+        result["valid_reason"] = best["reason"]
+        log.warning("warning: no epoch has a validation %s, for %s: the last one is taken",
+                    best["metric"], best["reason"])
+    log.info("best epoch %d (validation %s %.4f); on %d unseen items: %s", best["epoch"],
+             best["metric"], best["value"], result["n"], evaluation.summary(result))
+    evaluation.write_result(result, out / "result.json")
 
 
 def summarise(args, task, out, results):

@@ -6,7 +6,6 @@ forward and up. All randomness comes from a seed and the number of the patient.
 import csv
 import json
 import os
-from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
@@ -27,8 +26,7 @@ AORTA = (0, 20, -10), (8, 22, 36), (-12, -10, 56), (-23, -38, 30), (-20, -42, -6
 def polyline(*points, n=60):
     """n points (n, 3) on the lines between points, equally many on each."""
     position = np.linspace(0, len(points) - 1, n)
-    axes = [np.interp(position, range(len(points)), axis) for axis in np.transpose(points)]
-    return np.stack(axes, 1)
+    return np.array([np.interp(position, range(len(points)), axis) for axis in zip(*points)]).T
 
 
 class Chest:
@@ -36,8 +34,7 @@ class Chest:
 
     `volume` (D, H, W): HU without noise; `flat`: a view of it; `lung` (K,): its lung voxels. Of
     these `at` (K, 3) is the position, `lobe` (K,) the number in LOBES, `depth` (K,) the distance to
-    the lung's surface, `clear` (K,) that to the next wall or fissure.
-    """
+    the lung's surface, `clear` (K,) that to the next wall or fissure."""
 
     def __init__(self, seed, index):
         self.rng = np.random.default_rng([seed, index])
@@ -250,8 +247,7 @@ FINDINGS = {
 WORDINGS = (("there is {state} {name}{where}", ("some", "no")),
             ("{name}{where} is {state}", ("present", "absent")),
             ("{name} is {state}{where}", ("visible", "excluded")))
-NORMAL = (("the trachea is open", "the airways are open"),
-          ("the bones are normal", "the ribs are intact"))
+NORMAL = "the trachea is open | the airways are open", "the bones are normal | the ribs are intact"
 
 
 def describe(label, place, size, is_present, rng):
@@ -277,7 +273,7 @@ def prompts(label):
 
 def write_report(lesions, rng):
     """States every lesion and denies a fifth of the absent findings, each at a place."""
-    sentences = [rng.choice(wordings) for wordings in NORMAL]
+    sentences = [rng.choice(wordings.split(" | ")) for wordings in NORMAL]
     for lesion in lesions:
         place = lesion["side"], lesion["lobe"]
         sentences.append(describe(lesion["label"], place, lesion["size_mm"], True, rng))
@@ -292,22 +288,19 @@ def write_report(lesions, rng):
 def phantom(seed, index, findings=None):
     """One synthetic patient; the same arguments give the same voxels and words.
 
-    findings: names to draw; None: each by a chance of 1/4. Returns volume int16 HU (z, y, x) in
-    RAS; spacing (z, y, x) mm; affine; mask uint8, k + 1 where finding k, the last one drawn, changed
-    the voxels; labels float32 (18,); report; lesions: label, side, lobe, size_mm, centre (z, y, x)
-    in voxels; stored: the orientation of its files.
-    """
+    findings: names to draw; None: each by a chance of 1/4. Returns volume (int16 HU), spacing (mm),
+    affine, mask (uint8, k + 1 where finding k, drawn last, changed the voxels), labels (18,),
+    report, lesions (centre in voxels) and stored, the orientation of its files."""
     chest = Chest(seed, index)
     chooser, noise, writer = (np.random.default_rng([seed, index, stream]) for stream in (1, 2, 3))
     names = list(FINDINGS)
     chosen = [name for name in names if chooser.random() < 0.25]
     chosen = chosen if findings is None else findings
-    lobes = [LOBES[number] for number in chooser.permutation(5)]
+    lobes = [LOBES[number] for number in chooser.permutation(5)]  # no two findings share one
     mask, lesions = np.zeros(chest.flat.shape, np.uint8), []
     for name in sorted(chosen, key=lambda name: FINDINGS[name][0]):
         number, (_, places, *_) = names.index(name), FINDINGS[name]
         chest.rng = np.random.default_rng([seed, index, 4 + number])
-        # two findings never share a lobe
         place = lobes.pop() if places is LOBES else places[chest.rng.integers(len(places))]
         before = chest.flat.copy()
         size = getattr(chest, name.lower().replace(" ", "_"))(place)  # its method draws it
@@ -319,7 +312,7 @@ def phantom(seed, index, findings=None):
     volume = chest.volume + level * noise.standard_normal(chest.shape, np.float32)
     return {"volume": volume.clip(-1024, 3071).astype(np.int16), "mask": mask.reshape(chest.shape),
             "spacing": chest.spacing, "affine": chest.affine, "stored": STORED[index % 5],
-            "lesions": lesions, "labels": np.float32(np.isin(names, chosen)),
+            "labels": np.float32(np.isin(names, chosen)), "lesions": lesions,
             "report": write_report(lesions, writer)}
 
 
@@ -360,11 +353,11 @@ def save_table(path, rows):
 
 def write_set(write, out, n, seed, workers):
     """Write n patients by write(out, seed, index) -> {index file: rows}; then the index files."""
-    tables = defaultdict(list)
+    tables = {}
     for patient in process_map(partial(write, out, seed), range(n), chunksize=1, desc="phantoms",
                                max_workers=workers or os.cpu_count()):
         for file, rows in patient.items():
-            tables[file] += rows
+            tables.setdefault(file, []).extend(rows)
     for file, rows in tables.items():
         save_table(Path(out, file), rows)
 
@@ -381,10 +374,7 @@ def write_phantom(out, seed, index):
 
 
 def write_demo(out, n=64, seed=0, workers=None):
-    """Write n phantoms with masks and, last, OUT/manifest.csv, whose path it returns.
-
-    A folder of the same n, seed and VERSION stays. workers: processes, by default one a core.
-    """
+    """Write n phantoms, then OUT/manifest.csv -> its path. The same n, seed and VERSION stay."""
     manifest = Path(out, "manifest.csv")
     if manifest.exists():
         with manifest.open(encoding="utf-8", newline="") as file:
@@ -397,7 +387,8 @@ def write_demo(out, n=64, seed=0, workers=None):
 
 
 # ---------------------------------------- demo sets of the tasks
-# A function writes one patient and returns {index file: rows}.
+LARGE = "Cardiomegaly", "Lung opacity", "Pleural effusion", "Consolidation"
+
 
 def write_cc_ccii(out, seed, index):
     """Normal: nothing; CP: a consolidation; NCP: ground glass."""
@@ -425,10 +416,9 @@ def write_luna16(out, seed, index):
     places *= (-1, -1, 1)  # RAS to LPS
     far = places[np.linalg.norm(places - places[0], axis=1) > 40]
     others = np.random.default_rng([seed, index, 100]).choice(far, 4)
-    columns, rows = ("coordX", "coordY", "coordZ"), []
-    for place in (places[0], *others):
-        at = dict(zip(columns, place.round(4)))
-        rows.append({"seriesuid": uid, **at, "class": int(not rows)})
+    rows = []
+    for x, y, z in np.round([places[0], *others], 4):
+        rows.append({"seriesuid": uid, "coordX": x, "coordY": y, "coordZ": z, "class": int(not rows)})
     return {"candidates_V2.csv": rows}
 
 
@@ -451,7 +441,7 @@ def write_msd_lung(out, seed, index):
 def write_covid_19_20(out, seed, index):
     """Ground glass, and in every other patient a consolidation."""
     patient = phantom(seed, index, ["Lung opacity", "Consolidation"][:2 - index % 2])
-    files = [f"volume-covid19-A-{index + 1:04d}_{part}.nii.gz" for part in ("ct", "seg")]
+    files = (f"volume-covid19-A-{index + 1:04d}_{part}.nii.gz" for part in ("ct", "seg"))
     return {"Covid19_20_folds.json": write_case(out, patient, *files, index % 5)}
 
 
@@ -480,16 +470,14 @@ def write_stoic(out, seed, index):
     """Nothing, ground glass (COVID-19), or a consolidation too (severe)."""
     patient = phantom(seed, index, ["Lung opacity", "Consolidation"][:index % 3])
     save_image(Path(out, f"data/mha/{index + 1}.mha"), patient["volume"], patient["affine"])
-    covid, severe = int(index % 3 > 0), int(index % 3 == 2)
-    row = {"PatientID": index + 1, "probCOVID": covid, "probSevere": severe}
+    row = {"PatientID": index + 1, "probCOVID": int(index % 3 > 0), "probSevere": int(index % 3 > 1)}
     return {"metadata/reference.csv": [row]}
 
 
 def write_ctrg(out, seed, index):
     """Up to four large findings; the same patients are val and test."""
     rng = np.random.default_rng([seed, index, 100])
-    large = "Cardiomegaly", "Lung opacity", "Pleural effusion", "Consolidation"
-    patient = phantom(seed, index, [name for name in large if rng.random() < 0.4])
+    patient = phantom(seed, index, [name for name in LARGE if rng.random() < 0.4])
     name, path = f"{index + 1}.nii.gz", f"volumes/{index + 1}.nii.gz"
     save_patient(out, patient, path)
     result = ", ".join(lesion["label"] for lesion in patient["lesions"]) or "Normal"
@@ -522,11 +510,10 @@ def write_ct_rate(out, seed, index):
 def write_labels(out, seed, index):
     """Four findings, each known of nine patients in ten; the age is no label."""
     rng = np.random.default_rng([seed, index, 100])
-    names = "Cardiomegaly", "Lung opacity", "Pleural effusion", "Consolidation"
-    chosen = [name for name in names if rng.random() < 0.4]
+    chosen = [name for name in LARGE if rng.random() < 0.4]
     volume = f"volumes/{index + 1}.nii.gz"
     save_patient(out, phantom(seed, index, chosen), volume)
-    labels = {name: int(name in chosen) if rng.random() < 0.9 else "" for name in names}
+    labels = {name: int(name in chosen) if rng.random() < 0.9 else "" for name in LARGE}
     return {"manifest.csv": [{"volume": volume, "age": int(rng.integers(20, 90)), **labels}]}
 
 
@@ -567,7 +554,7 @@ def make_demo_text_encoder(folder, reports, seed=0):
     words = {word for report in reports for word, _ in split(clean(report))}
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(words)]
     save_table(Path(folder, "vocab.txt"), vocabulary)
-    BertTokenizerFast(str(Path(folder, "vocab.txt")), model_max_length=512).save_pretrained(folder)
+    BertTokenizerFast(f"{folder}/vocab.txt", model_max_length=512).save_pretrained(folder)
     config = BertConfig(vocab_size=len(vocabulary), hidden_size=128, num_hidden_layers=2,
                         num_attention_heads=4, intermediate_size=256)
     with torch.random.fork_rng(devices=[]):
