@@ -1,73 +1,68 @@
 """Fine-tune an encoder on one of the clinical tasks: one loop, a loss for each kind of task.
 
-    python finetune.py --task luna16 --data demo                       a drawn set, minutes on a laptop CPU
+    python finetune.py --task luna16 --data demo                       a drawn set, on a laptop CPU
     python finetune.py --task msd-lung --data Task06_Lung --init out/encoder.pt --repeats 3
     torchrun --nproc_per_node=4 finetune.py …                          the same on 4 GPUs
     python finetune.py --out runs/msd-lung --resume                    go on after an interruption
 
-The settings of a task are its row of TASKS in data.py; flags overrule them. Writes OUT/best.pt (the epoch
-with the best score on a validation part of the training split), last.pt, log.jsonl, curves.png, split.json,
-result.json (on the test part, which chooses nothing) and predictions/.
+The settings of a task are its row of TASKS in data.py; flags overrule them. Writes OUT/best.pt (the
+epoch with the best score on a validation part of the training split), last.pt, log.jsonl,
+curves.png, split.json, result.json (on the test part, which chooses nothing) and predictions/.
 """
 import argparse
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Prints every default and keeps the lines of the docstring"""
-
-
 def flags():
     on_off, unset = argparse.BooleanOptionalAction, argparse.SUPPRESS
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, argument_default=unset)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], argument_default=unset,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("data").add_argument
     add("--task", help="a row of TASKS in data.py")
-    add("--data", help="demo, or the set as it comes: `data.py check --task T --data DIR` describes it")
+    add("--data", help="demo, or the set as it comes: see `data.py check --task T`")
     add("--fold", type=int, default=0, help="tested on; without folds, a fifth of the patients")
     add("--fraction", type=float, default=1.0, help="use this part of the training patients")
-    add("--min_count", type=int, default=3, help="rarer words of the training reports are unknown words")
-    add("--size", type=int, nargs=3, metavar=("D", "H", "W"), help="voxels (z, y, x); by default the task's")
-    add("--spacing", type=float, nargs=3, metavar=("Z", "Y", "X"), help="mm, of a segmentation task; by "
-        "default the task's")
+    add("--min_count", type=int, default=3, help="rarer words of the reports are unknown words")
+    add("--size", type=int, nargs=3, help="voxels (z, y, x); by default the task's")
+    add("--spacing", type=float, nargs=3, help="mm (z, y, x), of a segmentation task")
     add("--cache", default="cache", help="folder of prepared scans")
     add("--workers", type=int, default=2, help="loader processes for each GPU")
 
     add = parser.add_argument_group("model").add_argument
-    add("--init", default="scratch", help="scratch, or a file or hf:owner/name[/file] to start from: of "
-        "pretrain.py, the authors', MONAI's SwinUNETR or SSL weights, VoCo's. Files of pretrain.py know "
-        "--encoder, last.pt --text_encoder and --embed_dim, too")
+    add("--init", default="scratch", help="scratch, or weights: a file or hf:owner/name[/file]; "
+        "those of pretrain.py know --encoder, last.pt --text_encoder and --embed_dim, too")
     add("--merging", default="auto", choices=["auto", "monai", "v0.9", "mergingv2"],
         help="of --init, as in pretrain.py")
-    add("--encoder", default="swin_b", choices=["swin_b", "swin_l", "swin_t", "unet"], help="3D encoder")
-    add("--text_encoder", default="StanfordAIMI/RadBERT", help="of prompts and retrieval, as in pretrain.py")
+    add("--encoder", default="swin_b", choices=["swin_b", "swin_l", "swin_t", "unet"], help="3D")
+    add("--text_encoder", default="StanfordAIMI/RadBERT", help="as in pretrain.py")
     add("--embed_dim", type=int, default=768, help="width E of prompts and retrieval")
     add("--temperature", type=float, default=0.1, help="of prompts and retrieval")
     add("--freeze", action=on_off, default=False, help="train only the head")
-    add("--use_checkpoint", action=on_off, default=False, help="recompute blocks: less memory, slower")
+    add("--use_checkpoint", action=on_off, default=False, help="less memory, slower")
 
     add = parser.add_argument_group("optimisation; by default the recipe of the task").add_argument
     add("--epochs", type=int, help="passes over the training part")
     add("--steps", type=int, help="stop after so many steps, whatever --epochs says")
-    add("--batch_size", type=int, help="scans for each process and step; several patches each")
+    add("--batch_size", type=int, help="scans for each process and step")
     add("--lr", type=float, help="learning rate of the head")
     add("--lr_encoder", type=float, help="learning rate of the encoder")
     add("--weight_decay", type=float, help="of AdamW, on matrices only")
     add("--warmup", type=float, help="epochs of linear warm-up")
-    add("--decay", choices=["cosine", "step"], help="of the rates: to 0 as a cosine, or by 0.8 an epoch")
+    add("--decay", choices=["cosine", "step"], help="to 0 as a cosine, or by 0.8 an epoch")
     add("--clip_grad", type=float, help="largest norm of the gradient, 0 = no limit")
 
     add = parser.add_argument_group("run").add_argument
-    add("--repeats", type=int, default=1, help="runs with seeds seed, seed + 1, …, and their mean ± std")
+    add("--repeats", type=int, default=1, help="runs with seeds seed, seed + 1, …: mean ± std")
     add("--out", help="folder for everything that is written; by default runs/TASK")
     add("--resume", action="store_true", default=False, help="go on from OUT, with the same flags")
     add("--seed", type=int, default=0, help="of weights, order, augmentation and drawn splits")
     add("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
-        help="auto: bf16 where the GPU has it, else fp16; fp32 on a CPU")
-    add("--eval_every", type=int, help="epochs between validations; by default a twentieth of all")
+        help="as in pretrain.py")
+    add("--eval_every", type=int, help="epochs between validations; by default a twentieth")
     return parser
 
 
 def read_flags(argv=None):
-    """All flags, and as a dict those that were given: they overrule the task and the flags of --resume."""
+    """All flags, and as a dict those that were given: they overrule the task"""
     args = flags().parse_args(argv)
     unset = argparse.Namespace(**dict.fromkeys(vars(args)))  # argparse sets no default over these
     given = vars(flags().parse_args(argv, unset))
@@ -79,6 +74,7 @@ if __name__ == "__main__":                      # before torch is imported: --he
 
 import functools
 import hashlib
+import json
 import logging
 import math
 import shutil
@@ -102,31 +98,31 @@ import pretrain
 
 log = logging.getLogger("mg3d")
 
-MAY_CHANGE = {"resume", "out", "cache", "workers", "data"}
-WITH_TEXTS = [name for name, task in data.TASKS.items() if task.kind in ("prompt", "retrieve")]
+MAY_CHANGE = pretrain.MAY_CHANGE - {"steps"}
+WITH_TEXTS = "prompt", "retrieve"               # kinds of tasks that need a text encoder
 
 
-# ---------------------------------------------------------------------------------------- settings
+# ---------------------------------------- settings
 
 def settings_of_init(path, kind):
-    """What a file to start from says of its encoder and, for tasks with texts, of its projections"""
+    """What a file to start from says of its encoder and its text side"""
     saved = model.flags_of(model.read_checkpoint(path))
-    if "task" in saved and saved["task"] not in WITH_TEXTS:
-        return {"encoder": saved["encoder"]}            # such a run has no projections
     beside = model.local_file(path).parent / "text_encoder"
-    if saved.get("text_encoder") == "demo" and kind in ("prompt", "retrieve") and not beside.exists():
-        raise ValueError(f"{path}: found no folder {beside}, expected the text encoder that it fits")
-    return {name: saved[name] for name in ("encoder", "embed_dim", "text_encoder") if saved.get(name)}
+    if saved.get("text_encoder") == "demo" and kind in WITH_TEXTS and not beside.exists():
+        raise data.wrong(path, f"no folder {beside}", "the text encoder that it fits")
+    names = "encoder", "embed_dim", "text_encoder"
+    return {name: saved[name] for name in names if saved.get(name)}
 
 
 def complete(args, given):
-    """Fill in what no flag says, from the task and then from the file of --init. ValueError: bad flags."""
+    """Fill in what no flag says, from the task and the file of --init. ValueError: bad flags."""
     if "task" not in args or "data" not in args:
-        raise ValueError("--task and --data are needed, or --resume with the --out of a run that has begun")
+        raise ValueError("--task and --data are needed, or --resume with the --out of a run")
     if args.task not in data.TASKS:
         raise ValueError(f"--task {args.task}: expected one of {', '.join(data.TASKS)}")
     task = data.TASKS[args.task]
-    settings = {"steps": None, "eval_every": None, "size": task.size, "spacing": task.spacing, **task.recipe}
+    settings = {"steps": None, "eval_every": None, "size": task.size, "spacing": task.spacing,
+                **task.recipe}
     if args.data == "demo":
         settings.update(task.demo)
     if args.init != "scratch":
@@ -139,20 +135,13 @@ def complete(args, given):
         args.eval_every = max(1, args.epochs // 20)
     pretrain.check_flags(args)
     if "spacing" in given and task.kind != "segment":
-        spacing = " ".join(map(str, args.spacing))
-        raise ValueError(f"--spacing {spacing}: only scans of segmentation tasks are resampled, those of "
-                         f"{args.task} are not")
-    if args.encoder == "unet" and task.kind == "segment":
-        raise ValueError("--encoder unet: the decoder of the segmentation tasks needs a Swin encoder")
+        raise ValueError("--spacing: only scans of segmentation tasks are resampled")
     return args
 
 
-def part_of_patients(items, fraction, seed):
-    """The items of a seeded part of the patients, at least one"""
-    patients = sorted({item.patient for item in items})
-    order = torch.randperm(len(patients), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = {patients[i] for i in order[:max(1, round(fraction * len(patients)))]}
-    return [item for item in items if item.patient in chosen]
+def by_label(items):
+    """Candidates that are a nodule, and those that are none"""
+    return ([item for item in items if item.labels[0] == label] for label in (1, 0))
 
 
 def split_items(args, task, seed):
@@ -160,23 +149,16 @@ def split_items(args, task, seed):
     items = data.load_task(args.task, args.data, args.fold, seed, args.cache)
     train, valid, test = ([item for item in items if item.split == split] for split in data.SPLITS)
     if not train or not valid:
-        raise ValueError(f"{args.data}: found {len(train)} items to train on and {len(valid)} to validate, "
-                         "expected some of both")
+        raise data.wrong(args.data, f"{len(train)} items to train on and {len(valid)} to validate",
+                         "some of both")
     if task.view == "cube":  # 10 negatives for a positive suffice to pick the epoch
-        positive, negative = ([item for item in valid if item.labels[0] == label] for label in (1, 0))
-        order = torch.randperm(len(negative), generator=torch.Generator().manual_seed(seed)).tolist()
+        positive, negative = by_label(valid)
+        order = pretrain.shuffled(len(negative), seed)
         valid = positive + [negative[i] for i in order[:10 * len(positive)]]
-    return part_of_patients(train, args.fraction, seed), valid, test
-
-
-def vocabulary_of(args, task, train_items):
-    """The words that a report generator can say; None for other tasks"""
-    if task.kind != "report":
-        return None
-    try:
-        return data.build_vocabulary([item.report for item in train_items], args.min_count)
-    except ValueError as error:
-        raise ValueError(f"{args.data}: {error}") from None
+    patients = sorted({item.patient for item in train})
+    order = pretrain.shuffled(len(patients), seed)
+    chosen = {patients[i] for i in order[:max(1, round(args.fraction * len(patients)))]}
+    return [item for item in train if item.patient in chosen], valid, test
 
 
 def demo_text_encoder(args, task, out, train_items):
@@ -185,7 +167,7 @@ def demo_text_encoder(args, task, out, train_items):
     if args.init == "scratch" or not before.exists():
         texts = [item.report for item in train_items] + data.prompts(task.classes)
         phantoms.make_demo_text_encoder(out / "text_encoder", texts)
-    elif before.resolve() != (out / "text_encoder").resolve():
+    else:
         shutil.copytree(before, out / "text_encoder", dirs_exist_ok=True)
 
 
@@ -193,58 +175,37 @@ def load_init(args, task, config, network):
     """Fill a network from --init, less outputs that meant other classes, words or texts there."""
     checkpoint = model.read_checkpoint(args.init)
     saved = model.flags_of(checkpoint)
-    if args.task in WITH_TEXTS:                 # clip alone makes volumes and reports alike
+    if task.kind in WITH_TEXTS:                 # clip alone makes volumes and reports alike
         text_encoders = {Path(flags.get("text_encoder", "")).name for flags in (saved, config)}
         fits = saved.get("clip", "task" in saved) and len(text_encoders) == 1
     else:
         fits = all(saved.get(name) == config[name] for name in ("task", "vocabulary"))
-        if fits:                                # older files do not tell the classes
+        if fits:                                # last.pt does not tell the classes
             fits = tuple(checkpoint.get("task", {}).get("classes", task.classes)) == task.classes
-    report = model.load_weights(network, args.init, args.merging, () if fits else network.outputs)
-    left_out = [key for key in report["unexpected"] if key.startswith(network.outputs)]
+    leave_out = () if fits else network.outputs
+    unexpected = model.load_weights(network, args.init, args.merging, leave_out)["unexpected"]
+    left_out = [key for key in unexpected if key.startswith(network.outputs)]
     if left_out:
         log.info("%s: left out %s: of another task, vocabulary or text encoder, or without --clip",
                  args.init, ", ".join(left_out))
 
 
-def pretrained_on(args, checkpoint):
-    """Hashes of the patients that the file of --init was trained on"""
-    if checkpoint:
-        return checkpoint["config"].get("pretrained_on", [])
-    return [] if args.init == "scratch" else sorted(evaluation.patients_of(args.init))
-
-
-def still_good(parts, good, source):
-    """The items of each part whose id is in `good`. ValueError if a part has none left."""
-    kept = [[item for item in part if item.id in good] for part in parts]
-    for split, before, after in zip(data.SPLITS, parts, kept):
-        if before and not after:
-            raise data.wrong(source, f"no scan of the part {split} that can be read", "one at least")
-    return kept
-
-
-def fingerprint(items):
-    """What tells that a run is taken up with the same data: a hash of all ids, and of one's own classes"""
-    names = [*(items[0].classes or ()), *(item.id for item in items)]
-    return hashlib.sha1("\n".join(names).encode()).hexdigest()
-
-
 def forget_older_run(out):
-    """Delete what an older run in this folder, of one repeat or of several, could be taken up from."""
+    """Delete what an older run in this folder, or a repeat of it, could be resumed from."""
     for name in ("last.pt", "previous.pt", "best.pt", "result.json"):
         for file in (out / name, *out.glob(f"repeat_*/{name}")):
             file.unlink(missing_ok=True)
 
 
-# -------------------------------------------------------------------------------------- one training
+# ---------------------------------------- one training
 
 def loss_of(task, network, batch, prompts, temperature):
-    """The loss of a batch by the kind of the task. network: as it runs, perhaps on several processes."""
+    """The loss of a batch by the kind of the task. network: perhaps on several processes"""
     if task.kind == "report":
         logits = network(batch["volume"], batch["tokens"][:, :-1])      # (B, L - 1, V)
         next_words = batch["tokens"][:, 1:]
         return losses.mlm_loss(logits, next_words.masked_fill(next_words == model.PAD, -100))
-    # NOTE(paper): vocabulary and retrieval train all weights; for retrieval it names no loss: InfoNCE.
+    # NOTE(paper): vocabulary and retrieval train all weights; for retrieval no loss is named.
     if task.kind == "prompt":
         o = network(batch | prompts)                                    # f_i (B, E), f_t (2K, E)
         return losses.prompt_loss(o["f_i"], o["f_t"], batch["label"], temperature)
@@ -260,93 +221,82 @@ def loss_of(task, network, batch, prompts, temperature):
     return F.binary_cross_entropy_with_logits(logits.float()[known], batch["label"][known])
 
 
-def test_best(run, out, best, train_items, test_items):
-    """The result of the best epoch, or of the last where the validation part gives no number"""
-    result = evaluation.evaluate(run, test_items, out=out / "predictions", train_items=train_items)
-    result |= {"valid": best["value"], "epoch": best["epoch"]}
-    if "reason" in best:
-        result["valid_reason"] = best["reason"]
-        log.warning("warning: no epoch has a validation %s, for %s: the last one is taken", best["metric"],
-                    best["reason"])
-    log.info("best epoch %d (validation %s %.4f); on %d unseen items: %s", best["epoch"], best["metric"],
-             best["value"], result["n"], evaluation.summary(result))
-    return result
-
-
 def train(args, task, out, seed, rank, world, device):
-    """One run: train, validate, test the best epoch -> the result of the test on rank 0, else None."""
+    """One run: train, validate, test the best epoch."""
     precision, autocast, scaler = pretrain.mixed_precision(args.precision, device)
     checkpoint = None
     if args.resume and any((out / name).exists() for name in ("last.pt", "previous.pt")):
         checkpoint = pretrain.load_last(out)
 
-    # ----------------------------------------------------------------------------------------- data
+    # ---------------------------------------- data
     if rank > 0:
         dist.barrier()                                  # the first process writes the demo's files
     train_items, valid_items, test_items = parts = split_items(args, task, seed)
-    task = data.with_classes(task, train_items)
-    patients = {split: sorted({item.patient for item in part}) for split, part in zip(data.SPLITS, parts)}
+    task, with_texts = data.with_classes(task, train_items), task.kind in WITH_TEXTS
+    patients = {split: sorted({item.patient for item in part})
+                for split, part in zip(data.SPLITS, parts)}
     config = {name: value for name, value in vars(args).items() if name not in ("resume", "out")}
-    config |= {"seed": seed, "vocabulary": vocabulary_of(args, task, train_items),
-               "patients": sorted({*patients["train"], *patients["valid"]}),
-               "pretrained_on": pretrained_on(args, checkpoint)}
-    with_texts = args.task in WITH_TEXTS
+    config |= {"seed": seed, "vocabulary": None,
+               "patients": sorted({*patients["train"], *patients["valid"]}), "pretrained_on": []}
+    if task.kind == "report":
+        reports = [item.report for item in train_items]
+        config["vocabulary"] = data.build_vocabulary(reports, args.min_count)
     if rank == 0:
         if with_texts and args.text_encoder == "demo" and not checkpoint:
             demo_text_encoder(args, task, out, train_items)
         dist.barrier()
 
-    # ---------------------------------------------------------------------------------------- model
+    # ---------------------------------------- model
     torch.manual_seed(seed)                             # the same weights on every process
     network = model.build_network(task.kind, len(task.classes), config, out)
     if checkpoint:
         model.restore(network, checkpoint, out / "last.pt")
+        config["pretrained_on"] = checkpoint["config"]["pretrained_on"]
     elif args.init != "scratch":
         load_init(args, task, config, network)
+        config["pretrained_on"] = sorted(evaluation.patients_of(args.init))
     if args.freeze:
         network.encoder.requires_grad_(False)
     network.to(device).train()
     parallel = DistributedDataParallel(network) if world > 1 else network
     torch.manual_seed(seed + rank)                      # dropout differs from process to process
-    trained = sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6
-    counts = [f"{len(part)} items of {len({item.volume for item in part})} scans" for part in parts]
     log.info(f"""\
-data       {args.data}: {counts[0]} to train on, {counts[1]} to validate, {counts[2]} to test
-input      {task.view} of {task.size} voxels (z, y, x), window {task.window or "none: z-score"}, \
-spacing {task.spacing or "as it is"}
-model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}, \
-{type(network).__name__}: {trained:.1f} M parameters trained""")
+data       {args.data}: {len(train_items)} items to train on, {len(valid_items)} to validate, \
+{len(test_items)} to test
+input      {task.view} of {task.size} voxels (z, y, x), window {task.window}, spacing {task.spacing}
+model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}""")
 
-    # ------------------------------------------------------------------------------- scans, batches
+    # ---------------------------------------- scans, batches
     good = [None]
     if rank == 0:
-        items = [item for part in parts for item in part]
         seen = evaluation.count_seen(test_items, config["pretrained_on"], args.init)
-        good = [{item.id for item in data.prepare_all(items, args.cache, args.workers * world, task)}]
+        items = [item for part in parts for item in part]
+        items = data.prepare_all(items, args.cache, args.workers * world, task)
+        good = [{item.id for item in items}]
     dist.broadcast_object_list(good)
-    train_items, valid_items, test_items = still_good(parts, good[0], args.data)
-    ids = fingerprint(train_items + valid_items)
+    train_items, valid_items, test_items = ([item for item in part if item.id in good[0]]
+                                            for part in parts)
+    names = [*(train_items[0].classes or ()), *(item.id for item in train_items + valid_items)]
+    ids = hashlib.sha1("\n".join(names).encode()).hexdigest()
     if checkpoint and checkpoint["ids"] != ids:
-        raise ValueError(f"--resume: {args.data} has other items or classes than the run in {out} had")
-    positives, negatives = train_items, []
-    if task.view == "cube":
-        positives, negatives = ([item for item in train_items if item.labels[0] == label] for label in (1, 0))
-    tokenizer = network.text_encoder.tokenizer if with_texts else None
+        raise ValueError(f"--resume: {args.data} has other items or classes than the run in {out}")
+    tokenizer, prompts = None, {}
     if with_texts:
-        reports = [item.report for item in train_items[:100]]
-        texts = data.prompts(task.classes) if task.kind == "prompt" else reports
+        tokenizer = network.text_encoder.tokenizer
+        texts = [item.report for item in train_items[:100]]
+        if task.kind == "prompt":
+            texts = data.prompts(task.classes)
+            prompts = data.text_batch(tokenizer, texts)
+            prompts = {key: value.to(device) for key, value in prompts.items()}
         network.text_encoder.check_words(texts, args.data)
     make_example = functools.partial(
         data.task_example, task=task._replace(records=None), cache=args.cache, tokenizer=tokenizer,
         vocabulary={word: number for number, word in enumerate(config["vocabulary"] or ())})
+    positives, negatives = by_label(train_items) if task.view == "cube" else (train_items, [])
     dataset = data.Examples(positives, make_example, seed, negatives)
     collate = functools.partial(data.collate, pad_id=tokenizer.pad_token_id if tokenizer else 0)
-    prompts = {}
-    if task.kind == "prompt":
-        prompts = data.text_batch(tokenizer, data.prompts(task.classes))
-        prompts = {key: value.to(device) for key, value in prompts.items()}
 
-    # ------------------------------------------------------------------------------------ optimizer
+    # ---------------------------------------- optimizer
     batch_size = min(args.batch_size, max(1, len(dataset) // world))
     epoch_steps = max(1, len(dataset) // (batch_size * world))
     steps = min(args.epochs * epoch_steps, args.steps or math.inf)
@@ -364,24 +314,24 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}, \
         return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate, last_epoch=step - 1)
     batches = data.Batches(len(dataset), batch_size, rank, world, seed, step)
-    # The loader has its own generator: it must not advance the global one, which dropout draws from.
-    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=args.workers,
-                        pin_memory=device.type == "cuda", generator=torch.Generator())
-    log.info(f"run        steps {step} to {steps} ({epoch_steps} an epoch) of {batch_size} × {world} on "
-             f"{device} in {precision}, seed {seed}, out in {out}")
-    if batch_size < args.batch_size:
-        log.warning("--batch_size %d is more than there are: %d", args.batch_size, batch_size)
+    # The loader has its own generator: it must not advance the global one, of which dropout draws.
+    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate,
+                        num_workers=args.workers, pin_memory=device.type == "cuda",
+                        generator=torch.Generator())
+    log.info(f"run        steps {step} to {steps} ({epoch_steps} an epoch) of {batch_size} × {world} "
+             f"on {device} in {precision}, seed {seed}, out in {out}")
     if task.kind == "retrieve" and batch_size * world == 1:
-        log.warning("warning: in a batch of one there is no other patient: the loss is 0, nothing is learned")
+        log.warning("warning: in a batch of one there is no other patient: nothing is learned")
 
-    # ----------------------------------------------------------------------------------------- loop
+    # ---------------------------------------- loop
     log_path = out / "log.jsonl"
     if rank == 0:
         if not checkpoint and seed == args.seed:        # all is checked
             forget_older_run(Path(args.out))
         evaluation.write_result(vars(args) | {"resume": False}, Path(args.out, "run.json"))
         evaluation.write_result(patients, out / "split.json")
-        pretrain.write_log(log_path, [row for row in pretrain.read_log(log_path) if row["step"] < step], "w")
+        rows = [row for row in pretrain.read_log(log_path) if row["step"] < step]
+        pretrain.write_log(log_path, rows, "w")
     run = evaluation.Run(network, task, config, args.cache, device)
     interruption, stopping, bad_steps, stream = pretrain.Interruption(), 0, 0, iter(loader)
     bar = tqdm(total=steps, initial=step, desc=args.task, disable=None if rank == 0 else True)
@@ -391,16 +341,17 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}, \
         waited = time.perf_counter() - started
         names, unreadable = batch.pop("ids"), batch.pop("skipped")
         if unreadable:
-            raise ValueError(f"{', '.join(unreadable)}: could be read when the run began, but not now")
+            raise ValueError(f"{', '.join(unreadable)}: could be read when the run began, not now")
         batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
         with autocast:
             loss = loss_of(task, parallel, batch, prompts, args.temperature)
         scaler.scale(loss).backward()
         loss = loss.item()
-        step_name = f"step {step} with {', '.join(names)}"
-        _, bad_steps = pretrain.update(network, optimizer, scaler, args.clip_grad, loss, bad_steps, step_name)
-        row = {"step": step, "epoch": step // epoch_steps, "loss": loss, "lr": schedule.get_last_lr()[-1],
-               "seconds": round(time.perf_counter() - started, 4), "data_wait": round(waited, 4)}
+        _, bad_steps = pretrain.update(network, optimizer, scaler, args.clip_grad, loss, bad_steps,
+                                       f"step {step} with {', '.join(names)}")
+        row = {"step": step, "epoch": step // epoch_steps, "loss": loss,
+               "lr": schedule.get_last_lr()[-1], "seconds": round(time.perf_counter() - started, 4),
+               "data_wait": round(waited, 4)}
         schedule.step()
         step += 1
         bar.set_postfix(loss=f"{loss:.3f}", best=f"{best['value']:.3f}", refresh=False)
@@ -412,9 +363,9 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}, \
                 result = evaluation.evaluate(run, valid_items, progress=False)
                 network.train()
                 row["valid"] = result["value"]
-                if math.isnan(best["value"]) or result["value"] > best["value"]:    # of equals the first
-                    best = {name: result[name] for name in ("value", "metric", "reason") if name in result}
-                    best["epoch"] = epoch
+                if math.isnan(best["value"]) or result["value"] > best["value"]:
+                    best = {name: result[name] for name in ("value", "metric", "reason")
+                            if name in result} | {"epoch": epoch}
                     state = pretrain.network_state(network, config, step)
                     pretrain.save_file(state | {"task": task.settings()}, out / "best.pt")
             dist.barrier()
@@ -428,24 +379,34 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}, \
     if stopping:
         pretrain.finish(stopping, step, args.out)
 
-    # ----------------------------------------------------------------------------------- the number
-    result = None
     if rank == 0:
         evaluation.plot_curves(pretrain.read_log(log_path), out / "curves.png")
-        run = evaluation.load_checkpoint(out / "best.pt", args.cache, device)
-        result = test_best(run, out, best, train_items, test_items) | {"seed": seed, "init": args.init}
-        result["more"]["patients_seen_in_pretraining"] = seen
-        evaluation.write_result(result, out / "result.json")
+        test_best(args, out, best, seed, seen, train_items, test_items, device)
     dist.barrier()
-    return result
+
+
+def test_best(args, out, best, seed, seen, train_items, test_items, device):
+    """OUT/result.json: the best epoch on the test part. seen: its patients seen in pre-training"""
+    run = evaluation.load_checkpoint(out / "best.pt", args.cache, device)
+    result = evaluation.evaluate(run, test_items, out=out / "predictions", train_items=train_items)
+    result |= {"valid": best["value"], "epoch": best["epoch"], "seed": seed, "init": args.init}
+    result["more"]["patients_seen_in_pretraining"] = seen
+    if "reason" in best:
+        result["valid_reason"] = best["reason"]
+        log.warning("warning: no epoch has a validation %s, for %s: the last one is taken",
+                    best["metric"], best["reason"])
+    log.info("best epoch %d (validation %s %.4f); on %d unseen items: %s", best["epoch"],
+             best["metric"], best["value"], result["n"], evaluation.summary(result))
+    evaluation.write_result(result, out / "result.json")
 
 
 def summarise(args, task, out, results):
     """result.json of several repeats, and best.pt of the one with the best validation"""
-    numbers = {key: torch.tensor([math.nan if result[key] is None else result[key] for result in results],
-                                 dtype=torch.float64) for key in ("value", "valid", "chance")}
-    std, mean = torch.std_mean(numbers["value"])
-    chosen = out / f"repeat_{numbers['valid'].nan_to_num(-math.inf).argmax()}"      # of equals the first
+    value, valid, chance = (
+        torch.tensor([math.nan if result[key] is None else result[key] for result in results],
+                     dtype=torch.float64) for key in ("value", "valid", "chance"))
+    std, mean = torch.std_mean(value)
+    chosen = out / f"repeat_{valid.nan_to_num(-math.inf).argmax()}"     # of equals the first
     shutil.copy(chosen / "best.pt", out / "best.pt")
     if (chosen / "text_encoder").exists():
         shutil.copytree(chosen / "text_encoder", out / "text_encoder", dirs_exist_ok=True)
@@ -453,9 +414,9 @@ def summarise(args, task, out, results):
     summary = {key: results[0][key] for key in keys}
     tests = [result["ids_sha1"] for result in results]
     if len(set(tests)) > 1:                             # the seed draws the split, too
-        log.warning("warning: the repeats have test parts of their own: ± is not that of training alone")
+        log.warning("warning: the repeats have test parts of their own, ± is not that of training")
         summary |= {"n": [result["n"] for result in results], "ids_sha1": tests,
-                    "chance": numbers["chance"].mean().item(),
+                    "chance": chance.mean().item(),
                     "protocol": f"{summary['protocol']}; every repeat has a test part of its own"}
     summary |= {"value": mean.item(), "std": std.item(), "init": args.init, "repeats": results}
     reasons = [result["reason"] for result in results if "reason" in result]
@@ -464,31 +425,29 @@ def summarise(args, task, out, results):
     evaluation.write_result(summary, out / "result.json")
     percent = 1 if task.kind == "report" else 100       # BLEU is in percent
     log.info("%s %s of %d repeats: %.2f ± %.2f (%s)", args.task, summary["metric"], args.repeats,
-             mean * percent, std * percent, ", ".join(f"{value * percent:.2f}" for value in numbers["value"]))
+             mean * percent, std * percent, ", ".join(f"{one * percent:.2f}" for one in value))
 
 
 def main(args, given):
     rank, world, device = pretrain.start()
     out = Path(given.get("out") or f"runs/{given.get('task')}")
-    if args.resume and not (given.keys() & {"out", "task"}):
-        raise ValueError("--resume: found no --out, expected the folder of the run to go on with")
     if args.resume:
-        args = pretrain.resume_flags(args, given, pretrain.read_json(out / "run.json"), MAY_CHANGE)
+        saved = json.loads((out / "run.json").read_text(encoding="utf-8"))
+        args = pretrain.resume_flags(args, given, saved, MAY_CHANGE)
         pretrain.check_flags(args)
     else:
         args = complete(args, given)
     args.out = str(out)
     spacing = args.spacing and tuple(args.spacing)
     task = data.TASKS[args.task]._replace(size=tuple(args.size), spacing=spacing)
-    results = []
-    for repeat in range(args.repeats):
-        folder = out / f"repeat_{repeat}" if args.repeats > 1 else out
-        pretrain.make_folder(folder)
-        if args.resume and (folder / "result.json").exists():
-            results.append(pretrain.read_json(folder / "result.json"))
-        else:
-            results.append(train(args, task, folder, args.seed + repeat, rank, world, device))
+    folders = [out / f"repeat_{k}" for k in range(args.repeats)] if args.repeats > 1 else [out]
+    for repeat, folder in enumerate(folders):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (args.resume and (folder / "result.json").exists()):
+            train(args, task, folder, args.seed + repeat, rank, world, device)
     if rank == 0 and args.repeats > 1:
+        files = [folder / "result.json" for folder in folders]
+        results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
         summarise(args, task, out, results)
     pretrain.finish(0, 0, out)
 

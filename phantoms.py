@@ -1,10 +1,9 @@
 """Everything synthetic: chest CT phantoms with reports, sets of the tasks, a text encoder.
 
-Arrays are (z, y, x) in RAS, points (x, y, z) in mm from the middle of the thorax: to the right, forward and
-up. All randomness comes from a seed and the number of the patient.
+Arrays are (z, y, x) in RAS, points (x, y, z) in mm from the middle of the thorax: to the right,
+forward and up. All randomness comes from a seed and the number of the patient.
 """
 import csv
-import io
 import json
 import os
 from functools import partial
@@ -15,7 +14,8 @@ import SimpleITK as sitk
 from tqdm.contrib.concurrent import process_map
 
 VERSION = 4  # of what is drawn; a folder of another version is drawn again
-LOBES = [("right", "upper"), ("right", "middle"), ("right", "lower"), ("left", "upper"), ("left", "lower")]
+LOBES = [("right", "upper"), ("right", "middle"), ("right", "lower"),
+         ("left", "upper"), ("left", "lower")]
 STORED = "RAS", "LPS", "LAS", "RPS", "PIR"  # orientations of files
 AIR = -200  # HU, upper bound of lung with air
 AORTA = (0, 20, -10), (8, 22, 36), (-12, -10, 56), (-23, -38, 30), (-20, -42, -60), (-12, -40, -165)
@@ -26,16 +26,15 @@ AORTA = (0, 20, -10), (8, 22, 36), (-12, -10, 56), (-23, -38, 30), (-20, -42, -6
 def polyline(*points, n=60):
     """n points (n, 3) on the lines between points, equally many on each."""
     position = np.linspace(0, len(points) - 1, n)
-    return np.stack([np.interp(position, range(len(points)), axis) for axis in np.transpose(points)], 1)
+    return np.array([np.interp(position, range(len(points)), axis) for axis in zip(*points)]).T
 
 
 class Chest:
-    """A healthy patient, and methods that draw findings at a place (side, lobe); some return a size in mm.
+    """A healthy patient. The methods of findings draw at a place (side, lobe); some return mm.
 
-    `volume` (D, H, W) is HU without noise, `flat` a view of it, `lung` (K,) the lung voxels in `flat`. Of
-    these `at` (K, 3) is the position, `lobe` (K,) the number in LOBES, `depth` (K,) the distance in mm to
-    the lung's surface, `clear` (K,) that to the next wall or fissure.
-    """
+    `volume` (D, H, W): HU without noise; `flat`: a view of it; `lung` (K,): its lung voxels. Of
+    these `at` (K, 3) is the position, `lobe` (K,) the number in LOBES, `depth` (K,) the distance to
+    the lung's surface, `clear` (K,) that to the next wall or fissure."""
 
     def __init__(self, seed, index):
         self.rng = np.random.default_rng([seed, index])
@@ -137,7 +136,7 @@ class Chest:
             hilum = np.array([36 if side == "right" else -36, -12, 12])
             ends = self.rng.choice(self.at[(self.lobe == number) & (self.clear > 7)], (22, 1))
             branches.append(hilum + np.linspace(0, 1, 30)[:, None] * (ends - hilum))
-        vessels, self.bronchi = np.split(np.array(branches), [18], axis=1)  # (5 lobes, 18 or 4, 30, 3)
+        vessels, self.bronchi = np.split(np.array(branches), [18], axis=1)  # (5, 18 or 4, 30, 3)
         self.tube(vessels, 1.9, 40, high=AIR)
         self.tube(self.bronchi, 4, -350, high=-100)
 
@@ -157,8 +156,8 @@ class Chest:
         return size
 
     def coronary_artery_wall_calcification(self, place):
-        directions = polyline((-.5, .8, .3), (-.1, .5, .9), (.5, .5, .7), (.8, .6, 0))[self.rng.integers(25):]
-        self.tube(self.heart + self.radius * directions, 3.5, 1300)
+        path = polyline((-.5, .8, .3), (-.1, .5, .9), (.5, .5, .7), (.8, .6, 0))
+        self.tube(self.heart + self.radius * path[self.rng.integers(25):], 3.5, 1300)
 
     def hiatal_hernia(self, place):
         radius = self.rng.uniform(24, 31)
@@ -222,8 +221,8 @@ class Chest:
 CENTRAL, SIDE = [(None, None)], [("right", None), ("left", None)]  # places: (side, lobe)
 LUNGS, UPPER, LOWER = ([(side, lobe) for side in ("right", "left", "bilateral")]
                        for lobe in (None, "upper", "lower"))
-# In the order of CT-RATE's labels: (layer, small findings are drawn last; places; names in a report;
-# size in mm from which it is called large).
+# In the order of CT-RATE's labels: (layer: small findings are drawn last, places, names in a
+# report, size in mm from which it is called large).
 FINDINGS = {
     "Medical material": (4, SIDE, "pacemaker | cardiac device", None),
     "Arterial wall calcification": (4, CENTRAL, "aortic calcification | aortic plaque", None),
@@ -248,7 +247,7 @@ FINDINGS = {
 WORDINGS = (("there is {state} {name}{where}", ("some", "no")),
             ("{name}{where} is {state}", ("present", "absent")),
             ("{name} is {state}{where}", ("visible", "excluded")))
-NORMAL = (("the trachea is open", "the airways are open"), ("the bones are normal", "the ribs are intact"))
+NORMAL = "the trachea is open | the airways are open", "the bones are normal | the ribs are intact"
 
 
 def describe(label, place, size, is_present, rng):
@@ -273,8 +272,8 @@ def prompts(label):
 
 
 def write_report(lesions, rng):
-    """States every lesion and denies a fifth of the absent findings, each at a place of such findings."""
-    sentences = [rng.choice(wordings) for wordings in NORMAL]
+    """States every lesion and denies a fifth of the absent findings, each at a place."""
+    sentences = [rng.choice(wordings.split(" | ")) for wordings in NORMAL]
     for lesion in lesions:
         place = lesion["side"], lesion["lobe"]
         sentences.append(describe(lesion["label"], place, lesion["size_mm"], True, rng))
@@ -289,34 +288,32 @@ def write_report(lesions, rng):
 def phantom(seed, index, findings=None):
     """One synthetic patient; the same arguments give the same voxels and words.
 
-    findings: names to draw; None: each by a chance of 1/4. Returns volume int16 HU (z, y, x) in RAS; spacing
-    (z, y, x) mm; affine (4, 4); mask uint8 (z, y, x), k + 1 where finding k, the last one drawn, changed the
-    voxels; labels float32 (18,); report; lesions: label, side, lobe, size_mm, centre (z, y, x) in voxels;
-    stored: the orientation of its files.
-    """
+    findings: names to draw; None: each by a chance of 1/4. Returns volume (int16 HU), spacing (mm),
+    affine, mask (uint8, k + 1 where finding k, drawn last, changed the voxels), labels (18,),
+    report, lesions (centre in voxels) and stored, the orientation of its files."""
     chest = Chest(seed, index)
     chooser, noise, writer = (np.random.default_rng([seed, index, stream]) for stream in (1, 2, 3))
     names = list(FINDINGS)
-    likely = [name for name in names if chooser.random() < 0.25]
-    chosen = likely if findings is None else findings
-    lobes = [LOBES[number] for number in chooser.permutation(5)]
-    mask = np.zeros(chest.flat.shape, np.uint8)
-    lesions = []
+    chosen = [name for name in names if chooser.random() < 0.25]
+    chosen = chosen if findings is None else findings
+    lobes = [LOBES[number] for number in chooser.permutation(5)]  # no two findings share one
+    mask, lesions = np.zeros(chest.flat.shape, np.uint8), []
     for name in sorted(chosen, key=lambda name: FINDINGS[name][0]):
         number, (_, places, *_) = names.index(name), FINDINGS[name]
         chest.rng = np.random.default_rng([seed, index, 4 + number])
-        # two findings never share a lobe
         place = lobes.pop() if places is LOBES else places[chest.rng.integers(len(places))]
         before = chest.flat.copy()
-        size = getattr(chest, name.lower().replace(" ", "_"))(place)  # the method of that name draws it
+        size = getattr(chest, name.lower().replace(" ", "_"))(place)  # its method draws it
         changed = np.flatnonzero(np.abs(chest.flat - before) > 60)
         mask[changed] = number + 1
         lesions.append({"label": name, "side": place[0], "lobe": place[1], "size_mm": size,
                         "centre": np.mean(np.unravel_index(changed, chest.shape), 1)})
-    volume = chest.volume + np.float32(noise.uniform(12, 26)) * noise.standard_normal(chest.shape, np.float32)
+    level = np.float32(noise.uniform(12, 26))
+    volume = chest.volume + level * noise.standard_normal(chest.shape, np.float32)
     return {"volume": volume.clip(-1024, 3071).astype(np.int16), "mask": mask.reshape(chest.shape),
-            "spacing": chest.spacing, "affine": chest.affine, "stored": STORED[index % 5], "lesions": lesions,
-            "labels": np.float32(np.isin(names, chosen)), "report": write_report(lesions, writer)}
+            "spacing": chest.spacing, "affine": chest.affine, "stored": STORED[index % 5],
+            "labels": np.float32(np.isin(names, chosen)), "lesions": lesions,
+            "report": write_report(lesions, writer)}
 
 
 # ---------------------------------------- files and the demo
@@ -328,68 +325,77 @@ def save_image(path, array, affine, stored="LPS"):
     image.SetSpacing(np.diag(affine)[:3].tolist())
     image.SetOrigin((affine[:3, 3] * (-1, -1, 1)).tolist())  # ITK's world is LPS
     image.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))
-    sitk.WriteImage(sitk.DICOMOrient(image, stored), str(path), path.suffix != ".mhd", compressionLevel=1)
+    image = sitk.DICOMOrient(image, stored)
+    sitk.WriteImage(image, str(path), path.suffix != ".mhd", compressionLevel=1)
+
+
+def save_patient(out, patient, volume, mask=None):
+    """Write the volume of a phantom, and its mask, to files of OUT, oriented as it is stored."""
+    for key, file in (("volume", volume), ("mask", mask)):
+        if file:
+            save_image(Path(out, file), patient[key], patient["affine"], patient["stored"])
 
 
 def save_table(path, rows):
     """Write a file: .csv from dicts, .json from pairs (key, row), others from lines."""
-    text = io.StringIO()
-    if path.suffix == ".csv":
-        table = csv.DictWriter(text, list(rows[0]))
-        table.writeheader()
-        table.writerows(rows)
-    elif path.suffix == ".json":
-        document = {}
-        for key, row in rows:
-            document.setdefault(key, []).append(row)
-        json.dump(document, text, indent=1)
-    else:
-        text.writelines(f"{row}\n" for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(text.getvalue().encode())
-    os.replace(part, path)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        if path.suffix == ".csv":
+            table = csv.DictWriter(file, list(rows[0]))
+            table.writeheader()
+            table.writerows(rows)
+        elif path.suffix == ".json":
+            keys = dict.fromkeys(key for key, _ in rows)
+            json.dump({key: [row for k, row in rows if k == key] for key in keys}, file, indent=1)
+        else:
+            file.writelines(f"{row}\n" for row in rows)
+
+
+def write_set(write, out, n, seed, workers):
+    """Write n patients by write(out, seed, index) -> {index file: rows}; then the index files."""
+    tables = {}
+    for patient in process_map(partial(write, out, seed), range(n), chunksize=1, desc="phantoms",
+                               max_workers=workers or os.cpu_count()):
+        for file, rows in patient.items():
+            tables.setdefault(file, []).extend(rows)
+    for file, rows in tables.items():
+        save_table(Path(out, file), rows)
 
 
 def write_phantom(out, seed, index):
-    """Write one phantom; returns its row of the manifest."""
-    patient = phantom(seed, index)
-    volume, mask = (f"{folder}/demo_{index:04d}.nii.gz" for folder in ("volumes", "masks"))
-    save_image(Path(out, volume), patient["volume"], patient["affine"], patient["stored"])
-    save_image(Path(out, mask), patient["mask"], patient["affine"], patient["stored"])
+    """Random findings, for pre-training."""
+    patient, split = phantom(seed, index), "train" if index % 10 < 7 else "test"
+    files = {key: f"{key}s/demo_{index:04d}.nii.gz" for key in ("volume", "mask")}
+    save_patient(out, patient, **files)
     labels = dict(zip(FINDINGS, patient["labels"].astype(int)))
-    return {"volume": volume, "report": patient["report"], "split": "train" if index % 10 < 7 else "test",
-            "patient": f"demo{VERSION}-{seed}-{index:04d}", **labels, "mask": mask}
+    row = {"volume": files["volume"], "report": patient["report"], "split": split,
+           "patient": f"demo{VERSION}-{seed}-{index:04d}", **labels, "mask": files["mask"]}
+    return {"manifest.csv": [row]}
 
 
 def write_demo(out, n=64, seed=0, workers=None):
-    """Write n phantoms as NIfTI with masks and, last, OUT/manifest.csv, whose path it returns.
-
-    A complete folder of the same n, seed and VERSION stays. workers: processes, by default one a core.
-    """
+    """Write n phantoms, then OUT/manifest.csv -> its path. The same n, seed and VERSION stay."""
     manifest = Path(out, "manifest.csv")
     if manifest.exists():
         with manifest.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        files = [Path(out, row[key]) for row in rows for key in ("volume", "mask")]
-        patients = [f"demo{VERSION}-{seed}-{index:04d}" for index in range(n)]
-        if [row["patient"] for row in rows] == patients and all(file.exists() for file in files):
+            patients = [row["patient"] for row in csv.DictReader(file)]
+        if patients == [f"demo{VERSION}-{seed}-{index:04d}" for index in range(n)]:
             return manifest
         manifest.unlink()
-    save_table(manifest, process_map(partial(write_phantom, out, seed), range(n), chunksize=1,
-                                     max_workers=workers or os.cpu_count(), desc="phantoms"))
+    write_set(write_phantom, out, n, seed, workers)
     return manifest
 
 
 # ---------------------------------------- demo sets of the tasks
-# A function writes one patient and returns {index file: rows}.
+LARGE = "Cardiomegaly", "Lung opacity", "Pleural effusion", "Consolidation"
+
 
 def write_cc_ccii(out, seed, index):
     """Normal: nothing; CP: a consolidation; NCP: ground glass."""
     target = index % 3
     name, findings = (("Normal", []), ("CP", ["Consolidation"]), ("NCP", ["Lung opacity"]))[target]
-    window = np.clip((phantom(seed, index, findings)["volume"] + 1000) / 1400, 0, 1)  # -1000 to 400 HU
-    pictures = np.uint8(255 * window)[::2, ::-1, ::-1]  # every other slice, as in LPS
+    volume = phantom(seed, index, findings)["volume"].clip(-1000, 400)
+    pictures = np.uint8(255 * ((volume + 1000) / 1400))[::2, ::-1, ::-1]  # every other slice, LPS
     folder = Path(out, name, str(1000 + index), str(index))
     folder.mkdir(parents=True, exist_ok=True)
     files = [f"{folder}/{number:04d}.png" for number in range(len(pictures))]
@@ -405,19 +411,20 @@ def write_luna16(out, seed, index):
     uid = f"1.3.6.1.4.1.14519.5.2.1.6279.6001.{10 ** 29 + 1000 * seed + index}"
     save_image(Path(out, f"subset{index % 10}", uid + ".mhd"), patient["volume"], patient["affine"])
     lung = np.unravel_index(Chest(seed, index).lung, patient["volume"].shape)
-    places = np.vstack([patient["lesions"][0]["centre"], np.transpose(lung)])[:, ::-1]  # voxels (1 + K, 3)
+    places = np.vstack([patient["lesions"][0]["centre"], np.transpose(lung)])[:, ::-1]  # (1 + K, 3)
     places = places * np.diag(patient["affine"])[:3] + patient["affine"][:3, 3]
     places *= (-1, -1, 1)  # RAS to LPS
     far = places[np.linalg.norm(places - places[0], axis=1) > 40]
     others = np.random.default_rng([seed, index, 100]).choice(far, 4)
-    rows = [dict(zip(("coordX", "coordY", "coordZ"), place.round(4))) for place in (places[0], *others)]
-    return {"candidates_V2.csv": [{"seriesuid": uid} | row | {"class": int(row is rows[0])} for row in rows]}
+    rows = []
+    for x, y, z in np.round([places[0], *others], 4):
+        rows.append({"seriesuid": uid, "coordX": x, "coordY": y, "coordZ": z, "class": int(not rows)})
+    return {"candidates_V2.csv": rows}
 
 
 def write_case(out, patient, image, label, fold):
     """Write a segmentation case; returns its rows."""
-    save_image(Path(out, image), patient["volume"], patient["affine"], patient["stored"])
-    save_image(Path(out, label), np.uint8(patient["mask"] > 0), patient["affine"], patient["stored"])
+    save_patient(out, patient | {"mask": np.uint8(patient["mask"] > 0)}, image, label)
     return [("training", {"fold": fold, "image": image, "label": label})]
 
 
@@ -427,22 +434,23 @@ def write_msd_lung(out, seed, index):
     if index % 15 == 14:
         save_image(Path(out, "imagesTs", name), patient["volume"], patient["affine"])
         return {"dataset.json": [("test", f"./imagesTs/{name}")]}
-    return {"dataset.json": write_case(out, patient, f"./imagesTr/{name}", f"./labelsTr/{name}", index % 5)}
+    files = f"./imagesTr/{name}", f"./labelsTr/{name}"
+    return {"dataset.json": write_case(out, patient, *files, index % 5)}
 
 
 def write_covid_19_20(out, seed, index):
     """Ground glass, and in every other patient a consolidation."""
     patient = phantom(seed, index, ["Lung opacity", "Consolidation"][:2 - index % 2])
-    name = f"volume-covid19-A-{index + 1:04d}"
-    rows = write_case(out, patient, f"{name}_ct.nii.gz", f"{name}_seg.nii.gz", index % 5)
-    return {"Covid19_20_folds.json": rows}
+    files = (f"volume-covid19-A-{index + 1:04d}_{part}.nii.gz" for part in ("ct", "seg"))
+    return {"Covid19_20_folds.json": write_case(out, patient, *files, index % 5)}
 
 
 def write_acdc(out, seed, index):
     """Short-axis MR, diastole and systole: 1 right ventricle, 2 myocardium, 3 left ventricle."""
     rng = np.random.default_rng([seed, index])
     folder = f"training/patient{index + 1:03d}"
-    systole, step, radius, gain = int(rng.integers(8, 15)), *rng.uniform((2.7, 21, 0.4), (3.2, 27, 4))
+    systole = int(rng.integers(8, 15))
+    step, radius, gain = rng.uniform((2.7, 21, 0.4), (3.2, 27, 4))
     z, y, x = np.ix_(np.arange(10), *(np.arange(-36, 36) * step + rng.uniform(-12, 12, (2, 1))))
     affine = np.diag([step, step, 10, 1])
     for frame, size in ((1, 1), (systole, rng.uniform(0.6, 0.72))):
@@ -462,20 +470,20 @@ def write_stoic(out, seed, index):
     """Nothing, ground glass (COVID-19), or a consolidation too (severe)."""
     patient = phantom(seed, index, ["Lung opacity", "Consolidation"][:index % 3])
     save_image(Path(out, f"data/mha/{index + 1}.mha"), patient["volume"], patient["affine"])
-    return {"metadata/reference.csv": [
-        {"PatientID": index + 1, "probCOVID": int(index % 3 > 0), "probSevere": int(index % 3 == 2)}]}
+    row = {"PatientID": index + 1, "probCOVID": int(index % 3 > 0), "probSevere": int(index % 3 > 1)}
+    return {"metadata/reference.csv": [row]}
 
 
 def write_ctrg(out, seed, index):
     """Up to four large findings; the same patients are val and test."""
     rng = np.random.default_rng([seed, index, 100])
-    large = "Cardiomegaly", "Lung opacity", "Pleural effusion", "Consolidation"
-    patient = phantom(seed, index, [name for name in large if rng.random() < 0.4])
-    name = f"{index + 1}.nii.gz"
-    save_image(Path(out, "volumes", name), patient["volume"], patient["affine"], patient["stored"])
+    patient = phantom(seed, index, [name for name in LARGE if rng.random() < 0.4])
+    name, path = f"{index + 1}.nii.gz", f"volumes/{index + 1}.nii.gz"
+    save_patient(out, patient, path)
     result = ", ".join(lesion["label"] for lesion in patient["lesions"]) or "Normal"
-    row = {"id": name, "report": patient["report"], "result": result, "image_path": f"volumes/{name}"}
-    return {"ctrg_chest.json": [("train", row)] if index % 10 < 7 else [("val", row), ("test", row)]}
+    row = {"id": name, "report": patient["report"], "result": result, "image_path": path}
+    parts = ["train"] if index % 10 < 7 else ["val", "test"]
+    return {"ctrg_chest.json": [(part, row) for part in parts]}
 
 
 def write_ct_rate(out, seed, index):
@@ -490,34 +498,33 @@ def write_ct_rate(out, seed, index):
     for name, image in scans.items():
         save_image(Path(out, split, f"{split}_{index + 1}", scan, name), *image)
     impression = " ".join(f"{lesion['label']}." for lesion in patient["lesions"]) or "Not given."
-    tables = {
+    columns = {
         f"radiology_text_reports/{word}_reports.csv": {
             "Findings_EN": patient["report"], "Impressions_EN": impression},
         f"metadata/{word}_metadata.csv": {"RescaleSlope": 1, "RescaleIntercept": -1024},
         f"multi_abnormality_labels/{split}_predicted_labels.csv": dict(zip(FINDINGS, labels))}
-    tables = {file: [{"VolumeName": name} | columns for name in scans] for file, columns in tables.items()}
+    tables = {file: [{"VolumeName": name} | row for name in scans] for file, row in columns.items()}
     return tables | {f"metadata/no_chest_{split}.txt": [*scans][1:] if index == 0 else []}
 
 
 def write_labels(out, seed, index):
     """Four findings, each known of nine patients in ten; the age is no label."""
     rng = np.random.default_rng([seed, index, 100])
-    names = "Cardiomegaly", "Lung opacity", "Pleural effusion", "Consolidation"
-    chosen = [name for name in names if rng.random() < 0.4]
-    patient, volume = phantom(seed, index, chosen), f"volumes/{index + 1}.nii.gz"
-    save_image(Path(out, volume), patient["volume"], patient["affine"], patient["stored"])
-    labels = {name: int(name in chosen) if rng.random() < 0.9 else "" for name in names}
+    chosen = [name for name in LARGE if rng.random() < 0.4]
+    volume = f"volumes/{index + 1}.nii.gz"
+    save_patient(out, phantom(seed, index, chosen), volume)
+    labels = {name: int(name in chosen) if rng.random() < 0.9 else "" for name in LARGE}
     return {"manifest.csv": [{"volume": volume, "age": int(rng.integers(20, 90)), **labels}]}
 
 
 def write_segment(out, seed, index):
     """1 a nodule, 2 a pleural effusion."""
-    patient = phantom(seed, index, ["Lung nodule", "Pleural effusion"])
+    names = ["Lung nodule", "Pleural effusion"]
+    patient = phantom(seed, index, names)
+    found = [patient["mask"] == 1 + list(FINDINGS).index(name) for name in names]
+    patient["mask"] = np.uint8(np.select(found, [1, 2]))
     row = {name: f"{name}s/{index + 1}.nii.gz" for name in ("volume", "mask")}
-    mask = np.select([patient["mask"] == 1 + list(FINDINGS).index(name)
-                      for name in ("Lung nodule", "Pleural effusion")], [1, 2])
-    for name, image in (("volume", patient["volume"]), ("mask", np.uint8(mask))):
-        save_image(Path(out, row[name]), image, patient["affine"], patient["stored"])
+    save_patient(out, patient, **row)
     return {"manifest.csv": [row]}
 
 
@@ -525,20 +532,15 @@ TASK_DEMOS = {  # patients by default, and what writes one of them
     "cc-ccii": (108, write_cc_ccii), "luna16": (80, write_luna16), "msd-lung": (30, write_msd_lung),
     "covid-19-20": (30, write_covid_19_20), "acdc": (24, write_acdc), "stoic": (150, write_stoic),
     "ctrg": (160, write_ctrg), "ct-rate-vocab": (160, write_ct_rate),
-    "ct-rate-retrieval": (240, write_ct_rate), "labels": (160, write_labels), "segment": (30, write_segment)}
+    "ct-rate-retrieval": (240, write_ct_rate), "labels": (160, write_labels),
+    "segment": (30, write_segment)}
 
 
 def write_task_demo(task, out, n=None, seed=0, workers=None):
-    """Write n patients of a task in its native layout, the index files last; returns what `--data` takes."""
+    """Write n patients of a task in its native layout; returns what `--data` takes."""
     default_n, write = TASK_DEMOS[task]
     seed += 1000 * (1 + list(TASK_DEMOS).index(task))
-    tables = {}
-    for patient in process_map(partial(write, out, seed), range(n or default_n), chunksize=1,
-                               max_workers=workers or os.cpu_count(), desc=task):
-        for file, rows in patient.items():
-            tables.setdefault(file, []).extend(rows)
-    for file, rows in tables.items():
-        save_table(Path(out, file), rows)
+    write_set(write, out, n or default_n, seed, workers)
     return Path(out)
 
 
@@ -552,10 +554,11 @@ def make_demo_text_encoder(folder, reports, seed=0):
     words = {word for report in reports for word, _ in split(clean(report))}
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(words)]
     save_table(Path(folder, "vocab.txt"), vocabulary)
-    BertTokenizerFast(str(Path(folder, "vocab.txt")), model_max_length=512).save_pretrained(folder)
+    BertTokenizerFast(f"{folder}/vocab.txt", model_max_length=512).save_pretrained(folder)
+    config = BertConfig(vocab_size=len(vocabulary), hidden_size=128, num_hidden_layers=2,
+                        num_attention_heads=4, intermediate_size=256)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        bert = BertModel(BertConfig(vocab_size=len(vocabulary), hidden_size=128, num_hidden_layers=2,
-                                    num_attention_heads=4, intermediate_size=256))
+        bert = BertModel(config)
     bert.embeddings.word_embeddings.weight.data *= 5  # words weigh more than their positions
     bert.save_pretrained(folder)

@@ -1,52 +1,43 @@
 """Pre-train MG-3D on chest CT volumes and their reports: one loop, six losses.
 
-    python pretrain.py                                   the demo: synthetic chests, minutes on a laptop CPU
-    python pretrain.py --data train.csv                  the paper's recipe on your own volumes and reports
+    python pretrain.py                                   the demo: synthetic chests
+    python pretrain.py --data train.csv                  the paper's recipe on your own volumes
     torchrun --nproc_per_node=4 pretrain.py --data …     the same on 4 GPUs
-    python pretrain.py --out out --resume                go on after an interruption, with the same flags
+    python pretrain.py --out out --resume                go on after an interruption
 
 Writes OUT/last.pt (everything), encoder.pt and encoder.safetensors (the encoder, with MONAI's
 names), the model card README.md, log.jsonl and pictures.
 """
 import argparse
 
-PAPER = {"encoder": "swin_b", "size": [128, 96, 128], "text_encoder": "StanfordAIMI/RadBERT",
-         "embed_dim": 768, "steps": 100_000, "warmup": 1000, "lr_encoder": 2e-5, "lr": 1e-4,
-         "save_every": 1000, "log_every": 20}
-DEMO = {"encoder": "swin_t", "size": [32, 32, 32], "mask_size": 8, "text_encoder": "demo", "embed_dim": 96,
-        "clip": True, "steps": 130, "warmup": 20, "lr_encoder": 1e-3, "lr": 1e-3, "save_every": 65,
-        "log_every": 1}
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Prints every default and keeps the lines of the docstring"""
+DEMO = {"encoder": "swin_t", "size": [32, 32, 32], "mask_size": 8, "text_encoder": "demo",
+        "embed_dim": 96, "clip": True, "steps": 130, "warmup": 20, "lr_encoder": 1e-3, "lr": 1e-3,
+        "save_every": 65, "log_every": 1}
 
 
 def flags():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, epilog=f"In the demo: {DEMO}")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     epilog=f"In the demo: {DEMO}")
     on_off, kinds = argparse.BooleanOptionalAction, ["proposed", "classical"]
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="demo", help="demo, a manifest .csv, a CT-RATE folder, a CTRG-Chest .json, or a "
-        "folder of `data.py cache --out`")
-    add("--fraction", type=float, default=1.0, help="of the training volumes; in Table V 2.8K is 0.06")
-    add("--size", type=int, nargs=3, metavar=("D", "H", "W"), help="voxels (z, y, x), multiples of 32")
-    add("--permute_reports", action="store_true", help="control: train with the reports of "
-        "other patients. What such a run gains does not come from the reports")
-    add("--hu", default="auto", choices=["auto", "header", "csv"], help="Hounsfield units: told from the "
-        "values, as stored, or rescaled by the metadata CSV")
-    add("--cache", default="cache", help="of preprocessed volumes; `data.py cache` fills it before")
-    add("--workers", type=int, default=2, help="loader processes a GPU; 2 will do with a cache")
+    add("--data", default="demo", help="demo, a manifest .csv, CT-RATE, a CTRG .json or a cache")
+    add("--fraction", type=float, default=1.0, help="of the training volumes (Table V)")
+    add("--size", type=int, nargs=3, default=[128, 96, 128], help="voxels, multiples of 32")
+    add("--permute_reports", action="store_true", help="control: reports of other patients")
+    add("--hu", default="auto", choices=["auto", "header", "csv"], help="Hounsfield units")
+    add("--cache", default="cache", help="folder of preprocessed volumes")
+    add("--workers", type=int, default=2, help="loader processes for each GPU")
 
     add = parser.add_argument_group("model").add_argument
-    add("--encoder", choices=["swin_b", "swin_l", "swin_t", "unet"], help="3D vision encoder")
-    add("--text_encoder", help="frozen: a Hugging Face name or folder, or demo")
-    add("--embed_dim", type=int, help="width E of the fusion, a multiple of 12")
-    add("--guidance", default="sentence", choices=["sentence", "word"], help="of volumes, Table III")
-    add("--mim_attention", default="proposed", choices=kinds, help="guiding the volume, Table III")
-    add("--mlm_attention", default="proposed", choices=kinds, help="guiding the report, Table III")
-    add("--sentence_values", default="volume", choices=["volume", "text"],
-        help="what H_S of Eq. (11) is made of; text: as in the authors' released code")
-    add("--use_checkpoint", action=on_off, default=False, help="recompute blocks: less memory, slower")
+    add("--encoder", default="swin_b", choices=["swin_b", "swin_l", "swin_t", "unet"], help="3D")
+    add("--text_encoder", default="StanfordAIMI/RadBERT", help="frozen: a hub name, a folder, demo")
+    add("--embed_dim", type=int, default=768, help="width E of the fusion, a multiple of 12")
+    add("--guidance", default="sentence", choices=["sentence", "word"], help="of volumes")
+    add("--mim_attention", default="proposed", choices=kinds, help="guiding the volume")
+    add("--mlm_attention", default="proposed", choices=kinds, help="guiding the report")
+    add("--sentence_values", default="volume", choices=["volume", "text"], help="of Eq. (11)")
+    add("--use_checkpoint", action=on_off, default=False, help="less memory, slower")
 
     add = parser.add_argument_group("losses").add_argument
     add("--mim", action=on_off, default=True, help="masked image modelling")
@@ -55,8 +46,8 @@ def flags():
     add("--cml", action=on_off, default=True, help="cross-modal learning")
     add("--ssm", action=on_off, default=True, help="semantics similarity matching")
     add("--dfa", action=on_off, default=True, help="disentangled feature aggregation")
-    add("--clip", action=on_off, default=False, help="CT-CLIP's contrast of volumes and "
-        "reports, weight 1: no part of MG-3D, but the one that needs the right report")
+    add("--clip", action=on_off, default=False, help="CT-CLIP's contrast of volumes and reports, "
+        "weight 1: no part of MG-3D, but the one that needs the right report")
     add("--lambda_a", type=float, default=1.0, help="weight of mim and mlm")
     add("--lambda_b", type=float, default=0.1, help="weight of sfr and cml")
     add("--lambda_g", type=float, default=0.1, help="weight of ssm and dfa")
@@ -66,39 +57,35 @@ def flags():
     add("--mlm_prob", type=float, default=0.15, help="part of the words that is masked")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--steps", type=int, help="optimizer steps; the paper has 300000 for CTRG-Chest")
-    add("--batch_size", type=int, default=4, help="volumes a process and pass; the demo shares 24 among all")
-    add("--accumulate", type=int, default=1, help="passes a step: mim, mlm and sfr are those of one large "
-        "batch, the others get no more negatives")
-    add("--lr_encoder", type=float, help="learning rate of the vision encoder")
-    add("--lr", type=float, help="learning rate of everything else")
-    add("--warmup", type=int, help="steps of linear warm-up, before the linear decay")
+    add("--steps", type=int, default=100_000, help="of the optimizer; CTRG-Chest: 300000")
+    add("--batch_size", type=int, default=4, help="volumes a process; the demo shares 24")
+    add("--accumulate", type=int, default=1, help="passes a step; they add no negatives")
+    add("--lr_encoder", type=float, default=2e-5, help="learning rate of the vision encoder")
+    add("--lr", type=float, default=1e-4, help="learning rate of everything else")
+    add("--warmup", type=int, default=1000, help="steps, before the linear decay")
     add("--weight_decay", type=float, default=0.01, help="of AdamW, on matrices only")
     add("--clip_grad", type=float, default=1.0, help="largest norm of the gradient, 0 = no limit")
 
     add = parser.add_argument_group("run").add_argument
     add("--out", default="out", help="folder for checkpoints, log and pictures")
     add("--resume", action="store_true", help="go on from OUT/last.pt, bit for bit on a CPU")
-    add("--init", help="start the encoder from a file or hf:owner/name[/file]: ours, the authors', MONAI's "
-        "or VoCo's weights")
-    add("--merging", default="auto", choices=["auto", "monai", "v0.9", "mergingv2"], help="of patches "
-        "in the file of --init, where it does not tell: v0.9 is MONAI's before 1.5, as in VoCo")
+    add("--init", help="weights of the encoder to start from: a file or hf:owner/name[/file]")
+    add("--merging", default="auto", choices=["auto", "monai", "v0.9", "mergingv2"],
+        help="of patches in the file of --init, where it does not tell; v0.9: MONAI before 1.5")
     add("--seed", type=int, default=0, help="of weights, order, masks")
     add("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
         help="auto: bf16 where the GPU has it, else fp16; fp32 on a CPU")
-    add("--save_every", type=int, help="steps between checkpoints")
-    add("--log_every", type=int, help="steps between lines of log.jsonl")
-    parser.set_defaults(**PAPER)
+    add("--save_every", type=int, default=1000, help="steps between checkpoints")
+    add("--log_every", type=int, default=20, help="steps between lines of log.jsonl")
     return parser
 
 
 def read_flags(argv=None):
-    """All flags, and as a dict those that were given: they must agree with a checkpoint to resume."""
+    """All flags, and as a dict those that were given: they must agree with a run to resume"""
     parser = flags()
-    args = parser.parse_args(argv)
-    if args.data == "demo":
+    if parser.parse_args(argv).data == "demo":
         parser.set_defaults(**DEMO, batch_size=None)
-        args = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     unset = argparse.Namespace(**dict.fromkeys(vars(args)))  # argparse sets no default over these
     given = vars(parser.parse_args(argv, unset))
     return args, {name: value for name, value in given.items() if value is not None}
@@ -123,6 +110,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -142,47 +130,26 @@ tags: [medical-imaging, computed-tomography, vision-language, pytorch]
 ---
 # {encoder}, pre-trained with MG-3D
 
-A 3D encoder of chest CT that was taught with scans and their radiology reports by
-[MG-3D](https://arxiv.org/abs/2412.05876), in plain PyTorch. It is for research and **not a medical device**.
+A 3D encoder of chest CT, taught with scans and their radiology reports by
+[MG-3D](https://arxiv.org/abs/2412.05876). For research, **not a medical device**.
 
 ```
 {about}
 run        {step} of {steps} steps, seed {seed}
 ```
 
-## Numbers
-
 ```
 {numbers}
 ```
 
-## Use
-
-In the folder of the code, with the name of this repository or the path of a file:
-
-```python
-import data, eval
-encoder, config = eval.load_encoder("hf:OWNER/NAME")
-array, spacing, _ = data.read_volume("scan.nii.gz")
-array, _ = data.to_hounsfield(array, "scan.nii.gz", config["hu"])
-maps = encoder(data.preprocess(array, spacing, config["size"])[None])
-```
-
-`python eval.py embed --checkpoint hf:OWNER/NAME --input FOLDER` writes the features of scans,
-`python finetune.py --init hf:OWNER/NAME --task …` starts a task. `encoder.safetensors` and `encoder.pt`
-hold the same weights with MONAI's names. Architecture, named as in `SwinUNETR`:
-{settings} ({note}).
-
-## Licence and privacy
-
-The code is Apache-2.0. For the weights the terms of the data count. The files hold hashes of the names of the
-patients, so that a test can warn of them: who knows a name can find out whether it is among them.
+`encoder, config = eval.load_encoder("hf:OWNER/NAME")` of the code loads it. The weights have the
+names of MONAI's `SwinUNETR`: {architecture}.
+The files hold hashes of the names of the patients, so that a test can warn of them.
 """
-MAY_CHANGE = {"resume", "init", "out", "steps", "cache", "workers", "save_every", "log_every", "data"}
-HANDLERS = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+MAY_CHANGE = {"resume", "out", "steps", "cache", "workers", "save_every", "log_every", "data"}
 
 
-# ------------------------------------------------- what keeps a run going, here and in finetune.py
+# ---------------------------------------- what keeps a run going, here and in finetune.py
 
 def start():
     """Join the processes of torchrun, or form a group of one -> rank, world, device."""
@@ -196,11 +163,12 @@ def start():
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if dist.is_initialized():                   # by a run in this process that an error ended
         dist.destroy_process_group()
+    group = {"backend": "gloo"}
     if world == 1:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    else:  # the others wait while the first prepares data or evaluates
-        on_gpu = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
-        dist.init_process_group(timeout=timedelta(hours=6), **on_gpu)
+        group["store"] = dist.HashStore()
+    elif device.type == "cuda":
+        group = {"backend": "nccl", "device_id": device}
+    dist.init_process_group(rank=rank, world_size=world, timeout=timedelta(hours=6), **group)
     return rank, world, device
 
 
@@ -218,49 +186,19 @@ def check_flags(args):
     """ValueError, naming the flag, for a value that cannot be; for the flags of both scripts."""
     data.check_numbers(args)
     if any(side % 32 for side in args.size):
-        raise ValueError(f"--size {' '.join(map(str, args.size))}: every side must be a multiple of 32")
+        size = " ".join(map(str, args.size))
+        raise ValueError(f"--size {size}: every side must be a multiple of 32")
     if args.merging != "auto" and args.init in (None, "scratch"):
         raise ValueError(f"--merging {args.merging}: found no --init, expected a file trained so")
-
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}; expected JSON") from None
-
-
-def make_folder(out):
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {out}: cannot write there ({error}), expected a folder") from None
 
 
 def resume_flags(args, given, saved, may_change):
     """The flags of an interrupted run. ValueError if one that is given now contradicts them."""
     for name, value in given.items():
         if name in saved and name not in may_change and saved[name] != value:
-            raise ValueError(f"--resume: the run was started with --{name} {saved[name]}, now it is {value}; "
-                             "leave the flag out, or start anew with another --out")
+            raise ValueError(f"--resume: the run was started with --{name} {saved[name]}, "
+                             f"now it is {value}")
     return argparse.Namespace(**{**vars(args), **saved, **given})
-
-
-def begin(out, config):
-    """OUT/run.json says, from before the first checkpoint on, which run is the newest."""
-    if (out / "last.pt").exists():
-        log.warning("warning: %s holds an older run: the first checkpoint replaces it", out)
-    evaluation.write_result(config, out / "run.json")
-
-
-def check_newest(out, saved):
-    """ValueError if a newer run than that of the flags `saved` began in OUT, and ended before it saved."""
-    path = out / "run.json"
-    newest = read_json(path) if path.exists() else saved
-    if newest.get("begun") != saved.get("begun"):
-        raise ValueError(f"--resume: the run that began in {out} at {newest.get('begun')} saved nothing; "
-                         f"last.pt is of an older one, begun at {saved.get('begun')}. Start anew, without "
-                         "--resume; with --init it can begin from the older weights")
 
 
 class Interruption:
@@ -268,49 +206,50 @@ class Interruption:
 
     def __init__(self):
         self.received = 0
-        for number in HANDLERS:
-            signal.signal(number, self.receive)
+        self.before = {number: signal.signal(number, self.receive)
+                       for number in (signal.SIGTERM, signal.SIGINT)}
 
     def receive(self, number, frame):
         self.received = number
 
     def number(self, device):
-        """The signal, 0 = none: the same on all processes, so that they stop after the same step."""
+        """The signal, 0 = none, the same on all processes: they stop after the same step."""
         number = torch.tensor(self.received, device=device)
         dist.all_reduce(number, dist.ReduceOp.MAX)
         return int(number)
 
     def end(self):
-        for number, handler in HANDLERS.items():
+        for number, handler in self.before.items():
             signal.signal(number, handler)
 
 
 def mixed_precision(precision, device):
-    """auto, bf16, fp16 or fp32 -> which is meant, autocast, GradScaler. ValueError for fp16 on a CPU."""
+    """auto, bf16, fp16, fp32 -> which is meant, autocast, GradScaler. ValueError: fp16 on a CPU."""
     on_gpu = device.type == "cuda"
     if precision == "auto":
         has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "fp32" if not on_gpu else "bf16" if has_bf16 else "fp16"
     if precision == "fp16" and not on_gpu:
         raise ValueError("--precision fp16: expected a GPU; a CPU computes in fp32 or bf16")
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    autocast = torch.autocast(device.type, dtype=dtype) if dtype else contextlib.nullcontext()
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    autocast = torch.autocast(device.type, dtype, enabled=precision != "fp32")
     return precision, autocast, torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
 def parameter_groups(network, args):
-    """For AdamW: the encoder has its own rate; biases, norms, tokens, memory and tables do not decay."""
+    """For AdamW: the encoder has its own rate; biases, norms, tokens, tables do not decay."""
     groups = {}
     for name, p in network.named_parameters():
         if p.requires_grad:
             decays = p.ndim > 1 and "bias_table" not in name and name != "memory"
             groups.setdefault((name.startswith("encoder."), decays), []).append(p)
     return [{"params": params, "lr": args.lr_encoder if is_encoder else args.lr,
-             "weight_decay": args.weight_decay * decays} for (is_encoder, decays), params in groups.items()]
+             "weight_decay": args.weight_decay * decays}
+            for (is_encoder, decays), params in groups.items()]
 
 
 def update(network, optimizer, scaler, clip_grad, loss, bad_steps, step_name):
-    """Clip the gradients and step, or skip the step if they or the loss (a float) are not finite.
+    """Clip the gradients and step; skip the step if they or the loss (a float) are not finite.
 
     Returns their norm, and the number of steps skipped in a row: the tenth ends the run.
     """
@@ -323,30 +262,26 @@ def update(network, optimizer, scaler, clip_grad, loss, bad_steps, step_name):
     if is_good:
         scaler.step(optimizer)
     else:
-        log.warning("%s; loss %g, gradient %g: not finite, the step is skipped", step_name, loss, norm)
+        log.warning("%s; loss %g, gradient %g: not finite, the step is skipped",
+                    step_name, loss, norm)
         if bad_steps == 9:
-            raise SystemExit("error: 10 steps in a row were not finite. They changed nothing: the last "
-                             "checkpoint is good. A lower learning rate or --precision fp32 may help")
+            raise SystemExit("error: 10 steps in a row were not finite; last.pt is good")
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return norm.item(), 0 if is_good else bad_steps + 1
 
 
 def save_file(state, path, before=None, write=torch.save):
-    """write(state, file) to `path`, whole or not at all; the file that was there stays as `before`."""
-    part = path.with_name(path.name + ".part")
+    """write(state, file) to `path`, whole or not at all; the older file stays as `before`."""
     try:
-        with open(part, "wb") as file:
+        with data.written_whole(path) as file:
             write(state, file)
             file.flush()
             os.fsync(file.fileno())
+            if before and path.exists():
+                os.replace(path, before)
     except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        raise SystemExit(f"error: {part} cannot be written ({error}); is the disk full? {path} is as it was "
-                         "before") from None
-    if before and path.exists():
-        os.replace(path, before)
-    os.replace(part, path)
+        raise SystemExit(f"error: {path} cannot be written: {error}") from None
 
 
 def network_state(network, config, step):
@@ -356,72 +291,41 @@ def network_state(network, config, step):
 
 
 def save_run(out, network, optimizer, scaler, config, step, **more):
-    """OUT/last.pt, all that is needed to go on. SystemExit if the processes hold different parameters."""
+    """OUT/last.pt, all that is needed to go on. SystemExit if the processes have drifted apart."""
     checksum = sum(p.detach().double().abs().sum() for p in network.parameters() if p.requires_grad)
     checksums = losses.gather(checksum.reshape(1))
     if (checksums != checksums[0]).any():
-        raise SystemExit(f"error: the processes hold different parameters after step {step}: checksums "
-                         f"{checksums.tolist()}")
+        raise SystemExit(f"error: the processes hold different parameters after step {step}")
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     rng = [None] * dist.get_world_size()
-    on_gpu = torch.cuda.is_available()
-    dist.all_gather_object(rng, (torch.get_rng_state(), torch.cuda.get_rng_state() if on_gpu else None))
+    dist.all_gather_object(rng, (torch.get_rng_state(), cuda))
     if dist.get_rank() == 0:
-        state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "world": len(rng),
-                 "rng": rng, **network_state(network, config, step), **more}
+        state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                 "world": len(rng), "rng": rng, **network_state(network, config, step), **more}
         save_file(state, out / "last.pt", before=out / "previous.pt")
 
 
-def save_encoder(encoder, config, patients, out):
-    """OUT/encoder.pt and encoder.safetensors: the weights with MONAI's names, and all that they need to be
-    used without a flag. The patients' hashes are in both."""
-    config = {name: config[name] for name in ("encoder", "size", "hu")}
-    config |= {"crop": data.CROP, "window": data.WINDOW}
-    weights = model.export_encoder(encoder, config=config, patients=patients)
-    save_file(weights, out / "encoder.pt")
-    save_file(weights, out / "encoder.safetensors", write=model.write_safetensors)
-
-
-def write_card(args, about, encoder, step, result=None):
-    """OUT/README.md, the model card. about: what is known from the beginning; result: at the end"""
-    path, settings = Path(args.out, "README.md"), model.monai_settings(encoder)
-    if path.exists() and not path.read_bytes().startswith(CARD.partition("{")[0].encode()):
-        log.warning("warning: %s is no model card of ours, or its head was edited: it stays as it is", path)
-        return
-    numbers = say_result(result) if result else "None yet: the run goes on."
-    text = CARD.format(about=about, step=step, numbers=numbers, settings=settings,
-                       note=settings.pop("note"), **vars(args))
-    save_file(text.encode(), path, write=lambda text, file: file.write(text))
-
-
 def load_last(out):
-    """OUT/last.pt, or previous.pt if that is broken. ValueError: neither will do, or another world."""
-    problems = []
-    for path in (out / "last.pt", out / "previous.pt"):
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            world = state["optimizer"] and state["world"]
-            break
-        except Exception as error:  # noqa: BLE001 - a torn file fails in many ways
-            problems.append(f"{path} cannot be read: {(str(error) or repr(error)).splitlines()[0]}")
-    else:
-        raise ValueError("--resume found no checkpoint to go on from: " + "; ".join(problems))
-    if world != dist.get_world_size():
-        raise ValueError(f"--resume: {path} was written by {world} processes, found {dist.get_world_size()}")
-    dist.barrier()                              # every process has read
-    if problems and dist.get_rank() == 0:
-        log.warning("%s; going on from %s instead", problems[0], path)
-        (out / "last.pt").unlink(missing_ok=True)       # a broken file must not become previous.pt
+    """OUT/last.pt, or previous.pt if that is broken. ValueError: neither, or another world."""
+    last, previous, world = out / "last.pt", out / "previous.pt", dist.get_world_size()
+    try:
+        state = model.read_checkpoint(last)
+    except ValueError as error:
+        log.info("%s; going on from %s instead", error, previous)
+        state = model.read_checkpoint(previous)
+        last.unlink(missing_ok=True)            # a broken file must not become previous.pt
+    if state["world"] != world:
+        raise ValueError(f"--resume: {out} is of {state['world']} processes, found {world}")
     return state
 
 
 def restore_run(checkpoint, optimizer, scaler):
     """What `save_run` has saved beside the network -> the step to go on with"""
     optimizer.load_state_dict(checkpoint["optimizer"])
-    if checkpoint["scaler"]:                    # empty unless the run was in fp16
-        scaler.load_state_dict(checkpoint["scaler"])
+    scaler.load_state_dict(checkpoint["scaler"])
     cpu, cuda = checkpoint["rng"][dist.get_rank()]
     torch.set_rng_state(cpu)
-    if cuda is not None and torch.cuda.is_available():
+    if cuda is not None:
         torch.cuda.set_rng_state(cuda)
     return checkpoint["step"]
 
@@ -438,7 +342,7 @@ def write_log(path, rows, mode="a"):
         file.writelines(json.dumps(row) + "\n" for row in evaluation.without_nan(rows))
 
 
-# ------------------------------------------------------------------------------------------ the run
+# ---------------------------------------- the run
 
 def loss_weights(args):
     """{enabled loss: λ of Eq. (10, 14, 15)}; 1 for a loss that the paper does not have.
@@ -446,71 +350,73 @@ def loss_weights(args):
     ValueError if none counts, or if the sub-volumes to mask do not fit or are none.
     """
     a, b, g = args.lambda_a, args.lambda_b, args.lambda_g
-    weights = dict.fromkeys(model.LOSSES, 1.0)
-    weights |= {"mim": a, "mlm": a, "sfr": b, "cml": b, "ssm": g, "dfa": g}
-    weights = {name: weight for name, weight in weights.items() if getattr(args, name)}
+    weights = {"mim": a, "mlm": a, "sfr": b, "cml": b, "ssm": g, "dfa": g}
+    weights = {name: weights.get(name, 1.0) for name in model.LOSSES if getattr(args, name)}
     if not any(weights.values()):
-        raise ValueError("every loss is switched off or has the weight 0, expected at least one of "
-                         + ", ".join(model.LOSSES))
-    size = " ".join(map(str, args.size))
-    if any(side % args.mask_size for side in args.size):
-        raise ValueError(f"--mask_size {args.mask_size}: found --size {size}, expected multiples of it")
-    places = math.prod(side // args.mask_size for side in args.size)
+        raise ValueError("every loss is switched off or has the weight 0")
+    size, side = " ".join(map(str, args.size)), args.mask_size
+    if any(n % side for n in args.size):
+        raise ValueError(f"--mask_size {side}: found --size {size}, expected multiples of it")
+    places = math.prod(n // side for n in args.size)
     if args.mim and round(args.mask_ratio * places) == 0:
-        raise ValueError(f"--mask_ratio {args.mask_ratio}: that is none of the {places} sub-volumes of "
-                         f"{args.mask_size}³ in --size {size}, expected one at least")
+        raise ValueError(f"--mask_ratio {args.mask_ratio}: that is none of the {places} "
+                         f"sub-volumes of {side}³ in --size {size}")
     return weights
 
 
+def shuffled(n, seed):
+    """The numbers below n in an order drawn with `seed`"""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
 def choose_items(args, items):
-    """Those to train on, or --fraction of them, and those held out. ValueError if there are none."""
+    """--fraction of those to train on, and those held out. ValueError if there are none."""
     train_items = [item for item in items if item.split == "train"]
     held_out = [item for item in items if item.split != "train"]
     if not train_items:
-        raise ValueError(f"{args.data}: found no volume of the split train among {len(items)}, "
-                         "expected one")
-    generator = torch.Generator().manual_seed(args.seed)
-    order = torch.randperm(len(train_items), generator=generator).tolist()
-    chosen = sorted(order[:max(1, round(args.fraction * len(train_items)))])
+        raise data.wrong(args.data, f"no volume of the split train among {len(items)}", "one")
+    n = max(1, round(args.fraction * len(train_items)))
+    chosen = sorted(shuffled(len(train_items), args.seed)[:n])
     return [train_items[i] for i in chosen], held_out
 
 
-def fill(network, args, checkpoint):
-    """Weights of the run to go on with, or of --init for the encoder. ValueError if they do not fit.
-
-    Returns hashes of the patients that they were trained on, so that tests can tell who was among them.
-    """
-    if checkpoint:
-        model.restore(network, checkpoint, Path(args.out, "last.pt"))
-        return checkpoint.get("patients", [])   # older files do not tell
-    if args.init:
-        model.load_weights(network.encoder, args.init, args.merging)
-        return evaluation.patients_of(args.init)
-    return []
-
-
 def describe(args, network, weight, trained_on, held_out, world):
-    """The run in five lines, for its log and its model card"""
+    """The run in five lines, for its log and its model card. Warns of what it cannot teach."""
+    if args.clip:
+        log.info("clip       is no part of MG-3D; it alone needs the right report (README)")
+    if args.batch_size * world == 1 and {"cml", "ssm", "dfa", "clip"} & weight.keys():
+        log.warning("warning: in a batch of one there is no other patient: contrasts and ssm are 0")
+    control = ""
+    if args.permute_reports:
+        log.warning("warning: --permute_reports: every patient trains with another's report")
+        control = ", with the reports of other patients (a control)"
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6
-    frozen = sum(p.numel() for p in network.parameters() if not p.requires_grad) / 1e6
-    control = ", with the reports of other patients (a control)" if args.permute_reports else ""
+    terms = ", ".join(f"{weight[name]:g} {name}" for name in weight)
     return f"""\
 data       {Path(args.data).name}: {trained_on} volumes to train on, {held_out} held out{control}
 volumes    centre crop to {data.CROP}, HU {data.WINDOW} ({args.hu}), resized to {tuple(args.size)}
-model      {args.encoder} from {args.init or "scratch"} and frozen {args.text_encoder}: {trained:.1f} M \
-parameters trained, {frozen:.1f} M frozen
-losses     {', '.join(f'{weight[name]:g} {name}' for name in weight)}
+model      {args.encoder} from {args.init or "scratch"} and frozen {args.text_encoder}: \
+{trained:.1f} M parameters trained
+losses     {terms}
 batch      {args.batch_size} volumes × {world} processes × {args.accumulate} passes; \
 {args.batch_size * world - 1} negatives for each volume"""
 
 
-def say_what_it_teaches(args, enabled, world):
-    if args.clip:
-        log.info("clip       is no part of MG-3D; of all losses it alone needs the right report (README)")
-    if args.batch_size * world == 1 and {"cml", "ssm", "dfa", "clip"} & set(enabled):
-        log.warning("warning: in a batch of one there is no other patient: cml, ssm, dfa and clip are 0")
-    if args.permute_reports:
-        log.warning("warning: --permute_reports: every patient trains with another's report (a control)")
+def save_encoder(args, encoder, patients, about, step, out, numbers="None yet: the run goes on."):
+    """OUT/encoder.pt and encoder.safetensors, which know what they need to be used without a flag,
+    and README.md, the model card"""
+    config = {"encoder": args.encoder, "size": args.size, "hu": args.hu, "crop": data.CROP,
+              "window": data.WINDOW}
+    weights = model.export_encoder(encoder, config=config, patients=patients)
+    save_file(weights, out / "encoder.pt")
+    save_file(weights, out / "encoder.safetensors", write=model.write_safetensors)
+    card, architecture = out / "README.md", model.monai_settings(encoder)
+    if card.exists() and not card.read_bytes().startswith(CARD.partition("{")[0].encode()):
+        log.warning("warning: %s is no model card of ours or was edited: it stays", card)
+        return
+    text = CARD.format(about=about, step=step, numbers=numbers, architecture=architecture,
+                       **vars(args))
+    card.write_bytes(text.encode())
 
 
 def main(args, given):
@@ -518,9 +424,12 @@ def main(args, given):
     out, checkpoint = Path(args.out), None
     if args.resume:
         if args.init:
-            raise ValueError("--resume goes on with OUT/last.pt, --init starts from other weights: give one")
+            raise ValueError("--resume goes on, --init starts from other weights: give one")
         checkpoint = load_last(out)
-        check_newest(out, checkpoint["config"])
+        newest = json.loads((out / "run.json").read_text(encoding="utf-8"))["begun"]
+        if newest != checkpoint["config"]["begun"]:
+            raise ValueError(f"--resume: the run that began in {out} at {newest} saved nothing; "
+                             "last.pt is of an older one")
         args = resume_flags(args, given, checkpoint["config"], MAY_CHANGE)
     else:
         args.begun = str(datetime.now())
@@ -530,9 +439,9 @@ def main(args, given):
     weight, size = loss_weights(args), tuple(args.size)
     enabled = list(weight)
     precision, autocast, scaler = mixed_precision(args.precision, device)
-    make_folder(out)
+    out.mkdir(parents=True, exist_ok=True)
 
-    # ----------------------------------------------------------------------------------------- data
+    # ---------------------------------------- data
     if rank > 0:
         dist.barrier()                                  # the first process writes the demo's files
     items = data.load_items(args.data, args.cache)
@@ -540,59 +449,65 @@ def main(args, given):
     train_items, held_out = choose_items(args, items)
     ids = hashlib.sha1("\n".join(item.id for item in train_items).encode()).hexdigest()
     if checkpoint and checkpoint["ids"] != ids:
-        raise ValueError(f"--resume: {args.data} holds other training volumes than those the run began with")
+        raise ValueError(f"--resume: {args.data} holds other training volumes than the run had")
     if args.text_encoder == "demo" and rank == 0 and not checkpoint:
-        phantoms.make_demo_text_encoder(out / "text_encoder", (item.report for item in train_items))
+        reports = [item.report for item in train_items]
+        phantoms.make_demo_text_encoder(out / "text_encoder", reports)
     if rank == 0:
         dist.barrier()
     if args.permute_reports:
         train_items = data.permute_reports(train_items, args.seed)
 
-    # ---------------------------------------------------------------------------------------- model
+    # ---------------------------------------- model
     torch.manual_seed(args.seed)                        # the same weights on every process
     network = model.build_network("pretrain", 0, vars(args), out)
-    encoder, text_encoder = network.encoder, network.text_encoder
-    text_encoder.check_words([item.report for item in train_items[:100]], args.data)
-    seen = sorted({*fill(network, args, checkpoint),
-                   *data.patient_hashes(item.patient for item in train_items)})
+    encoder, tokenizer = network.encoder, network.text_encoder.tokenizer
+    network.text_encoder.check_words([item.report for item in train_items[:100]], args.data)
+    patients = data.patient_hashes(item.patient for item in train_items)
+    if checkpoint:
+        model.restore(network, checkpoint, out / "last.pt")
+        patients.update(checkpoint["patients"])
+    elif args.init:
+        model.load_weights(encoder, args.init, args.merging)
+        patients |= evaluation.patients_of(args.init)
+    patients = sorted(patients)
     network.to(device).train()
     parallel = DistributedDataParallel(network) if world > 1 else network
     optimizer = torch.optim.AdamW(parameter_groups(network, args))
     step = restore_run(checkpoint, optimizer, scaler) if checkpoint else 0
 
     def rate(step):
-        # NOTE(paper): no schedule is given. Linear warm-up, then linear decay to 0. It follows from the
-        # step alone: a run that is resumed with more --steps decays to their end.
+        # NOTE(paper): no schedule is given. Linear warm-up, then linear decay to 0. It follows
+        # from the step alone: a run that is resumed with more --steps decays to their end.
         decay = (args.steps - step) / max(1, args.steps - args.warmup)
         return min((step + 1) / max(1, args.warmup), decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate, last_epoch=step - 1)
 
-    # -------------------------------------------------------------------------------------- batches
-    tokenizer = text_encoder.tokenizer
+    # ---------------------------------------- batches
     make_example = functools.partial(
         data.pretraining_example, tokenizer=tokenizer, cache=args.cache, size=size, hu=args.hu,
         mask_size=args.mask_size, mask_ratio=args.mask_ratio, mlm_prob=args.mlm_prob)
     collate = functools.partial(data.collate, pad_id=tokenizer.pad_token_id)
-    batches = data.Batches(len(train_items), args.batch_size, rank, world, args.seed, step * args.accumulate,
-                           [item.patient for item in train_items])
+    batches = data.Batches(len(train_items), args.batch_size, rank, world, args.seed,
+                           step * args.accumulate, [item.patient for item in train_items])
     examples = data.Examples(train_items, make_example, args.seed)
     loader = DataLoader(examples, batch_sampler=batches, collate_fn=collate,
                         num_workers=args.workers, pin_memory=device.type == "cuda")
     config = {name: value for name, value in vars(args).items() if name not in ("resume", "out")}
     about = describe(args, network, weight, len(train_items), len(held_out), world)
-    log.info(f"""{about}
-run        steps {step} to {args.steps} on {device} in {precision}, seed {args.seed}, out in {out}
-cache      {args.cache}, of what is not preprocessed""")
-    say_what_it_teaches(args, enabled, world)
+    log.info(f"{about}\nrun        steps {step} to {args.steps} on {device} in {precision}, "
+             f"seed {args.seed}, out in {out}, cache in {args.cache}")
 
-    # ----------------------------------------------------------------------------------------- loop
+    def know_nothing():
+        first = first_batches(examples, collate, args.batch_size, 64)
+        return evaluation.know_nothing(network, first, enabled, args.batch_size * world)
+
+    # ---------------------------------------- loop
     log_path, board = out / "log.jsonl", None
-    global_batch = args.batch_size * world
-    known = functools.partial(first_batches, examples, collate, args.batch_size, 64)
-    nothing = evaluation.know_nothing(network, known(), enabled, global_batch) if step == rank == 0 else None
+    nothing = know_nothing() if step == rank == 0 else None
     if rank == 0:
-        if not checkpoint:
-            begin(out, config)
+        if not checkpoint:                              # an older last.pt is not of this run
+            evaluation.write_result(config, out / "run.json")
         write_log(log_path, [row for row in read_log(log_path) if row["step"] < step], mode="w")
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
@@ -607,8 +522,8 @@ cache      {args.cache}, of what is not preprocessed""")
         volumes = [name for batch in passes for name in batch.pop("ids")]
         unreadable.update(*(batch.pop("skipped") for batch in passes))
         if len(unreadable) > 0.05 * len(train_items):
-            raise ValueError(f"{len(unreadable)} of {len(train_items)} volumes cannot be read, more than "
-                             f"5 %: {sorted(unreadable)[:5]}")
+            raise ValueError(f"{len(unreadable)} of {len(train_items)} volumes cannot be read, "
+                             f"more than 5 %: {sorted(unreadable)[:5]}")
         total, values = 0.0, dict.fromkeys(enabled, 0.0)
         for batch, share in zip(passes, losses.shares(passes, enabled, device)):
             parallel.require_backward_grad_sync = batch is passes[-1]   # only the last pass talks
@@ -623,123 +538,106 @@ cache      {args.cache}, of what is not preprocessed""")
             for name, term in terms.items():
                 values[name] += share[name] * term.item()
 
-        culprits = " and ".join(name for name in enabled if not math.isfinite(values[name])) or "gradient"
-        step_name = f"step {step}: {culprits} of the volumes {', '.join(volumes)}"
-        norm, bad_steps = update(network, optimizer, scaler, args.clip_grad, total, bad_steps, step_name)
-        row = {"step": step, "loss": total, "lr": schedule.get_last_lr()[-1], **values, "grad_norm": norm,
-               "seconds": round(time.perf_counter() - started, 4), "data_wait": round(waited, 4)}
+        culprits = [name for name in enabled if not math.isfinite(values[name])] or ["gradient"]
+        step_name = f"step {step}: {' and '.join(culprits)} of the volumes {', '.join(volumes)}"
+        norm, bad_steps = update(network, optimizer, scaler, args.clip_grad, total, bad_steps,
+                                 step_name)
+        row = {"step": step, "loss": total, "lr": schedule.get_last_lr()[-1], **values,
+               "grad_norm": norm, "seconds": round(time.perf_counter() - started, 4),
+               "data_wait": round(waited, 4)}
         if device.type == "cuda":
             row["gpu_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
-        if step == 0:
-            row["nothing"] = nothing
         if rank == 0 and (step % args.log_every == 0 or step == args.steps - 1):
-            write_log(log_path, [row])
-            bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
             if board:
-                for name in row.keys() - {"step", "nothing"}:
-                    board.add_scalar(name, row[name], step)
+                for name, value in row.items():
+                    board.add_scalar(name, value, step)
+            if step == 0:
+                row["nothing"] = nothing
+            write_log(log_path, [row])
+            bar.set_postfix({name: f"{values[name]:.3f}" for name in enabled}, refresh=False)
         schedule.step()
         step += 1
         bar.update()
 
         stopping = interruption.number(device)
         if step % args.save_every == 0 or step == args.steps or stopping:
-            save_run(out, network, optimizer, scaler, config, step, ids=ids, patients=seen)
+            save_run(out, network, optimizer, scaler, config, step, ids=ids, patients=patients)
             if rank == 0:
-                save_encoder(encoder, config, seen, out)
-                write_card(args, about, encoder, step)
+                save_encoder(args, encoder, patients, about, step, out)
                 evaluation.plot_curves(read_log(log_path), out / "curves.png")
     bar.close()
     interruption.end()
 
-    # ------------------------------------------------------------------------ pictures and a number
-    if unreadable:
-        log.warning("%d of %d volumes could not be read, others stood in for them: %s", len(unreadable),
-                    len(train_items), ", ".join(sorted(unreadable)))
+    # ---------------------------------------- pictures and numbers
     finish(stopping, step, out)                         # from here on the first process is alone
     if rank == 0:
         network.eval()
         unseen = data.Examples(held_out or train_items, make_example, args.seed)
-        show(network, first_batches(unseen, collate, 4, 4)[0], unseen.items[0], out)
-        nothing = evaluation.know_nothing(network, known(), enabled, global_batch)  # SFR's target has moved
-        untrained = evaluation.untrained_encoder(vars(args))
-        result = {"levels": evaluation.levels(read_log(log_path), nothing),
-                  "moved": untrained and moved(untrained, encoder)}
-        log.info(say_result(result))
-        if args.data == "demo":
-            result |= evaluate_demo(args, network, untrained, unseen, items, collate, out)
-            evaluation.write_result(result, out / "result.json")
-        write_card(args, about, encoder, step, result)
+        levels = evaluation.levels(read_log(log_path), know_nothing())      # SFR's target has moved
+        text = say_result(measure(args, network, levels, items, unseen, collate, out))
+        log.info(text)
+        save_encoder(args, encoder, patients, about, step, out, text)
 
 
 def first_batches(examples, collate, batch_size, volumes):
-    """Batches of the first `volumes` examples; of fewer, where there are fewer, but of one at least"""
+    """Batches of the first `volumes` examples, or of all; one at least"""
     starts = range(0, max(1, min(volumes, len(examples)) - batch_size + 1), batch_size)
-    return [collate([examples[i % len(examples), 0] for i in range(k, k + batch_size)]) for k in starts]
+    return [collate([examples[i % len(examples), 0] for i in range(k, k + batch_size)])
+            for k in starts]
 
 
-def moved(untrained, encoder):
-    """How far the encoder's weights have gone, as a share of their length"""
-    before, after = (torch.cat([p.detach().cpu().flatten() for p in network.parameters()])
-                     for network in (untrained, encoder))
-    return float((after - before).norm() / before.norm())
+def measure(args, network, levels, items, unseen, collate, out):
+    """Pictures, and what was learned; of the demo OUT/result.json, with what it is good for"""
+    device, size = next(network.parameters()).device, tuple(args.size)
+    has_maps = isinstance(network.sentence_attention, model.SentenceAttention)  # a gate has none
+    batch = first_batches(unseen, collate, 4, 4)[0]
+    batch = {key: value.to(device) for key, value in batch.items() if torch.is_tensor(value)}
+    if network.mim_decoder is not None:
+        evaluation.plot_reconstruction(network, batch, out / "reconstruction.png")
+    if has_maps:
+        volume = batch["volume"][0].cpu()
+        evaluation.plot_attention(network, unseen.items[0], volume, out / "attention.png")
 
-
-def say_levels(levels):
-    lines = [f"{'loss':6s} {'knowing nothing':>16s} {'first':>8s} {'last':>8s}"]
-    said = {True: "learned", False: "not learned"}
-    for name, row in levels.items():
-        verdict = said.get(row["learned"]) or f"cannot be told: {row['reason']}"
-        lines.append(f"{name:6s} {row['nothing']:16.3f} {row['first']:8.3f} {row['last']:8.3f}  {verdict}")
-    return "\n".join(lines)
-
-
-SAID = {"levels": say_levels, "moved": "the encoder's weights moved by {:.1%}".format,
-        "probe": evaluation.say_probe, "retrieval": evaluation.say_retrieval,
-        "lesion_attention": evaluation.say_lesion_attention, "pairing": evaluation.say_pairing}
+    result = {"levels": levels}
+    untrained = evaluation.untrained_encoder(vars(args))
+    if untrained is not None:
+        before, after = (parameters_to_vector(encoder.parameters()).detach().cpu()
+                         for encoder in (untrained, network.encoder))
+        result["moved"] = float((after - before).norm() / before.norm())
+    if args.data != "demo":
+        return result
+    volumes = args.cache, size, args.hu
+    if untrained is not None:
+        features = [evaluation.probe_features(encoder, items, *volumes, batch_size=24)
+                    for encoder in (untrained.to(device), network.encoder)]
+        result["probe"] = evaluation.compare_probes(*features, items, few=100)
+    if network.text_pool is not None:
+        result["retrieval"] = evaluation.retrieve_reports(network, unseen.items, *volumes)
+    if has_maps:
+        result["lesion_attention"] = evaluation.lesion_attention(network, unseen.items, *volumes)
+    enabled = [name for name in model.LOSSES if name in network.losses]
+    batches = first_batches(unseen, collate, 24, len(unseen))
+    result["pairing"] = evaluation.pairing(network, batches, enabled, args.temperature, gradients=1)
+    evaluation.plot_pairing(result["pairing"], out / "pairing.png")
+    evaluation.write_result(result, out / "result.json")
+    return result
 
 
 def say_result(result):
     """All that was measured, as text"""
-    return "\n".join(say(result[part]) for part, say in SAID.items() if result.get(part) is not None)
-
-
-def evaluate_demo(args, network, untrained, unseen, items, collate, out):
-    """What pre-training was good for, on phantoms that it has not seen: probe, retrieval, pairing."""
-    result, size = {}, tuple(args.size)
-    if untrained is not None:
-        untrained.to(next(network.parameters()).device)
-        features = [evaluation.probe_features(encoder, items, args.cache, size, args.hu, batch_size=24)
-                    for encoder in (untrained, network.encoder)]
-        result["probe"] = evaluation.compare_probes(*features, items, few=100)
-        log.info(evaluation.say_probe(result["probe"]))
-    if network.text_pool is not None:
-        result["retrieval"] = evaluation.retrieve_reports(network, unseen.items, args.cache, size, args.hu)
-        log.info(evaluation.say_retrieval(result["retrieval"]))
-    if isinstance(network.sentence_attention, model.SentenceAttention):
-        result["lesion_attention"] = evaluation.lesion_attention(network, unseen.items, args.cache, size,
-                                                                   args.hu)
-        log.info(evaluation.say_lesion_attention(result["lesion_attention"]))
-    enabled = [name for name in model.LOSSES if name in network.losses]
-    batches = first_batches(unseen, collate, 24, len(unseen))
-    result["pairing"] = evaluation.pairing(network, batches, enabled, args.temperature, gradients=1)
-    log.info(evaluation.say_pairing(result["pairing"]))
-    evaluation.plot_pairing(result["pairing"], out / "pairing.png")
-    return result
-
-
-def show(network, batch, item, out):
-    """Draw what MIM rebuilds of a batch, and where the sentences of its first patient look."""
-    device = next(network.parameters()).device
-    batch = {key: value.to(device) for key, value in batch.items() if torch.is_tensor(value)}
-    names = ["last.pt", "encoder.pt", "encoder.safetensors", "README.md", "log.jsonl", "curves.png"]
-    if network.mim_decoder is not None:
-        evaluation.plot_reconstruction(network, batch, out / "reconstruction.png")
-        names.append("reconstruction.png")
-    if isinstance(network.sentence_attention, model.SentenceAttention):  # a gate looks at no place
-        evaluation.plot_attention(network, item, batch["volume"][0].cpu(), out / "attention.png")
-        names.append("attention.png")
-    log.info("wrote %s", ", ".join(str(out / name) for name in names))
+    lines = [f"{'loss':6s} {'knowing nothing':>16s} {'first':>8s} {'last':>8s}"]
+    for name, row in result["levels"].items():
+        verdict = "learned" if row["learned"] else "not learned"
+        if row["learned"] is None:
+            verdict = f"cannot be told: {row['reason']}"
+        numbers = f"{row['nothing']:16.3f} {row['first']:8.3f} {row['last']:8.3f}"
+        lines.append(f"{name:6s} {numbers}  {verdict}")
+    if "moved" in result:
+        lines.append(f"the encoder's weights moved by {result['moved']:.1%}")
+    for name in ("probe", "retrieval", "lesion_attention", "pairing"):
+        if name in result:
+            lines.append(getattr(evaluation, f"say_{name}")(result[name]))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -250,7 +250,7 @@ def test_frozen_encoder_and_fraction(run, sets):
     assert all(torch.equal(tensor, trained[f"encoder.{name}"])
                for name, tensor in encoder.state_dict().items() if name != "mask_token")
     n = sum(item.split == "train" for item in data.load_task("stoic", sets("stoic")))
-    assert f"{round(n / 2)} items of {round(n / 2)} scans to train on" in output and "frozen" in output
+    assert f"{round(n / 2)} items to train on" in output and "frozen" in output
 
 
 def test_a_file_of_the_second_version_makes_a_run_of_it(run):
@@ -652,15 +652,6 @@ def test_a_validation_part_without_a_number_picks_no_epoch(run, monkeypatch):
             assert "no epoch has a validation AUC, for one class alone: the last one is taken" in output
 
 
-def test_a_part_of_which_nothing_can_be_read_is_refused():
-    items = [data.Item(str(i), Path(str(i)), "", split, str(i)) for i, split in enumerate(data.SPLITS)]
-    parts = [[item] for item in items]
-    assert finetune.still_good(parts, {"0", "1", "2"}, "x") == parts
-    assert finetune.still_good([*parts[:2], []], {"0", "1"}, "x") == [*parts[:2], []]
-    with pytest.raises(ValueError, match="x: found no scan of the part valid that can be read"):
-        finetune.still_good(parts, {"0", "2"}, "x")
-
-
 def test_a_batch_of_one_pair_warns(run):
     output = run("ct-rate-retrieval", "--epochs", 1, "--steps", 2, "--batch_size", 1)
     assert "warning: in a batch of one there is no other patient" in output
@@ -811,9 +802,8 @@ def test_two_processes_are_one_with_twice_the_batch(sets, cache, tmp_path):
     (["--eval_every", 0], "--eval_every 0: expected at least 1"),
     (["--init", "nowhere.pt"], "nowhere.pt: found no such file, expected weights"),
     (["--merging", "v0.9"], "--merging v0.9: found no --init"),
-    (["--spacing", 1, 1, 1],
-     r"--spacing 1.0 1.0 1.0: only scans of segmentation tasks are resampled, .*ctrg"),
-    (["--min_count", 1000], "ctrg: found no word that stands 1000 times in"),
+    (["--spacing", 1, 1, 1], "--spacing: only scans of segmentation tasks are resampled"),
+    (["--min_count", 1000], "found no word that stands 1000 times in"),
     (["--task", "lung"], "--task lung: expected one of cc-ccii, luna16"),
 ])
 def test_bad_flags(run, flags, message):
@@ -840,19 +830,17 @@ def test_a_task_and_its_data_are_needed():
     for flags in (["--task", "ctrg"], ["--data", "demo"]):
         with pytest.raises(ValueError, match="--task and --data are needed, or --resume"):
             completed(*flags)
-    with pytest.raises(ValueError, match="--encoder unet: the decoder .* needs a Swin encoder"):
-        completed("--task", "acdc", "--data", "demo", "--encoder", "unet")
 
 
 def test_resume_needs_a_run_and_the_same_flags(run):
-    with pytest.raises(ValueError, match="run.json: cannot be read"):
+    with pytest.raises(FileNotFoundError, match="nowhere.run.json"):
         run(None, "--resume", out="nowhere")
     run("ctrg", "--epochs", 1, "--steps", 1)
     with pytest.raises(ValueError, match="was started with --steps 1, now it is 7"):
         run(None, "--resume", "--steps", 7)
     torch.save(load("out/last.pt") | {"world": 2}, "out/last.pt")
     Path("out/result.json").unlink()
-    with pytest.raises(ValueError, match="--resume: out/last.pt was written by 2 processes, found 1"):
+    with pytest.raises(ValueError, match="--resume: out is of 2 processes, found 1"):
         run(None, "--resume")
 
 
