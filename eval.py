@@ -142,15 +142,14 @@ VIEWS = {"whole": f"its middle, {data.CROP} of the sides, resized (trilinear)",
 # --------------------------------- metrics
 
 def auroc(score, label):
-    """Area under the ROC curve (Mann-Whitney U): (n,), (n,) -> float; (n, K), (n, K) -> K floats. A label is
-    0 or 1, all else is unknown and left out. nan where one class is absent."""
+    """Area under the ROC curve: (n,), (n,) -> float; (n, K), (n, K) -> K floats. A label is 0 or 1, all
+    else is unknown and left out. nan where one class is absent."""
     score, label = np.asarray(score), np.asarray(label)
     positive, negative = label == 1, label == 0
     ranks = rankdata(np.where(positive | negative, score, np.inf), axis=0)      # the unknown come last
     n_pos, n_neg = positive.sum(0), negative.sum(0)
-    wins = (ranks * positive).sum(0) - n_pos * (n_pos + 1) / 2
-    with np.errstate(all="ignore"):
-        return np.where(n_pos * n_neg > 0, wins / (n_pos * n_neg), math.nan).tolist()
+    wins = (ranks * positive).sum(0) - n_pos * (n_pos + 1) / 2                  # Mann-Whitney U
+    return (wins / np.where(n_pos * n_neg, n_pos * n_neg, math.nan)).tolist()
 
 
 def macro_auroc(scores, labels):
@@ -196,13 +195,13 @@ def dice(pred, truth, num_classes):
 
 
 def bleu(hypotheses, references):
-    """[BLEU-1, …, BLEU-4] of a corpus in percent: cumulative, with brevity penalty, without smoothing, one
-    reference each, words between blanks and Chinese characters, as the COCO caption tool has it"""
+    """[BLEU-1, …, BLEU-4] of a corpus in percent, as of the COCO caption tool: cumulative, without
+    smoothing; words stand between blanks, each Chinese character is one"""
     return _bleu([_bleu_counts(*pair) for pair in zip(hypotheses, references, strict=True)])
 
 
 def _bleu_counts(hypothesis, reference):
-    """(10,): n-grams that match and those of the hypothesis, n = 1 to 4; words of both texts"""
+    """n-grams that match (4,) and those of the hypothesis (4,), n = 1 to 4; words of both texts (2,)"""
     score = SACREBLEU.sentence_score(data.space_out(hypothesis), [data.space_out(reference)])
     return np.array([*score.counts, *score.totals, score.sys_len, score.ref_len], float)
 
@@ -217,18 +216,16 @@ def _bleu(counts):
 
 
 def rouge_l(hypothesis, reference):
-    """ROUGE-L in percent, of words as in `bleu`: F of the longest common subsequence, recall weighted by
-    β = 1.2 as in the COCO caption tool"""
-    hypothesis, reference = (np.array(data.space_out(text).split(), str) for text in (hypothesis, reference))
-    longest = np.zeros(1 + len(reference), int)  # common to the words so far and the first j of the reference
-    for word in hypothesis:
-        with_word = longest[:-1] + (reference == word)
+    """ROUGE-L in percent, of words as in `bleu`: F of the longest common subsequence, β = 1.2"""
+    words, others = (np.array(data.space_out(text).split(), str) for text in (hypothesis, reference))
+    longest = np.zeros(1 + len(others), int)    # common to the words so far and the first j others
+    for word in words:
+        with_word = longest[:-1] + (others == word)
         longest[1:] = np.maximum.accumulate(np.maximum(longest[1:], with_word))
-    weight = 1.2 ** 2
-    return float(100 * (1 + weight) * longest[-1] / (len(hypothesis) + weight * len(reference)))
+    return float(100 * (1 + 1.2 ** 2) * longest[-1] / (len(words) + 1.2 ** 2 * len(others)))
 
 
-# How English reports state the findings of data.LABELS. As in CT-RATE's labels any lymph node counts, and
+# How English reports state the findings. As in CT-RATE's labels any lymph node counts, and
 # "fibroatelectatic" is fibrosis alone.
 ELSEWHERE = r"^(?!.*(thyroid|adrenal|kidney|renal|liver|hepatic|spleen|breast|rib\b|fracture|humer)).*"
 PLAQUE = r"(calcif|atheroscl|atherom|plaque)"
@@ -258,19 +255,19 @@ VERB = re.compile(r"\b(is|are|was|were|has|have|detected|observed|seen)\b", re.I
 
 
 def findings(text):
-    """Which findings of data.LABELS an English report states, and does not deny: bool (18,)"""
+    """Which of data.LABELS an English report states, and does not deny: bool (18,)"""
     found, goes_on = np.zeros(len(data.LABELS), bool), False
     for clause in data.split_sentences(text):
-        is_denied = goes_on or bool(DENIAL.search(clause))
-        goes_on = is_denied and clause.endswith(",") and not VERB.search(clause)    # "No nodule, mass or …"
+        is_denied = goes_on or DENIAL.search(clause)
+        goes_on = is_denied and clause.endswith(",") and not VERB.search(clause)    # "No mass, nodule …"
         if not is_denied:
             found |= [bool(re.search(FINDERS[name], clause, re.IGNORECASE)) for name in data.LABELS]
     return found
 
 
 def agreement(named, truth):
-    """Findings that n reports name, bool (n, 18), against labels (n, 18) of 0, 1 and NaN = unknown. macro is
-    the mean over findings that somebody has; 0 of 0 is 0."""
+    """Findings that n reports name, bool (n, 18), against labels (n, 18) of 0, 1 and NaN = unknown;
+    macro: the mean over findings that somebody has"""
     there = truth == 1
     counts = np.array([named & there, named & (truth == 0), ~named & there]).sum(1)     # (3, 18)
 
@@ -298,10 +295,9 @@ def recall_at_k(similarity, ks):
 
 
 def bootstrap(metric, *arrays, times=1000, seed=0):
-    """95 % percentile interval of metric(*arrays) over resampled items (dim 0) -> (low, high), lists for a
-    metric of several numbers; nan for fewer than two items, which cannot differ"""
-    rng = np.random.default_rng(seed)
-    n = len(arrays[0])
+    """95 % percentile interval of metric(*arrays) over resampled items (dim 0): (low, high), lists for a
+    metric of several numbers; nan for fewer than two items"""
+    rng, n = np.random.default_rng(seed), len(arrays[0])
     if n < 2:
         return math.nan, math.nan
     samples = (rng.integers(0, n, n) for _ in range(times))
@@ -320,7 +316,7 @@ def span(interval, sign=""):
 def global_features(encoder, items, cache, size, hu="auto", batch_size=8):
     """The average of the encoder's last map for every volume: (n, C) float64 numpy"""
     run = _run_on_volumes(encoder.eval(), cache, size, hu, batch_size)
-    rows = [encoder(volumes)[-1].float().mean((2, 3, 4)) for volumes in _batches(run, items, len(items) > 1)]
+    rows = [encoder(volumes)[-1].float().mean((2, 3, 4)) for volumes in _batches(run, items)]
     return torch.cat(rows).cpu().double().numpy()
 
 
@@ -347,8 +343,8 @@ def split_labelled(items):
     fit = [item for item in labelled if item.split == "train"]
     held_out = [item for item in labelled if item.split != "train"]
     if not fit or not held_out:
-        raise ValueError("labelled volumes to fit a probe and to test it: "
-                         f"found {len(fit)} and {len(held_out)}, expected some of both")
+        raise ValueError(f"labelled volumes of the split train and others: found {len(fit)} and "
+                         f"{len(held_out)}, expected some of both")
     return fit, held_out
 
 
@@ -358,8 +354,8 @@ def probe_features(encoder, items, cache, size, hu="auto", batch_size=8):
 
 
 def probe(features, items, rows=slice(None)):
-    """Scores (m, 18) of a linear probe, fitted on some rows, and labels (m, 18) of the held-out items. Scores
-    are nan for a finding that none or all have: there is nothing to fit."""
+    """Scores (m, 18) of a linear probe, fitted on some rows, and labels (m, 18) of the held-out items;
+    scores are nan for a finding that none or all have"""
     x, x_new = features
     y, truth = (np.stack([item.labels for item in group]).astype(float) for group in split_labelled(items))
     x, y = x[rows], y[rows]
@@ -380,22 +376,23 @@ def untrained_encoder(config):
 
 
 def compare_probes(untrained, pretrained, items, few=0):
-    """Linear probes on `probe_features` of two encoders, and the paired difference on the held-out items:
-    [low, value, high]. With `few` also the two AUCs as means of 10 draws of that many training items."""
+    """Linear probes on `probe_features` of two encoders: AUCs and their paired difference [low, value,
+    high]. With `few` also the AUCs for that many training items, means of 10 draws."""
     def gain(before, after, truth):
         return macro_auroc(after, truth) - macro_auroc(before, truth)
     (before, truth), (after, _) = probe(untrained, items), probe(pretrained, items)
     low, high = bootstrap(gain, before, after, truth)
-    result = {"untrained": macro_auroc(before, truth), "pretrained": macro_auroc(after, truth),
+    aucs = auroc(after, truth)
+    result = {"untrained": macro_auroc(before, truth), "pretrained": _mean(aucs),
               "difference": [low, gain(before, after, truth), high], "n": len(truth),
-              "findings": how_many(auroc(after, truth))}
+              "findings": how_many(aucs)}
     n = len(untrained[0])
     if 1 < few < n:
         rng = np.random.default_rng(0)
         draws = [rng.choice(n, few, replace=False) for _ in range(10)]
-        aucs = [_mean([macro_auroc(*probe(features, items, rows)) for rows in draws])
-                for features in (untrained, pretrained)]
-        result["few"] = {"labels": few, "untrained": aucs[0], "pretrained": aucs[1]}
+        result["few"] = {"labels": few}
+        for name, features in (("untrained", untrained), ("pretrained", pretrained)):
+            result["few"][name] = _mean([macro_auroc(*probe(features, items, rows)) for rows in draws])
     return result
 
 
@@ -410,7 +407,6 @@ def say_probe(result):
 
 
 # ---------------- what a loss learns
-
 BY_PATIENT = ("mim", "mlm", "sfr")  # losses that each patient has alone
 
 
@@ -491,11 +487,11 @@ def say_retrieval(result):
 @torch.no_grad()
 def sentence_maps(network, volume, report):
     """Where the sentences of a report look in its volume (1, D, H, W): the S sentences, and the attention
-    of Eq. (11) on the N tokens, mean of the heads: (S, N) on the CPU, its rows sum to 1"""
-    device, tokenizer = next(network.parameters()).device, network.text_encoder.tokenizer
-    report = data.tokenize_report(tokenizer, data.split_sentences(report))
-    words = tokenizer.pad({"input_ids": report["single_ids"]}, return_tensors="pt").to(device)
-    queries = network.text_encoder.encode_sentences(words["input_ids"], words["attention_mask"])
+    of Eq. (11) on the N tokens, mean of the heads, (S, N) on the CPU"""
+    text_encoder, device = network.text_encoder, next(network.parameters()).device
+    report = data.tokenize_report(text_encoder.tokenizer, data.split_sentences(report))
+    words = text_encoder.tokenizer.pad({"input_ids": report["single_ids"]}, return_tensors="pt").to(device)
+    queries = text_encoder.encode_sentences(words["input_ids"], words["attention_mask"])
     tokens = network.encode_image(volume[None].to(device))
     maps = network.sentence_attention.maps(queries[None], tokens)               # (1, heads, S, N)
     return report["sentences"], maps[0].float().mean(0).cpu()
@@ -542,13 +538,10 @@ def _of_patients(name, outputs, batch):
 
 
 def pairing(network, batches, enabled, temperature=0.1, gradients=3):
-    """Does a loss use which report belongs to which volume? Each is computed twice: for true pairs, and
-    with the volumes of a batch handed on by one, so that everybody has another patient's report.
-
-    {loss: {own, other, interval of other - own, gradient_cosine, uses_report}}; units are patients for
-    BY_PATIENT, else batches. The cosine is that of the gradients on the encoder, mean of the first
-    `gradients` batches; 1 = the loss asks the same with any report.
-    """
+    """Does a loss use which report belongs to which volume? Each is computed for true pairs, and with the
+    volumes of a batch handed on by one: {loss: {own, other, interval of other - own, …}}, over patients
+    for BY_PATIENT, else over batches. gradient_cosine: of the two gradients on the encoder, mean of the
+    first `gradients` batches; 1 = the loss asks the same with any report."""
     network.eval()
     weights = [p for p in network.encoder.parameters() if p.requires_grad]
     units = {name: ([], []) for name in enabled}
@@ -629,10 +622,7 @@ def load_checkpoint(path, cache="cache", device="cpu"):
     if config.get("task") not in data.TASKS:
         raise ValueError(f"{path}: found the task {config.get('task')}, expected best.pt of finetune.py, "
                          f"for one of {', '.join(data.TASKS)}")
-    # The task of the training, whatever TASKS says today. Older files hold two fields of it.
-    fields = checkpoint.get("task", {"size": config["size"], "spacing": config["spacing"]})
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-    task = data.TASKS[config["task"]]._replace(**fields)
+    task = data.TASKS[config["task"]]._replace(**checkpoint["task"])    # of the training
     network = model.build_network(task.kind, len(task.classes), config, path.parent)
     model.restore(network, checkpoint, path)
     return Run(network.to(device).eval(), task, config, cache, device)
@@ -648,18 +638,18 @@ def _bar(steps, text, shown):
     return tqdm(steps, desc=text, leave=False, disable=None if shown else True)
 
 
-def _batches(run, items, progress):
+def _batches(run, items, progress=True):
     """The network's inputs (B, 1, D, H, W), in the order of the items"""
     size = run.config["batch_size"]
-    for i in _bar(range(0, len(items), size), "predict", progress):
+    for i in _bar(range(0, len(items), size), "predict", progress and len(items) > 1):
         inputs = [data.network_input(item, run.task, run.cache) for item in items[i:i + size]]
         yield torch.stack(inputs).to(run.device)
 
 
 @torch.no_grad()
 def predict_log_odds(run, items, progress=False):
-    """log(p / (1 - p)) of every class, which still ranks items whose p is rounded to 1: (n, K) float64 numpy.
-    The p of a prompt is that of "{name}." against "not {name}.", or of the two texts that config has."""
+    """log(p / (1 - p)) of every class, which still ranks items whose p is rounded to 1: (n, K) float64.
+    The p of a prompt is that of "{name}." against "not {name}.", or of two texts in config."""
     if run.task.kind == "prompt":
         prompts = run.config.get("prompts") or data.prompts(run.task.classes)
         texts = text_features(run.network, prompts)                             # (2K, E)
@@ -687,9 +677,8 @@ def predict_features(run, items, progress=False):
 
 @torch.no_grad()
 def text_features(network, texts):
-    """Global features of length 1 of reports or prompts: n str -> (n, E) on the CPU. Equal texts have equal
-    ones, which tie in a retrieval: the padding of two batches would tell them apart."""
-    rows, different = [], list(dict.fromkeys(texts))
+    """Global features of length 1 of reports or prompts: n str -> (n, E) on the CPU"""
+    rows, different = [], list(dict.fromkeys(texts))    # padding would tell equal texts apart
     for i in range(0, len(different), 32):
         batch = data.text_batch(network.text_encoder.tokenizer, different[i:i + 32])
         rows.append(network.encode_text(**_on_device(batch, network)))
@@ -718,11 +707,8 @@ def predict_masks(run, items, progress=False):
 
 @torch.no_grad()
 def sliding_window(network, volume, size, overlap, batch_size=2, device="cpu", progress=False):
-    """Class probabilities of a volume of any size: (1, D, H, W) -> (K, D, H, W) float32 on the CPU.
-
-    The logits of overlapping windows are averaged with Gaussian weights, σ an eighth of a side. A smaller
-    volume is padded with 0, as in training. The device holds one batch of windows at a time.
-    """
+    """Class probabilities of a volume of any size: (1, D, H, W) -> (K, D, H, W) float32 on the CPU. Logits of
+    overlapping windows are averaged with Gaussian weights; a smaller volume is padded with 0."""
     shape = volume.shape[1:]
     padded = np.maximum(shape, size)
     volume = torch.from_numpy(data.cut(volume[0].numpy(), (0, 0, 0), padded))
@@ -730,15 +716,15 @@ def sliding_window(network, volume, size, overlap, batch_size=2, device="cpu", p
     for n, side in zip(padded, size):
         count = math.ceil((n - side) / max(1, int(side * (1 - overlap)))) + 1
         starts.append(np.linspace(0, n - side, count).round().astype(int))
-        place = (torch.arange(side) - (side - 1) / 2) / (side / 8)
+        place = (torch.arange(side) - (side - 1) / 2) / (side / 8)              # in σ
         weight = weight[..., None] * torch.exp(-0.5 * place ** 2)
     weight = weight.clamp(min=1e-3)  # a corner of the volume lies in one window alone
-    windows = [(..., *(slice(start, start + side) for start, side in zip(corner, size)))
-               for corner in itertools.product(*starts)]
+    windows = [(..., *map(slice, corner, np.add(corner, size))) for corner in itertools.product(*starts)]
     total, weights = 0, torch.zeros_like(volume)
     for i in _bar(range(0, len(windows), batch_size), "windows", progress):
         batch = windows[i:i + batch_size]
-        logits = network(torch.stack([volume[None][window] for window in batch]).to(device)).cpu().float()
+        inputs = torch.stack([volume[None][window] for window in batch])
+        logits = network(inputs.to(device)).cpu().float()                       # (B, K, *size)
         if i == 0:
             total = torch.zeros(logits.shape[1], *volume.shape)
         for window, window_logits in zip(batch, logits):
@@ -804,15 +790,14 @@ def auc_table(scores, truth, classes):
 
 
 def score_masks(run, items, masks, out, train_items):
-    """Dice of scans in their own grid. masks: (labels, affine) of each, which may come one at a time"""
+    """Dice of scans in their own grid. masks: (labels, affine) of each, one at a time"""
     names, values = run.task.classes, range(1, 1 + len(run.task.classes))
     scores, constant, false_alarms, examples = [], [], 0, []
     for (labels, affine), item, file_name in zip(masks, items, _file_names(items)):
         pred = nib.apply_orientation(labels, nib.io_orientation(affine)).T  # (z, y, x), RAS
         truth = data.read_volume(item.mask, is_mask=True)[0]
         scores.append(dice(pred, truth, 1 + len(names)))
-        voxels = np.array([(truth == k).sum() for k in values])
-        constant.append(np.where(voxels, 2 * voxels / (voxels + truth.size), math.nan))
+        constant.append([dice(np.full_like(truth, k), truth, 1 + k)[-1] for k in values])
         false_alarms += sum(k in pred and k not in truth for k in values)
         if out:
             (out / "masks").mkdir(exist_ok=True)
@@ -835,8 +820,8 @@ def score_masks(run, items, masks, out, train_items):
     result = {"n": len(cases), "chance": _mean(np.nanmean(constant[counted], 1)),
               "per_class": {name: _mean(column) for name, column in zip(names, scores.T)},
               "positives": dict(zip(names, known.sum(0).tolist())),
-              "protocol": "mean over scans in their own grid, scans and classes without truth left out; "
-                          "chance: all voxels marked",
+              "protocol": "mean over scans in their own grid, scans and classes without truth left "
+                          "out; chance: all voxels marked",
               "more": {"chance_of_an_empty_mask": 0.0, "without_truth": int((~known).sum()),
                        "marked_without_truth": false_alarms}}
     return result, _mean, cases
@@ -898,13 +883,13 @@ def score_reports(run, items, reports, out, train_items):
 
 
 def candidates(items):
-    """What counts as one candidate of a retrieval: {protocol: groups of places in items}. Of the
-    reconstructions of a scan, CT-RATE's train_1_a_1, train_1_a_2, …, "scans" takes the first; volumes
-    with other names are scans of their own. "unique findings" groups the volumes of one report."""
+    """What counts as one candidate of a retrieval: {protocol: groups of places in items}. "scans" takes the
+    first reconstruction of CT-RATE's train_1_a_1, train_1_a_2, …; "unique findings" groups the volumes
+    of one report."""
     scans, by_report = {}, defaultdict(list)
     for i in sorted(range(len(items)), key=lambda i: items[i].id):
-        name = data.ENDING.sub("", items[i].id)
-        scans.setdefault(re.sub(r"((train|valid)_\d+_[a-z]+)_\d+$", r"\1", name), [i])
+        scan = re.sub(r"((train|valid)_\d+_[a-z]+)_\d+(\.\w+)*$", r"\1", items[i].id)
+        scans.setdefault(scan, [i])
         by_report[items[i].report].append(i)
     return {"volumes": [[i] for i in range(len(items))], "scans": sorted(scans.values()),
             "unique findings": sorted(by_report.values())}
@@ -916,8 +901,8 @@ def _recalls(ranks):
 
 
 def score_retrieval(run, items, volumes, out, train_items):
-    """Recall@K of reports that look for their volume, and of volumes that look for their report, by the
-    protocols of `candidates`; the most similar volume of a candidate counts. volumes: features (n, E)"""
+    """Recall@K of reports that look for their volume and back, by the protocols of `candidates`; of a
+    candidate the most similar volume counts. volumes: features (n, E)"""
     reports = text_features(run.network, [item.report for item in items])
     similarity = (reports @ volumes.T).numpy()          # rows: reports
     protocols, ranks = {}, {}
