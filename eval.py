@@ -146,9 +146,9 @@ def auroc(score, label):
     else is unknown and left out. nan where one class is absent."""
     score, label = np.asarray(score), np.asarray(label)
     positive, negative = label == 1, label == 0
-    ranks = rankdata(np.where(positive | negative, score, np.inf), axis=0)      # the unknown come last
+    ranks = rankdata(np.where(positive | negative, score, np.inf), axis=0)  # the unknown come last
     n_pos, n_neg = positive.sum(0), negative.sum(0)
-    wins = (ranks * positive).sum(0) - n_pos * (n_pos + 1) / 2                  # Mann-Whitney U
+    wins = (ranks * positive).sum(0) - n_pos * (n_pos + 1) / 2  # Mann-Whitney U
     return (wins / np.where(n_pos * n_neg, n_pos * n_neg, math.nan)).tolist()
 
 
@@ -209,7 +209,7 @@ def _bleu_counts(hypothesis, reference):
 def _bleu(counts):
     """Counts (n, 10) of n reports -> [BLEU-1, …, BLEU-4]"""
     counts = np.sum(counts, axis=0)
-    with np.errstate(divide="ignore", invalid="ignore"):    # no word or no match: log 0 makes BLEU 0
+    with np.errstate(divide="ignore", invalid="ignore"):  # no word or no match: log 0 makes BLEU 0
         brevity = math.exp(min(0, 1 - counts[9] / counts[8]))
         logs = np.log(counts[:4] / np.maximum(counts[4:8], 1))
     return [float(100 * brevity * np.exp(logs[:n].mean())) for n in range(1, 5)]
@@ -218,7 +218,7 @@ def _bleu(counts):
 def rouge_l(hypothesis, reference):
     """ROUGE-L in percent, of words as in `bleu`: F of the longest common subsequence, β = 1.2"""
     words, others = (np.array(data.space_out(text).split(), str) for text in (hypothesis, reference))
-    longest = np.zeros(1 + len(others), int)    # common to the words so far and the first j others
+    longest = np.zeros(1 + len(others), int)  # common to the words so far and the first j others
     for word in words:
         with_word = longest[:-1] + (others == word)
         longest[1:] = np.maximum.accumulate(np.maximum(longest[1:], with_word))
@@ -259,7 +259,7 @@ def findings(text):
     found, goes_on = np.zeros(len(data.LABELS), bool), False
     for clause in data.split_sentences(text):
         is_denied = goes_on or DENIAL.search(clause)
-        goes_on = is_denied and clause.endswith(",") and not VERB.search(clause)    # "No mass, nodule …"
+        goes_on = is_denied and clause.endswith(",") and not VERB.search(clause)  # "No mass, nodule …"
         if not is_denied:
             found |= [bool(re.search(FINDERS[name], clause, re.IGNORECASE)) for name in data.LABELS]
     return found
@@ -269,7 +269,7 @@ def agreement(named, truth):
     """Findings that n reports name, bool (n, 18), against labels (n, 18) of 0, 1 and NaN = unknown;
     macro: the mean over findings that somebody has"""
     there = truth == 1
-    counts = np.array([named & there, named & (truth == 0), ~named & there]).sum(1)     # (3, 18)
+    counts = np.array([named & there, named & (truth == 0), ~named & there]).sum(1)  # (3, 18)
 
     def shares(correct, wrong, missing):
         ratios = {"precision": correct / np.maximum(1, correct + wrong),
@@ -281,7 +281,7 @@ def agreement(named, truth):
 
 
 def retrieval_ranks(similarity):
-    """(n, n), row i a query whose match is column i -> ranks (n,) from 1. Ties count against the query."""
+    """(n, n), row i a query whose match is column i -> ranks (n,) from 1; ties count against it"""
     similarity = np.asarray(similarity)
     if bad := (~np.isfinite(similarity)).sum():
         raise ValueError(f"found {bad} similarities that are not finite, expected none")
@@ -349,21 +349,21 @@ def split_labelled(items):
 
 
 def probe_features(encoder, items, cache, size, hu="auto", batch_size=8):
-    """Features of the labelled items, of those to fit on and of those held out: (n, C), (m, C)"""
-    return [global_features(encoder, group, cache, size, hu, batch_size) for group in split_labelled(items)]
+    """Features of the labelled items to fit on (n, C) and of those held out (m, C)"""
+    groups = split_labelled(items)
+    return [global_features(encoder, group, cache, size, hu, batch_size) for group in groups]
 
 
 def probe(features, items, rows=slice(None)):
     """Scores (m, 18) of a linear probe, fitted on some rows, and labels (m, 18) of the held-out items;
     scores are nan for a finding that none or all have"""
-    x, x_new = features
-    y, truth = (np.stack([item.labels for item in group]).astype(float) for group in split_labelled(items))
-    x, y = x[rows], y[rows]
-    return np.where(y.min(0) < y.max(0), ridge(x, y, x_new), math.nan), truth
+    y, truth = (np.array([item.labels for item in group], float) for group in split_labelled(items))
+    x, y = features[0][rows], y[rows]
+    return np.where(y.min(0) < y.max(0), ridge(x, y, features[1]), math.nan), truth
 
 
 def untrained_encoder(config):
-    """The encoder as a run of pretrain.py began with it, by its flags; None if --init cannot be read"""
+    """The encoder as a run of pretrain.py with these flags began; None if --init cannot be read"""
     torch.manual_seed(config["seed"])
     encoder = model.build_encoder(config["encoder"])
     try:
@@ -423,7 +423,8 @@ def know_nothing(network, batches, enabled, global_batch):
     contrast = math.log(global_batch)
     levels = {"cml": 2 * contrast, "dfa": contrast, "clip": contrast}
     if "mim" in enabled:
-        volumes, masks = (torch.cat([batch[key] for batch in batches]) for key in ("volume", "volume_mask"))
+        volumes = torch.cat([batch["volume"] for batch in batches])
+        masks = torch.cat([batch["volume_mask"] for batch in batches])
         levels["mim"] = (volumes - volumes.mean(0)).square()[masks].mean().item()
     if "mlm" in enabled:
         words = torch.cat([batch["input_ids"][batch["sentence_ids"] >= 0] for batch in batches])
@@ -432,17 +433,17 @@ def know_nothing(network, batches, enabled, global_batch):
     if "sfr" in enabled:
         rows, patients = [], 0
         for batch in batches:
-            mask = batch["sentence_mask"]                                       # (B, S)
+            mask = batch["sentence_mask"]  # (B, S)
             words = network.encode_words(batch["input_ids"], batch["attention_mask"])
             sentences = model.sentence_mean(words, batch["sentence_ids"], mask.shape[1])
             rows.append(F.normalize(sentences[mask].float(), dim=-1))
             patients += len(mask)
-        rows = torch.cat(rows)                                                  # (ΣS, E)
+        rows = torch.cat(rows)  # (ΣS, E)
         levels["sfr"] = (1 - rows @ F.normalize(rows.mean(0), dim=0)).sum().item() / patients
     if "ssm" in enabled:
         gaps = []
         for batch in batches:
-            patient = batch["sentence_mask"].nonzero()[:, 0]                    # of each sentence
+            patient = batch["sentence_mask"].nonzero()[:, 0]  # of each sentence
             rows = network.text_encoder.encode_sentences(batch["single_ids"], batch["single_mask"])
             rows = F.normalize(rows.float(), dim=-1)
             cosines = (rows @ rows.T)[patient[:, None] < patient]
@@ -457,7 +458,7 @@ def levels(rows, nothing):
     tenth = max(1, len(rows) // 10)
     result = {}
     for name, level in nothing.items():
-        values = np.array([row[name] for row in rows], float)                   # None becomes nan
+        values = np.array([row[name] for row in rows], float)  # None becomes nan
         first, last = values[:tenth], values[-tenth:]
         error = last.std(ddof=1) / math.sqrt(tenth) if tenth > 1 else math.nan
         most = last.mean() + 2 * error
@@ -493,7 +494,7 @@ def sentence_maps(network, volume, report):
     words = text_encoder.tokenizer.pad({"input_ids": report["single_ids"]}, return_tensors="pt").to(device)
     queries = text_encoder.encode_sentences(words["input_ids"], words["attention_mask"])
     tokens = network.encode_image(volume[None].to(device))
-    maps = network.sentence_attention.maps(queries[None], tokens)               # (1, heads, S, N)
+    maps = network.sentence_attention.maps(queries[None], tokens)  # (1, heads, S, N)
     return report["sentences"], maps[0].float().mean(0).cpu()
 
 
@@ -503,11 +504,11 @@ def lesion_attention(network, items, cache, size, hu="auto"):
     grid, patients = [side // network.encoder.stride for side in size], []
     for item in _bar(items, "attention", True):
         sentences, maps = sentence_maps(network, data.load_volume(item, cache, size, hu), item.report)
-        places, rows = data.lesions(item, grid).flatten(1), []                  # (18, N)
+        places, rows = data.lesions(item, grid).flatten(1), []  # (18, N)
         for i, sentence in enumerate(sentences):
-            place = places[findings(sentence)].any(0).float()                   # (N,)
+            place = places[findings(sentence)].any(0).float()  # (N,)
             if place.any():
-                inside = maps @ place                                           # (S,)
+                inside = maps @ place  # (S,)
                 others = (inside.sum() - inside[i]) / max(1, len(inside) - 1)
                 rows.append([inside[i].item(), place.mean().item(), others.item()])
         if rows:
@@ -520,9 +521,9 @@ def lesion_attention(network, items, cache, size, hu="auto"):
 
 def say_lesion_attention(result):
     spans = [span(result[name], "+") for name in ("interval", "interval_to_others")]
-    return ("attention of sentences inside their lesion {inside:.3f}, at a random place {random:.3f}, difference "
-            "{difference:+.3f} {spans[0]}; of the report's other sentences {others:.3f} {spans[1]}"
-            ).format(**result, difference=result["inside"] - result["random"], spans=spans)
+    return ("attention of sentences inside their lesion {inside:.3f}, at a random place {random:.3f}, "
+            "difference {difference:+.3f} {spans[0]}; of the report's other sentences {others:.3f} "
+            "{spans[1]}").format(**result, difference=result["inside"] - result["random"], spans=spans)
 
 
 def _of_patients(name, outputs, batch):
@@ -556,20 +557,20 @@ def pairing(network, batches, enabled, temperature=0.1, gradients=3):
                 totals = losses.compute(outputs, pairs, enabled, temperature)
             for name, total in totals.items():
                 values = _of_patients(name, outputs, pairs) if name in BY_PATIENT else [total.item()]
-                if name == "mim" and arm == 1:      # the volumes have moved, not the reports
+                if name == "mim" and arm == 1:  # the volumes have moved, not the reports
                     values = np.roll(values, -1)
                 units[name][arm].extend(values)
                 if number < gradients:
                     parts = torch.autograd.grad(total, weights, retain_graph=True, materialize_grads=True)
                     slopes[name].append(torch.cat([part.flatten() for part in parts]))
         for name, (a, b) in slopes.items():
-            both = a.any() and b.any()              # without a gradient there is no angle
+            both = a.any() and b.any()  # without a gradient there is no angle
             cosines[name].append(F.cosine_similarity(a, b, dim=0).item() if both else math.nan)
     _, place = np.unique(np.concatenate([batch["ids"] for batch in batches]), return_inverse=True)
     result = {}
     for name, (own, other) in units.items():
         difference = np.subtract(other, own)
-        if name in BY_PATIENT:                      # a patient counts once, however often it was seen
+        if name in BY_PATIENT:  # a patient counts once, however often it was seen
             difference = np.bincount(place, difference) / np.bincount(place)
         low, high = bootstrap(np.mean, difference)
         result[name] = {"own": float(np.mean(own)), "other": float(np.mean(other)), "interval": [low, high],
@@ -609,7 +610,7 @@ def plot_pairing(result, out):
 class Run(NamedTuple):
     network: torch.nn.Module
     task: data.Task  # with the size and spacing of the training
-    config: dict     # flags of the training, its vocabulary, its patients
+    config: dict  # flags of the training, its vocabulary, its patients
     cache: str
     device: str
 
@@ -622,7 +623,7 @@ def load_checkpoint(path, cache="cache", device="cpu"):
     if config.get("task") not in data.TASKS:
         raise ValueError(f"{path}: found the task {config.get('task')}, expected best.pt of finetune.py, "
                          f"for one of {', '.join(data.TASKS)}")
-    task = data.TASKS[config["task"]]._replace(**checkpoint["task"])    # of the training
+    task = data.TASKS[config["task"]]._replace(**checkpoint["task"])  # of the training
     network = model.build_network(task.kind, len(task.classes), config, path.parent)
     model.restore(network, checkpoint, path)
     return Run(network.to(device).eval(), task, config, cache, device)
@@ -652,7 +653,7 @@ def predict_log_odds(run, items, progress=False):
     The p of a prompt is that of "{name}." against "not {name}.", or of two texts in config."""
     if run.task.kind == "prompt":
         prompts = run.config.get("prompts") or data.prompts(run.task.classes)
-        texts = text_features(run.network, prompts)                             # (2K, E)
+        texts = text_features(run.network, prompts)  # (2K, E)
         cosines = (predict_features(run, items, progress) @ texts.T).double().numpy()
         return (cosines[:, ::2] - cosines[:, 1::2]) / run.config["temperature"]
     logits = torch.cat([run.network(inputs) for inputs in _batches(run, items, progress)])
@@ -678,7 +679,7 @@ def predict_features(run, items, progress=False):
 @torch.no_grad()
 def text_features(network, texts):
     """Global features of length 1 of reports or prompts: n str -> (n, E) on the CPU"""
-    rows, different = [], list(dict.fromkeys(texts))    # padding would tell equal texts apart
+    rows, different = [], list(dict.fromkeys(texts))  # padding would tell equal texts apart
     for i in range(0, len(different), 32):
         batch = data.text_batch(network.text_encoder.tokenizer, different[i:i + 32])
         rows.append(network.encode_text(**_on_device(batch, network)))
@@ -716,7 +717,7 @@ def sliding_window(network, volume, size, overlap, batch_size=2, device="cpu", p
     for n, side in zip(padded, size):
         count = math.ceil((n - side) / max(1, int(side * (1 - overlap)))) + 1
         starts.append(np.linspace(0, n - side, count).round().astype(int))
-        place = (torch.arange(side) - (side - 1) / 2) / (side / 8)              # in σ
+        place = (torch.arange(side) - (side - 1) / 2) / (side / 8)  # in σ
         weight = weight[..., None] * torch.exp(-0.5 * place ** 2)
     weight = weight.clamp(min=1e-3)  # a corner of the volume lies in one window alone
     windows = [(..., *map(slice, corner, np.add(corner, size))) for corner in itertools.product(*starts)]
@@ -724,7 +725,7 @@ def sliding_window(network, volume, size, overlap, batch_size=2, device="cpu", p
     for i in _bar(range(0, len(windows), batch_size), "windows", progress):
         batch = windows[i:i + batch_size]
         inputs = torch.stack([volume[None][window] for window in batch])
-        logits = network(inputs.to(device)).cpu().float()                       # (B, K, *size)
+        logits = network(inputs.to(device)).cpu().float()  # (B, K, *size)
         if i == 0:
             total = torch.zeros(logits.shape[1], *volume.shape)
         for window, window_logits in zip(batch, logits):
@@ -741,7 +742,7 @@ def score_classes(run, items, scores, out, train_items):
     """Accuracy of exclusive classes, AUC of a single class or of the last one `among` another,
     otherwise the mean AUC. scores: log odds (n, K)"""
     task, names = run.task, run.task.classes
-    truth = np.stack([item.labels for item in items]).astype(float)             # (n, K), NaN = unknown
+    truth = np.stack([item.labels for item in items]).astype(float)  # (n, K), NaN = unknown
     aucs = dict(zip(names, auroc(scores, truth)))
     positives = dict(zip(names, np.nansum(truth, 0).astype(int).tolist()))
     result = {"chance": 0.5, "per_class": aucs, "positives": positives, "more": {}}
@@ -866,8 +867,8 @@ def score_reports(run, items, reports, out, train_items):
     # The released protocol cuts references to 150 words and replaces unknown words, which flatters.
     known = set(run.config["vocabulary"])
     released = [" ".join(word if word in known else "<unk>" for word in text.split()[:150]) for text in truth]
-    said = [" ".join(filter(data.has_words, report.split())) for report in reports]     # no full stops
-    counts = np.stack([_bleu_counts(*pair) for pair in zip(said, truth)])               # (n, 10)
+    said = [" ".join(filter(data.has_words, report.split())) for report in reports]  # no full stops
+    counts = np.stack([_bleu_counts(*pair) for pair in zip(said, truth)])  # (n, 10)
     source = "training" if train_items else "same"
     words = "Chinese characters" if any(map(data.CHARACTER.search, truth)) else "words"
     result = {"chance": constant[3],
@@ -904,11 +905,12 @@ def score_retrieval(run, items, volumes, out, train_items):
     """Recall@K of reports that look for their volume and back, by the protocols of `candidates`; of a
     candidate the most similar volume counts. volumes: features (n, E)"""
     reports = text_features(run.network, [item.report for item in items])
-    similarity = (reports @ volumes.T).numpy()          # rows: reports
+    similarity = (reports @ volumes.T).numpy()  # rows: reports
     protocols, ranks = {}, {}
     for name, groups in candidates(items).items():
         first, n = [group[0] for group in groups], len(groups)
-        best = np.stack([similarity[first][:, group].max(1) for group in groups], 1)    # (n, n)
+        rows = similarity[first]
+        best = np.stack([rows[:, group].max(1) for group in groups], 1)  # (n, n)
         ranks[name] = retrieval_ranks(best), retrieval_ranks(best.T)
         forth, back = map(_recalls, ranks[name])
         protocols[name] = {"n": n, "ids_sha1": _hash(items[i] for i in first), **forth,
