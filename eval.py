@@ -142,8 +142,8 @@ VIEWS = {"whole": f"its middle, {data.CROP} of the sides, resized (trilinear)",
 # --------------------------------- metrics
 
 def auroc(score, label):
-    """Area under the ROC curve: (n,), (n,) -> float; (n, K), (n, K) -> K floats. A label is 0 or 1, all
-    else is unknown and left out. nan where one class is absent."""
+    """Area under the ROC curve: (n,), (n,) -> float; (n, K), (n, K) -> K floats. Labels other than 0
+    and 1 are left out; nan where one class is absent."""
     score, label = np.asarray(score), np.asarray(label)
     positive, negative = label == 1, label == 0
     ranks = rankdata(np.where(positive | negative, score, np.inf), axis=0)  # the unknown come last
@@ -182,7 +182,7 @@ def roc(score, label):
 
 
 def dice(pred, truth, num_classes):
-    """Dice of every class but 0 -> (num_classes - 1,), nan where the truth has none of it, as in MONAI"""
+    """Dice of the classes 1, … -> (num_classes - 1,), nan where the truth has none, as in MONAI"""
     pred, truth = np.asarray(pred), np.asarray(truth)
     if pred.shape != truth.shape:
         raise ValueError(f"found the shapes {pred.shape} and {truth.shape}, expected the same")
@@ -201,7 +201,7 @@ def bleu(hypotheses, references):
 
 
 def _bleu_counts(hypothesis, reference):
-    """n-grams that match (4,) and those of the hypothesis (4,), n = 1 to 4; words of both texts (2,)"""
+    """(10,): n-grams that match, those of the hypothesis, n = 1 to 4 each; words of both texts"""
     score = SACREBLEU.sentence_score(data.space_out(hypothesis), [data.space_out(reference)])
     return np.array([*score.counts, *score.totals, score.sys_len, score.ref_len], float)
 
@@ -217,7 +217,8 @@ def _bleu(counts):
 
 def rouge_l(hypothesis, reference):
     """ROUGE-L in percent, of words as in `bleu`: F of the longest common subsequence, β = 1.2"""
-    words, others = (np.array(data.space_out(text).split(), str) for text in (hypothesis, reference))
+    words, others = (data.space_out(text).split() for text in (hypothesis, reference))
+    others = np.array(others, str)
     longest = np.zeros(1 + len(others), int)  # common to the words so far and the first j others
     for word in words:
         with_word = longest[:-1] + (others == word)
@@ -259,7 +260,7 @@ def findings(text):
     found, goes_on = np.zeros(len(data.LABELS), bool), False
     for clause in data.split_sentences(text):
         is_denied = goes_on or DENIAL.search(clause)
-        goes_on = is_denied and clause.endswith(",") and not VERB.search(clause)  # "No mass, nodule …"
+        goes_on = is_denied and clause.endswith(",") and not VERB.search(clause)  # "No mass, …"
         if not is_denied:
             found |= [bool(re.search(FINDERS[name], clause, re.IGNORECASE)) for name in data.LABELS]
     return found
@@ -295,8 +296,8 @@ def recall_at_k(similarity, ks):
 
 
 def bootstrap(metric, *arrays, times=1000, seed=0):
-    """95 % percentile interval of metric(*arrays) over resampled items (dim 0): (low, high), lists for a
-    metric of several numbers; nan for fewer than two items"""
+    """95 % percentile interval of metric(*arrays) over resampled items (dim 0): (low, high), lists for
+    a metric of several numbers; nan for fewer than two items"""
     rng, n = np.random.default_rng(seed), len(arrays[0])
     if n < 2:
         return math.nan, math.nan
@@ -321,7 +322,7 @@ def global_features(encoder, items, cache, size, hu="auto", batch_size=8):
 
 
 def ridge(x, y, x_new, penalties=PENALTIES):
-    """Ridge regression, the penalty with the least leave-one-out error: (n, C), (n, k), (m, C) -> (m, k)"""
+    """Ridge regression, its penalty by leave-one-out error: (n, C), (n, k), (m, C) -> (m, k)"""
     mean, std = x.mean(0), x.std(0) + 1e-8
     x, x_new = (x - mean) / std, (x_new - mean) / std
     u, s, vt = np.linalg.svd(x, full_matrices=False)
@@ -355,8 +356,8 @@ def probe_features(encoder, items, cache, size, hu="auto", batch_size=8):
 
 
 def probe(features, items, rows=slice(None)):
-    """Scores (m, 18) of a linear probe, fitted on some rows, and labels (m, 18) of the held-out items;
-    scores are nan for a finding that none or all have"""
+    """Scores of a linear probe, fitted on some rows, and labels of the held-out items: (m, 18) each.
+    Scores are nan for a finding that none or all have."""
     y, truth = (np.array([item.labels for item in group], float) for group in split_labelled(items))
     x, y = features[0][rows], y[rows]
     return np.where(y.min(0) < y.max(0), ridge(x, y, features[1]), math.nan), truth
@@ -369,15 +370,14 @@ def untrained_encoder(config):
     try:
         if config["init"]:
             model.load_weights(encoder, config["init"], config.get("merging", "auto"))
+        return encoder
     except ValueError as error:
         log.warning("no untrained encoder to compare with: %s", error)
-        return None
-    return encoder
 
 
 def compare_probes(untrained, pretrained, items, few=0):
-    """Linear probes on `probe_features` of two encoders: AUCs and their paired difference [low, value,
-    high]. With `few` also the AUCs for that many training items, means of 10 draws."""
+    """Linear probes on `probe_features` of two encoders: macro AUCs, their paired difference [low,
+    value, high] and, with `few`, those with that many training items, means of 10 draws"""
     def gain(before, after, truth):
         return macro_auroc(after, truth) - macro_auroc(before, truth)
     (before, truth), (after, _) = probe(untrained, items), probe(pretrained, items)
@@ -392,7 +392,8 @@ def compare_probes(untrained, pretrained, items, few=0):
         draws = [rng.choice(n, few, replace=False) for _ in range(10)]
         result["few"] = {"labels": few}
         for name, features in (("untrained", untrained), ("pretrained", pretrained)):
-            result["few"][name] = _mean([macro_auroc(*probe(features, items, rows)) for rows in draws])
+            aucs = [macro_auroc(*probe(features, items, rows)) for rows in draws]
+            result["few"][name] = _mean(aucs)
     return result
 
 
@@ -453,8 +454,8 @@ def know_nothing(network, batches, enabled, global_batch):
 
 
 def levels(rows, nothing):
-    """{loss: {nothing, first, last, learned}}: means of the first and the last tenth of log.jsonl's rows.
-    Learned: the last values lie below `nothing` by more than two standard errors."""
+    """{loss: {nothing, first, last, learned}}: means of the first and the last tenth of the rows of
+    log.jsonl. Learned: the last lie below `nothing` by more than two standard errors."""
     tenth = max(1, len(rows) // 10)
     result = {}
     for name, level in nothing.items():
@@ -487,23 +488,25 @@ def say_retrieval(result):
 
 @torch.no_grad()
 def sentence_maps(network, volume, report):
-    """Where the sentences of a report look in its volume (1, D, H, W): the S sentences, and the attention
-    of Eq. (11) on the N tokens, mean of the heads, (S, N) on the CPU"""
-    text_encoder, device = network.text_encoder, next(network.parameters()).device
-    report = data.tokenize_report(text_encoder.tokenizer, data.split_sentences(report))
-    words = text_encoder.tokenizer.pad({"input_ids": report["single_ids"]}, return_tensors="pt").to(device)
-    queries = text_encoder.encode_sentences(words["input_ids"], words["attention_mask"])
-    tokens = network.encode_image(volume[None].to(device))
+    """Where the sentences of a report look in its volume (1, D, H, W): the S sentences, and the
+    attention of Eq. (11) on the N tokens, mean of the heads, (S, N) on the CPU"""
+    tokenizer = network.text_encoder.tokenizer
+    report = data.tokenize_report(tokenizer, data.split_sentences(report))
+    words = tokenizer.pad({"input_ids": report["single_ids"]}, return_tensors="pt")
+    batch = _on_device({**words, "volume": volume[None]}, network)
+    queries = network.text_encoder.encode_sentences(batch["input_ids"], batch["attention_mask"])
+    tokens = network.encode_image(batch["volume"])
     maps = network.sentence_attention.maps(queries[None], tokens)  # (1, heads, S, N)
     return report["sentences"], maps[0].float().mean(0).cpu()
 
 
 def lesion_attention(network, items, cache, size, hu="auto"):
-    """Share of a sentence's attention in the tokens that its lesion in `item.mask` touches, mean over n
-    patients, and intervals of its difference to two controls: all places alike, the other sentences"""
+    """Share of a sentence's attention in the tokens that its lesion in `item.mask` touches, mean over
+    patients, and two controls with intervals of the difference: a random place, other sentences"""
     grid, patients = [side // network.encoder.stride for side in size], []
     for item in _bar(items, "attention", True):
-        sentences, maps = sentence_maps(network, data.load_volume(item, cache, size, hu), item.report)
+        volume = data.load_volume(item, cache, size, hu)
+        sentences, maps = sentence_maps(network, volume, item.report)
         places, rows = data.lesions(item, grid).flatten(1), []  # (18, N)
         for i, sentence in enumerate(sentences):
             place = places[findings(sentence)].any(0).float()  # (N,)
@@ -514,16 +517,17 @@ def lesion_attention(network, items, cache, size, hu="auto"):
         if rows:
             patients.append(np.mean(rows, 0))
     inside, random, others = np.transpose(patients)
-    return {"inside": float(inside.mean()), "random": float(random.mean()), "others": float(others.mean()),
-            "interval": list(bootstrap(np.mean, inside - random)),
+    means = {"inside": inside.mean(), "random": random.mean(), "others": others.mean()}
+    return {**means, "interval": list(bootstrap(np.mean, inside - random)),
             "interval_to_others": list(bootstrap(np.mean, inside - others)), "n": len(patients)}
 
 
 def say_lesion_attention(result):
     spans = [span(result[name], "+") for name in ("interval", "interval_to_others")]
+    gap = result["inside"] - result["random"]
     return ("attention of sentences inside their lesion {inside:.3f}, at a random place {random:.3f}, "
-            "difference {difference:+.3f} {spans[0]}; of the report's other sentences {others:.3f} "
-            "{spans[1]}").format(**result, difference=result["inside"] - result["random"], spans=spans)
+            "difference {gap:+.3f} {spans[0]}; of the report's other sentences {others:.3f} {spans[1]}"
+            ).format(**result, gap=gap, spans=spans)
 
 
 def _of_patients(name, outputs, batch):
@@ -539,10 +543,9 @@ def _of_patients(name, outputs, batch):
 
 
 def pairing(network, batches, enabled, temperature=0.1, gradients=3):
-    """Does a loss use which report belongs to which volume? Each is computed for true pairs, and with the
-    volumes of a batch handed on by one: {loss: {own, other, interval of other - own, …}}, over patients
-    for BY_PATIENT, else over batches. gradient_cosine: of the two gradients on the encoder, mean of the
-    first `gradients` batches; 1 = the loss asks the same with any report."""
+    """Does a loss use which report belongs to which volume? {loss: {own, other, interval of other - own,
+    …}}: for true pairs, and with the volumes of a batch handed on by one; over patients or batches.
+    gradient_cosine: of the two gradients on the encoder, mean of the first `gradients` batches."""
     network.eval()
     weights = [p for p in network.encoder.parameters() if p.requires_grad]
     units = {name: ([], []) for name in enabled}
@@ -556,13 +559,16 @@ def pairing(network, batches, enabled, temperature=0.1, gradients=3):
                 outputs = network(pairs)
                 totals = losses.compute(outputs, pairs, enabled, temperature)
             for name, total in totals.items():
-                values = _of_patients(name, outputs, pairs) if name in BY_PATIENT else [total.item()]
+                values = [total.item()]
+                if name in BY_PATIENT:
+                    values = _of_patients(name, outputs, pairs)
                 if name == "mim" and arm == 1:  # the volumes have moved, not the reports
                     values = np.roll(values, -1)
                 units[name][arm].extend(values)
                 if number < gradients:
-                    parts = torch.autograd.grad(total, weights, retain_graph=True, materialize_grads=True)
-                    slopes[name].append(torch.cat([part.flatten() for part in parts]))
+                    grads = torch.autograd.grad(total, weights, retain_graph=True,
+                                                materialize_grads=True)
+                    slopes[name].append(torch.cat([grad.flatten() for grad in grads]))
         for name, (a, b) in slopes.items():
             both = a.any() and b.any()  # without a gradient there is no angle
             cosines[name].append(F.cosine_similarity(a, b, dim=0).item() if both else math.nan)
@@ -573,8 +579,9 @@ def pairing(network, batches, enabled, temperature=0.1, gradients=3):
         if name in BY_PATIENT:  # a patient counts once, however often it was seen
             difference = np.bincount(place, difference) / np.bincount(place)
         low, high = bootstrap(np.mean, difference)
-        result[name] = {"own": float(np.mean(own)), "other": float(np.mean(other)), "interval": [low, high],
-                        "gradient_cosine": _mean(cosines[name]), "uses_report": bool(low > 0)}
+        result[name] = {"own": float(np.mean(own)), "other": float(np.mean(other)),
+                        "interval": [low, high], "gradient_cosine": _mean(cosines[name]),
+                        "uses_report": bool(low > 0)}
         if len(batches) < 8:
             result[name] |= {"uses_report": None, "reason": f"{len(batches)} batches, fewer than 8"}
     return result
@@ -584,12 +591,14 @@ def say_pairing(result):
     lines = [f"{'loss':5s} {'own report':>10s} {'another':>10s}  {'difference':24s} gradients' cosine"]
     for name, row in result.items():
         own, other, (low, high) = row["own"], row["other"], row["interval"]
-        verdict = "too few batches to say" if row["uses_report"] is None else "does not use the report"
+        difference = f"{other - own:+.4f} [{low:+.4f}, {high:+.4f}]"
+        verdict = "does not use the report"
         if row["uses_report"]:
             verdict = f"uses the report, for {(other - own) / abs(own):.1%} of its value"
-        difference = f"{other - own:+.4f} [{low:+.4f}, {high:+.4f}]"
-        cosine = row["gradient_cosine"]
-        lines.append(f"{name:5s} {own:10.4f} {other:10.4f}  {difference:24s} {cosine:+.3f}  {verdict}")
+        elif row["uses_report"] is None:
+            verdict = "too few batches to say"
+        lines.append(f"{name:5s} {own:10.4f} {other:10.4f}  {difference:24s} "
+                     f"{row['gradient_cosine']:+.3f}  {verdict}")
     return "\n".join(lines)
 
 
@@ -621,8 +630,8 @@ def load_checkpoint(path, cache="cache", device="cpu"):
     checkpoint = model.read_checkpoint(path)
     config = model.flags_of(checkpoint)
     if config.get("task") not in data.TASKS:
-        raise ValueError(f"{path}: found the task {config.get('task')}, expected best.pt of finetune.py, "
-                         f"for one of {', '.join(data.TASKS)}")
+        raise ValueError(f"{path}: found the task {config.get('task')}, expected best.pt of "
+                         f"finetune.py for one of {', '.join(data.TASKS)}")
     task = data.TASKS[config["task"]]._replace(**checkpoint["task"])  # of the training
     network = model.build_network(task.kind, len(task.classes), config, path.parent)
     model.restore(network, checkpoint, path)
@@ -649,7 +658,7 @@ def _batches(run, items, progress=True):
 
 @torch.no_grad()
 def predict_log_odds(run, items, progress=False):
-    """log(p / (1 - p)) of every class, which still ranks items whose p is rounded to 1: (n, K) float64.
+    """log(p / (1 - p)) of every class, which ranks items whose p is rounded to 1, too: (n, K) float64.
     The p of a prompt is that of "{name}." against "not {name}.", or of two texts in config."""
     if run.task.kind == "prompt":
         prompts = run.config.get("prompts") or data.prompts(run.task.classes)
@@ -708,8 +717,8 @@ def predict_masks(run, items, progress=False):
 
 @torch.no_grad()
 def sliding_window(network, volume, size, overlap, batch_size=2, device="cpu", progress=False):
-    """Class probabilities of a volume of any size: (1, D, H, W) -> (K, D, H, W) float32 on the CPU. Logits of
-    overlapping windows are averaged with Gaussian weights; a smaller volume is padded with 0."""
+    """Class probabilities of a volume of any size: (1, D, H, W) -> (K, D, H, W) float32 on the CPU.
+    Logits of overlapping windows are averaged with Gaussian weights."""
     shape = volume.shape[1:]
     padded = np.maximum(shape, size)
     volume = torch.from_numpy(data.cut(volume[0].numpy(), (0, 0, 0), padded))
@@ -720,7 +729,8 @@ def sliding_window(network, volume, size, overlap, batch_size=2, device="cpu", p
         place = (torch.arange(side) - (side - 1) / 2) / (side / 8)  # in σ
         weight = weight[..., None] * torch.exp(-0.5 * place ** 2)
     weight = weight.clamp(min=1e-3)  # a corner of the volume lies in one window alone
-    windows = [(..., *map(slice, corner, np.add(corner, size))) for corner in itertools.product(*starts)]
+    windows = [(..., *map(slice, corner, np.add(corner, size)))
+               for corner in itertools.product(*starts)]
     total, weights = 0, torch.zeros_like(volume)
     for i in _bar(range(0, len(windows), batch_size), "windows", progress):
         batch = windows[i:i + batch_size]
@@ -736,7 +746,7 @@ def sliding_window(network, volume, size, overlap, batch_size=2, device="cpu", p
 
 
 # ---------------------------------- scores
-# Each gives the part of the result that differs by kind, and the metric with the arrays it is taken of.
+# Each gives the part of the result that differs by kind, a metric and the arrays it is taken of.
 
 def score_classes(run, items, scores, out, train_items):
     """Accuracy of exclusive classes, AUC of a single class or of the last one `among` another,
@@ -753,8 +763,8 @@ def score_classes(run, items, scores, out, train_items):
         plot_roc(scores, truth, names, out / "roc.png")
     if task.exclusive:
         pred, label = scores.argmax(1), truth.argmax(1)
-        recalls = {name: _mean(pred[label == k] == k) for k, name in enumerate(names)}
-        result |= {"chance": float(np.bincount(label).max() / len(label)), "per_class": recalls,
+        result |= {"chance": float(np.bincount(label).max() / len(label)),
+                   "per_class": {name: _mean(pred[label == k] == k) for k, name in enumerate(names)},
                    "protocol": "all items; chance: the commonest class", "more": {"auc": aucs}}
         return result, accuracy, pred, label
     if len(names) > 1 and not task.among:
@@ -772,17 +782,19 @@ def score_classes(run, items, scores, out, train_items):
     if task.among:  # as STOIC asks: severe among COVID-19
         counted &= truth[:, names.index(task.among)] == 1
         result["more"] = {"auc_all_items": aucs[names[-1]], "n_all_items": len(items)}
-    result |= {"n": int(counted.sum()), "protocol": f"{names[-1]} among {task.among or 'all items'}"}
+    result["n"] = int(counted.sum())
+    result["protocol"] = f"{names[-1]} among {task.among or 'all items'}"
     return result, auroc, scores[counted, -1], truth[counted, -1]
 
 
 def auc_table(scores, truth, classes):
-    """{name: [low, AUC, high]} of the classes (K,) that have both kinds, of their mean, and of their mean
+    """{name: [low, AUC, high]} of the classes (K,) that have both kinds, their mean, and their mean
     weighted by positives"""
     def metric(scores, truth):
         aucs = np.array(auroc(scores, truth))
         weights = np.where(np.isnan(aucs), 0, (truth == 1).sum(0))
-        return np.array([*aucs, _mean(aucs), np.nansum(weights * aucs) / (weights.sum() or math.nan)])
+        weighted = np.nansum(weights * aucs) / (weights.sum() or math.nan)
+        return np.array([*aucs, _mean(aucs), weighted])
     known = np.flatnonzero(~np.isnan(auroc(scores, truth)))
     scores, truth = scores[:, known], truth[:, known]
     names = [*(classes[k] for k in known), "mean", WEIGHTED]
@@ -829,15 +841,17 @@ def score_masks(run, items, masks, out, train_items):
 
 
 def score_findings(items, reports, constant, vocabulary):
-    """Do reports name the findings of the labels or, where no item has any, of the true reports? Beside them
-    stand the true reports, the most that can be told, and a constant report."""
+    """Do reports name the findings of the labels or, where no item has any, of the true reports? Beside
+    them the true reports, the most that can be told, and a constant report"""
     if not vocabulary & {".", "。"}:
-        return {"generated": None, "reason": "the generator has no full stop: where does a denial end?"}
+        reason = "the generator has no full stop: where does a denial end?"
+        return {"generated": None, "reason": reason}
     texts = {"generated": reports, "true report": [item.report for item in items],
              "constant report": [constant] * len(items)}
     named = {name: np.array([findings(text) for text in some]) for name, some in texts.items()}
     if not named["true report"].any():
-        return {"generated": None, "reason": "the true reports name no finding: only English ones are read"}
+        reason = "the true reports name no finding: only English ones are read"
+        return {"generated": None, "reason": reason}
     unknown = np.full(len(data.LABELS), math.nan)
     truth = np.stack([unknown if item.labels is None else item.labels for item in items])
     against, labelled = "labels", ~np.isnan(truth).all(1)
@@ -847,33 +861,44 @@ def score_findings(items, reports, constant, vocabulary):
     return {"against": against, "n": int(labelled.sum()), **results}
 
 
+def _words_of(report, with_stops=False):
+    return " ".join(data.report_words(report, with_stops))
+
+
+def constant_report(reports):
+    """Of 100 reports the one that fits 200 best, by BLEU-4"""
+    rng = np.random.default_rng(0)
+    some, sample = ([reports[i] for i in rng.permutation(len(reports))[:n]] for n in (100, 200))
+    sample = list(map(_words_of, sample))
+
+    def fit(report):
+        return bleu([_words_of(report)] * len(sample), sample)[3]
+    return max(sorted(set(some)), key=fit)
+
+
 def score_reports(run, items, reports, out, train_items):
-    """BLEU, ROUGE-L and findings of the reports and, to compare with, of the best constant report"""
-    def words_of(report):
-        return " ".join(data.report_words(report))
-    truth = [words_of(item.report) for item in items]
+    """BLEU, ROUGE-L and findings of the reports and, to compare, of the best constant report"""
+    truth = [_words_of(item.report) for item in items]
     if out:
-        rows = [{"id": item.id, "generated": report, "truth": " ".join(data.report_words(item.report, True))}
+        rows = [{"id": item.id, "generated": report, "truth": _words_of(item.report, True)}
                 for item, report in zip(items, reports)]
         write_result(rows, out / "reports.json")
         write_comparison(rows[:3], out / "reports.html")
-    # The constant report: of 100 training reports, else true ones, the one that fits 200 best.
-    pool, rng = [item.report for item in train_items or items], np.random.default_rng(0)
-    some, sample = ([pool[i] for i in rng.permutation(len(pool))[:n]] for n in (100, 200))
-    sample = list(map(words_of, sample))
-    best = max(sorted(set(some)), key=lambda report: bleu([words_of(report)] * len(sample), sample)[3])
-    same = [words_of(best)] * len(truth)
+    best = constant_report([item.report for item in train_items or items])
+    same = [_words_of(best)] * len(truth)
     constant = bleu(same, truth)
     # The released protocol cuts references to 150 words and replaces unknown words, which flatters.
     known = set(run.config["vocabulary"])
-    released = [" ".join(word if word in known else "<unk>" for word in text.split()[:150]) for text in truth]
+    released = [" ".join(word if word in known else "<unk>" for word in text.split()[:150])
+                for text in truth]
     said = [" ".join(filter(data.has_words, report.split())) for report in reports]  # no full stops
     counts = np.stack([_bleu_counts(*pair) for pair in zip(said, truth)])  # (n, 10)
     source = "training" if train_items else "same"
     words = "Chinese characters" if any(map(data.CHARACTER.search, truth)) else "words"
     result = {"chance": constant[3],
               "per_class": {f"BLEU-{n}": score for n, score in enumerate(_bleu(counts), 1)},
-              "protocol": f"{words} of whole references; chance: a constant report of the {source} part",
+              "protocol": f"{words} of whole references; chance: a constant report of the {source} "
+                          "part",
               "more": {"bleu_released": bleu(said, released), "bleu_constant": constant,
                        "ROUGE-L": float(np.mean(list(map(rouge_l, said, truth)))),
                        "ROUGE-L_constant": float(np.mean(list(map(rouge_l, same, truth)))),
@@ -884,9 +909,8 @@ def score_reports(run, items, reports, out, train_items):
 
 
 def candidates(items):
-    """What counts as one candidate of a retrieval: {protocol: groups of places in items}. "scans" takes the
-    first reconstruction of CT-RATE's train_1_a_1, train_1_a_2, …; "unique findings" groups the volumes
-    of one report."""
+    """What counts as one candidate of a retrieval: {protocol: groups of places in items}. "scans" takes
+    the first of CT-RATE's train_1_a_1, train_1_a_2, …; "unique findings" has all of one report."""
     scans, by_report = {}, defaultdict(list)
     for i in sorted(range(len(items)), key=lambda i: items[i].id):
         scan = re.sub(r"((train|valid)_\d+_[a-z]+)_\d+(\.\w+)*$", r"\1", items[i].id)
@@ -902,8 +926,8 @@ def _recalls(ranks):
 
 
 def score_retrieval(run, items, volumes, out, train_items):
-    """Recall@K of reports that look for their volume and back, by the protocols of `candidates`; of a
-    candidate the most similar volume counts. volumes: features (n, E)"""
+    """Recall@K of reports that look for their volume and back, by the protocols of `candidates`; the
+    most similar volume of a candidate counts. volumes: features (n, E)"""
     reports = text_features(run.network, [item.report for item in items])
     similarity = (reports @ volumes.T).numpy()  # rows: reports
     protocols, ranks = {}, {}
@@ -922,7 +946,7 @@ def score_retrieval(run, items, volumes, out, train_items):
         plot_recall(ranks, out / "recall.png")
     counted = "unique findings" if run.config["task"] == "retrieval" else "volumes"
     found, ranks = protocols[counted], ranks[counted][0]
-    # With few volumes Recall@50 is trivial: report the largest K up to n / 10; 5, or 1 for fewer than 10.
+    # With few volumes Recall@50 is trivial: the largest K up to n / 10; 5, or 1 for fewer than 10.
     n = len(ranks)
     largest = max(5, min(n / 10, int(run.task.metric.split("@")[1])))
     k = max((k for k in KS if k <= largest and 2 * k <= n), default=1)
