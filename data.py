@@ -3,7 +3,6 @@
     python data.py check --data X                    a table of volumes; exits 1 on a problem
     python data.py check --task T --data DIR         the same for one of the tasks
     python data.py cache --data X --out DIR          preprocess every volume: DIR is a new data set
-    python data.py cache --task T --data DIR         prepare every scan of a task, in --cache
     python data.py demo --out DIR --n 64             write synthetic chests with reports
     python data.py demo --task luna16 --out DIR      write a synthetic set in that task's own layout
 
@@ -16,7 +15,6 @@ import argparse
 import contextlib
 import csv
 import functools
-import gc
 import hashlib
 import io
 import itertools
@@ -29,10 +27,9 @@ import re
 import shutil
 import sys
 import threading
-import time
 import uuid
 from collections import Counter, defaultdict
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
@@ -49,11 +46,6 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import phantoms
-
-try:
-    import fcntl
-except ImportError:             # Windows
-    fcntl = None
 
 log = logging.getLogger("mg3d")
 
@@ -1028,20 +1020,15 @@ def files_of(path):
         return _visible_files(path)
     if path.suffix.lower() not in (".mhd", ".nhdr"):
         return [path]
-    text = _header_text(path)
-    key = re.search(r"(?im)^(ElementDataFile *=|data ?file *:)", text)
-    first, *names = text[key.end():].split("\n") if key else [""]
-    pattern, *numbers = first.split() or [""]
-    if "%" in pattern:  # of names, from number to number
-        low, high, step = map(int, numbers[:3])
-        names = [pattern % number for number in range(low, high + 1, step)]
-    elif pattern != "LIST":
-        names = [first]
-    return [path, *filter(Path.is_file, (path.parent / name.strip() for name in names))]
+    data_file = re.split(r"(?im)^(?:ElementDataFile *=|data ?file *:)", _header_text(path))[-1]
+    first, *names = map(str.strip, data_file.split("\n"))
+    if "%" in first:  # a pattern of names, then numbers: s%03d.raw 0 19 1
+        names = sorted(path.parent.glob(re.sub(r"%\d*d(\S*).*", r"*\1", first)))
+    return [path, *filter(Path.is_file, map(path.parent.joinpath, [first, *names]))]
 
 
 def cache_file(cache, volumes, *settings):
-    """Where what is made of these volumes lies: it changes with their files and with every setting."""
+    """Where what is made of these volumes lies: it changes with their files and all settings."""
     stats = []
     for volume in volumes:
         stats.append(str(volume.resolve()))
@@ -1052,16 +1039,15 @@ def cache_file(cache, volumes, *settings):
 
 
 @contextlib.contextmanager
-def written_whole(path, shard="", put=os.replace):
-    """A file to write. It becomes `path` whole or not at all; a kill may leave .NAME.SHARD.….part"""
+def written_whole(path, shard=""):
+    """A file to write. It becomes `path` whole or not at all; a kill may leave .NAME.SHARD.*.part"""
     part = path.with_name(f".{path.name}.{shard}.{uuid.uuid4().hex}.part")
     try:
         with open(part, "wb") as file:
             yield file
-            if shard:  # a row of a manifest relies on it
-                file.flush()
-                os.fsync(file.fileno())
-        put(part, path)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
@@ -1109,9 +1095,8 @@ def load_volume(item, cache=None, size=SIZE, hu="auto"):
     return volume.float()
 
 
-# A cache folder is a data set of its own: `<id>.npy`, a line of manifest-K-of-N.jsonl for each, and
-# cache.json, which tells how they were made. A row is written after its volume, and by its shard
-# alone: a kill leaves at most a volume without a row, and a row that is cut off.
+# A cache folder is a data set of its own: `<id>.npy`, after each a row of manifest-K-of-N.jsonl, and
+# cache.json, which tells how they were made.
 
 def file_name(text):
     """A text as the name of a file: what a system may refuse there is percent-encoded"""
@@ -1119,11 +1104,7 @@ def file_name(text):
 
 
 def cache_name(name):
-    """The file of a cache folder that holds the volume of an id"""
-    name = file_name(name)
-    if len(name.encode()) > 150:  # systems end at 255, temporary files have more behind
-        name = f"{name[:30]}%-{hashlib.sha1(name.encode()).hexdigest()}"
-    return f"{name}.npy"
+    return f"{file_name(name)}.npy"
 
 
 def is_cache(data):
@@ -1131,13 +1112,9 @@ def is_cache(data):
 
 
 def read_cache(folder):
-    """cache.json of a cache folder"""
-    path = folder / "cache.json"
-    with expecting(path, "JSON as `data.py cache --out` writes it"):
-        made = json.loads(read_text(path))
-        version = made["version"]
-    if version != CACHE_VERSION:
-        raise wrong(path, f"a cache of version {version}", f"version {CACHE_VERSION}")
+    made = json.loads(read_text(folder / "cache.json"))
+    if made["version"] != CACHE_VERSION:
+        raise wrong(folder, f"a cache of version {made['version']}", f"version {CACHE_VERSION}")
     return made
 
 
@@ -1147,114 +1124,75 @@ def preprocessing(size, hu):
             "window": list(WINDOW), "dtype": "float16"}
 
 
-@functools.cache
 def check_settings(folder, size, hu):
     """ValueError if the volumes of a cache folder were made in another way"""
     made, wanted = read_cache(folder), preprocessing(size, hu)
-    differ = [key for key in wanted if made.get(key) != wanted[key]]
-
-    def say(settings):
-        texts = [f"{'--' * (key in ('size', 'hu'))}{key} {settings.get(key)}" for key in differ]
-        return re.sub(r"[][,]", "", "; ".join(texts))
-    if differ:
-        raise wrong(folder, f"a cache made with {say(made)}",
-                    f"{say(wanted)}. Give the flags that it was made with, or make another")
+    for key in wanted:
+        if made[key] != wanted[key]:
+            found, expected = (" ".join(map(str, np.ravel(one[key]))) for one in (made, wanted))
+            raise wrong(folder, f"a cache made with --{key} {found}", f"--{key} {expected}")
 
 
 def check_prepared(items, size, hu):
     """Are these items of a cache folder? ValueError if it was made in another way"""
     is_prepared = bool(items) and isinstance(items[0], CachedItem)
     if is_prepared:
-        check_settings(items[0].volume.parent, tuple(size), hu)
+        check_settings(items[0].volume.parent, size, hu)
     return is_prepared
 
 
-def _cache_rows(folder, with_report=True):
-    """All rows of a cache folder: (manifest, place of the row in it, row). Without the report, which
-    comes last, a million are read in half of the time."""
+def _cache_rows(folder):
+    """All rows of a cache folder: (manifest, place of the row in it, row)"""
     for manifest in sorted(folder.glob("manifest-*.jsonl")):
         place = 0
-        with open(manifest, "rb") as lines:
+        with open(manifest, "rb") as lines, expecting(manifest, "rows of JSON"):
             for line in lines:
                 if line.endswith(b"\n"):  # else it is being written, or was cut off
-                    try:
-                        head = line if with_report else line.partition(b', "report": ')[0] + b"}"
-                        yield manifest, place, json.loads(head.decode())
-                    except json.JSONDecodeError as error:
-                        raise wrong(f"{manifest}, byte {place}", error, "a row of JSON") from None
+                    yield manifest, place, json.loads(line)
                 place += len(line)
 
 
-def _size_and_time(volume):
-    """Bytes of all files of a volume, and the newest of their times in ns"""
-    stats = [file.stat() for file in files_of(volume)]
-    return [sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)]
-
-
-def _content_hash(volume):
-    """sha256 of the files of a volume in a row"""
+def _source(volume, known=None):
+    """Path, bytes, newest time, sha256 of all files of a volume; `known` where bytes and time agree"""
+    files = files_of(volume)
+    stats = [file.stat() for file in files]
+    stamp = {"size": sum(stat.st_size for stat in stats),
+             "mtime_ns": max((stat.st_mtime_ns for stat in stats), default=0)}
+    if known and known | stamp == known:
+        return known
     content = hashlib.sha256()
-    for file in files_of(volume):
-        with open(file, "rb") as stream:
-            for block in iter(partial(stream.read, 1 << 20), b""):
-                content.update(block)
-    return content.hexdigest()
+    for file in files:
+        content.update(file.read_bytes())
+    return {"path": str(volume.resolve()), **stamp, "sha256": content.hexdigest()}
 
 
-def _looks_changed(source, volume):
-    return _size_and_time(volume) != [source["size"], source["mtime_ns"]]
+def has_changed(path, source):
+    """Has a raw volume, if it is there, another content than the row of a cache folder notes?"""
+    return os.path.exists(path) and _source(Path(path), source)["sha256"] != source["sha256"]
 
 
-def has_changed(source_and_volume):
-    """Has a raw volume another content than a row notes? It is read only if size or time differ."""
-    source, volume = source_and_volume
-    return _looks_changed(source, volume) and _content_hash(volume) != source["sha256"]
-
-
-@functools.cache
-def _shared_labels(values):
-    return np.array(values, np.float32)  # None becomes NaN
-
-
-@contextlib.contextmanager
-def _without_gc():
-    """To look again and again through a million objects for waste takes as long as to read them."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-@_without_gc()
 def _cache_items(folder):
-    """The items of a cache folder, sorted by id. Of an id that a manifest has twice the last row counts."""
-    volumes, items, suspects = read_cache(folder).get("volumes", 0), {}, []
+    """The items of a cache folder, sorted by id. The last row of an id counts."""
+    volumes, items, changed = read_cache(folder)["volumes"], {}, set()
     is_first = os.environ.get("RANK", "0") == "0"  # one process is enough to look for the raw files
-    for manifest, place, row in _cache_rows(folder, with_report=False):
-        name, source = row["id"], row["source"]
-        other = items.get(name)
+    for manifest, place, row in _cache_rows(folder):
+        name, source, other = row["id"], row["source"], items.get(row["id"])
         if other and other[1] != manifest and other.row["source"]["sha256"] != source["sha256"]:
-            raise wrong(manifest, f"{name} of {source['path']}",
-                        f"one source of it, {other.row['source']['path']} in {other[1]}")
-        labels = row["labels"] and _shared_labels(tuple(row["labels"]))
-        patient = sys.intern(row["patient"])
-        items[name] = CachedItem(name, manifest, place, row["split"], patient, labels)
+            raise wrong(manifest, f"{name} of {source['path']}", f"its source in {other[1]}")
+        labels = row["labels"] and np.array(row["labels"], np.float32)  # None becomes NaN
+        items[name] = CachedItem(name, manifest, place, row["split"], row["patient"], labels)
         raw = source["path"]
-        if is_first and os.path.exists(raw) and _looks_changed(source, Path(raw)):
-            suspects.append((source, Path(raw)))
-    names = set(os.listdir(folder))  # a question for each of a million files would take long
-    absent = {name for name in items if cache_name(name) not in names}
-    tell_absent(sorted(absent), len(items), folder)
-    changed = sorted(volume for source, volume in suspects[:100] if has_changed((source, volume)))
+        changed.discard(raw)
+        if is_first and has_changed(raw, source):
+            changed.add(raw)
     if changed:
-        log.warning("%s: %d raw volumes have changed since: %s", folder, len(changed), shorten(changed))
-    if len(suspects) > 100:
-        log.warning("%s: %d more have another size or time; `data.py cache` compares their content", folder,
-                    len(suspects) - 100)
-    items = [items[name] for name in sorted(items.keys() - absent)]
+        log.warning("%s: raw volumes have changed: %s", folder, shorten(sorted(changed)))
+    files = set(os.listdir(folder))  # to ask for each of a million would take long
+    absent = sorted(name for name in items if cache_name(name) not in files)
+    tell_absent(absent, len(items), folder)
+    items = [items[name] for name in sorted(items.keys() - set(absent))]
     if len(items) < volumes:
-        log.warning("%s: holds %d of %d volumes; `data.py cache` goes on", folder, len(items), volumes)
+        log.warning("%s: holds %d of %d volumes, the rest is to be made", folder, len(items), volumes)
     return items
 
 
@@ -1281,27 +1219,26 @@ def text_batch(tokenizer, texts):
 
 
 def pretraining_example(item, generator, tokenizer, cache=None, size=SIZE, hu="auto", mask_size=16,
-                        mask_ratio=0.5, mlm_prob=0.15, max_sentences=32, max_tokens=250):
+                        mask_ratio=0.5, mlm_prob=0.15):
     """A masked volume (1, 1, D, H, W) and a masked report (L,) for `collate` and `MG3D.forward`"""
     volume = load_volume(item, cache, size, hu)
-    report = tokenize_report(tokenizer, split_sentences(item.report), max_sentences, max_tokens)
-    masked_ids, mlm_labels = mask_words(report["input_ids"], report["word_ids"], tokenizer, generator,
-                                        mlm_prob)
+    report = tokenize_report(tokenizer, split_sentences(item.report))
+    ids, labels = mask_words(report["input_ids"], report["word_ids"], tokenizer, generator, mlm_prob)
     single_ids = [torch.from_numpy(ids) for ids in report["single_ids"]]
     return _report_tensors(report) | {
         "volume": volume[None],
         "volume_mask": mask_volume(size, mask_size, mask_ratio, generator)[None],
-        "masked_ids": torch.from_numpy(masked_ids),
-        "mlm_labels": torch.from_numpy(mlm_labels),
+        "masked_ids": torch.from_numpy(ids),
+        "mlm_labels": torch.from_numpy(labels),
         "single_ids": single_ids,
         "single_mask": [torch.ones_like(ids) for ids in single_ids]}
 
 
 class Examples(torch.utils.data.Dataset):
-    """Training examples; asked for (index, step), as `Batches` does. make(item, generator) gives a dict or
-    raises ValueError: then the volume is named, its id goes into "skipped", and the next one stands in.
-    An epoch holds as many of the `negatives` as items, drawn anew. Randomness comes from (seed, step,
-    index) alone: neither the worker nor the number of processes matters."""
+    """Training examples, asked for (index, step). make(item, generator) gives a dict or raises
+    ValueError: then the volume is named, its id goes into "skipped", and the next one stands in. An
+    epoch holds as many of the `negatives` as items, drawn anew. All is drawn from (seed, step, index):
+    neither the worker nor the number of processes matters."""
 
     def __init__(self, items, make, seed=0, negatives=()):
         self.items, self.make, self.seed, self.negatives = items, make, seed, negatives
@@ -1328,8 +1265,8 @@ class Examples(torch.utils.data.Dataset):
 
 
 def collate(examples, pad_id=0):
-    """B examples -> one batch: "ids" and "skipped" are lists, all else tensors. Sequences are padded; lists
-    of them come flat, those of patient 0 first: (ΣS, L_s); all else, (P, ...), becomes (ΣP, ...)."""
+    """B examples -> one batch: lists "ids" and "skipped", else tensors. Sequences are padded; lists of
+    them come flat, those of patient 0 first: (ΣS, L_s); all else, (P, ...), becomes (ΣP, ...)."""
     padding = {"input_ids": pad_id, "masked_ids": pad_id, "single_ids": pad_id, "tokens": 0,
                "attention_mask": 0, "single_mask": 0, "sentence_mask": False, "sentence_ids": -1,
                "mlm_labels": -100}
@@ -1346,368 +1283,263 @@ def collate(examples, pad_id=0):
     return batch
 
 
-def keep_apart(order, patients, size):
-    """Swap volumes of an epoch, in place, until no batch holds two of one patient, where that can be.
+def keep_apart(order, patients, size, generator):
+    """An epoch in which no batch holds two volumes of one patient, where that can be.
 
-    order (n,): indices of volumes, `size` in a row are a batch, the rest is dropped; patients (n,)
+    order (n,): volumes, of which `size` in a row are a batch and the rest is dropped; patients (n,):
+    numbers. If a batch has two of one, all volumes are dealt out anew to the batches.
     """
-    kept = len(order) // size * size
-    batches, rest = order[:kept].reshape(-1, size), order[kept:]        # views
-    counts = np.bincount(patients[order[:kept]], minlength=len(patients))
-    for k in range(len(rest)) if counts.max() > len(batches) else ():  # drop some of such a patient
-        crowded = np.flatnonzero(counts[patients[order[:kept]]] > len(batches))
-        if len(crowded) and counts[patients[rest[k]]] < len(batches):
-            order[crowded[0]], rest[k] = rest[k], order[crowded[0]]
-            counts = np.bincount(patients[order[:kept]], minlength=len(patients))
-    place, by_patient = np.argsort(order), np.argsort(patients, kind="stable")
-    starts = np.searchsorted(patients[by_patient], np.arange(patients.max() + 2))
-    who = patients[batches]                             # (batches, size)
-    ordered = np.sort(who, 1)
-    for patient in np.unique(ordered[:, 1:][ordered[:, 1:] == ordered[:, :-1]]):
-        places = np.sort(place[by_patient[starts[patient]:starts[patient + 1]]])
-        rows = places[places < kept] // size
-        second = places[1:len(rows)][rows[1:] == rows[:-1]]
-        for i, row in zip(second, np.setdiff1d(np.arange(len(batches)), rows)):
-            # This batch has a volume of a patient whom the other lacks, or two of one: with every
-            # change of places fewer volumes are not alone.
-            fits = ~np.isin(who[row], who[i // size], kind="sort")
-            if not fits.any():
-                fits = (who[row, :, None] == who[row]).sum(1) > 1
-            j = row * size + fits.argmax()
-            order[[i, j]] = order[[j, i]]
-            place[order[[i, j]]] = i, j
-            who.flat[[i, j]] = who.flat[[j, i]]
+    batches = len(order) // size
+    who = np.sort(patients[order[:batches * size]].reshape(batches, size), 1)
+    if (who[:, 1:] != who[:, :-1]).all():
+        return order
+    rank = generator.permutation(patients.max() + 1)
+    order = order[np.argsort(rank[patients[order]], kind="stable")]  # those of a patient in a row
+    who = patients[order]
+    is_crowd = np.append(np.zeros(batches, bool), who[batches:] == who[:-batches])
+    order = np.append(order[~is_crowd], order[is_crowd])  # more than there are batches: last
+    return order[:batches * size].reshape(size, batches).T[generator.permutation(batches)].ravel()
 
 
 class Batches:
-    """Batch sampler without end, from step `start`: lists of (index, step) for one of `world` processes.
-    An epoch is a permutation seeded by (seed, epoch), cut into global batches of batch_size · world; the
-    rest is dropped. W processes with batch B see, in rank order, what one sees with W·B. patients: one of
-    each volume; see `keep_apart`."""
-    # NOTE(paper): reconstructions of one scan are separate volumes. In one batch they would be
-    # negatives of each other.
+    """Endless batch sampler from step `start`: lists of (index, step) for one of `world` processes.
+    An epoch is a permutation seeded by (seed, epoch), cut into global batches of batch_size · world.
+    W processes with batch B see, in rank order, what one sees with W·B. patients: of each volume."""
+    # NOTE(paper): reconstructions of one scan are separate volumes. `keep_apart` keeps them from being
+    # negatives of each other in a batch.
 
     def __init__(self, n, batch_size, rank=0, world=1, seed=0, start=0, patients=()):
-        if batch_size * world > n:
-            needed = f"{batch_size} x {world} = {batch_size * world}"
-            raise ValueError(f"found {n} volumes, expected at least a global batch of {needed}")
-        self.n, self.batch_size, self.rank, self.world = n, batch_size, rank, world
-        self.seed, self.start = seed, start
-        numbers = {}
+        self.size = batch_size * world
+        if self.size > n:
+            raise ValueError(f"found {n} volumes, expected a batch, {batch_size} x {world} = {self.size}")
+        self.n, self.batch_size, self.first = n, batch_size, rank * batch_size
+        self.seed, self.start, numbers = seed, start, {}
         self.patients = np.array([numbers.setdefault(name, len(numbers)) for name in patients])
 
     def __iter__(self):
-        epoch_of_order = None
-        for step in itertools.count(self.start):
-            epoch, batch = divmod(step, self.n // (self.batch_size * self.world))
-            if epoch != epoch_of_order:
-                order = np.random.default_rng((self.seed, epoch)).permutation(self.n)
-                if len(self.patients):
-                    keep_apart(order, self.patients, self.batch_size * self.world)
-                epoch_of_order = epoch
-            first = (batch * self.world + self.rank) * self.batch_size
-            yield [(int(index), step) for index in order[first:first + self.batch_size]]
+        steps = self.n // self.size  # of an epoch
+        for epoch in itertools.count(self.start // steps):
+            generator = np.random.default_rng((self.seed, epoch))
+            order = generator.permutation(self.n)
+            if len(self.patients):
+                order = keep_apart(order, self.patients, self.size, generator)
+            for step in range(max(self.start, epoch * steps), (epoch + 1) * steps):
+                first = step % steps * self.size + self.first
+                yield [(int(index), step) for index in order[first:first + self.batch_size]]
 
 
 # ===================================================================================== the tasks
-# A task is a row of TASKS and a records function: (folder, fold) -> items, split None if the set has none.
+# A task is a row of TASKS and a records function: (folder, fold) -> items, all train without a split.
 
-CC_CCII = {"Normal": "0", "CP": "1", "NCP": "2"}  # label and target in the fold files
-NIFTI = r".+\.nii(\.gz)?"
-CASE_LIST = "{training: [{image, label[, fold]}][, validation: [{image, label}]][, test: [the same]]}"
+CC_CCII = ("Normal", "CP", "NCP")
+CASES = "{training: [{image, label[, fold]}][, validation, test: the same]}"
+NNUNET = r"(.*/)images(Tr|Ts)/(.+)_0000", r"\1labels\2/\3"  # patterns of an image and its mask
 BOX = 384.  # mm, side of the box around the middle of a scan (view "box")
 FEW_SHOT_VOLUMES = 1000  # training volumes of the two CT-RATE tasks, as in the paper
 
 
-def _cc_ccii_files(folder):
-    """Scans and the classes of their folders by (patient, scan), fold files by (fold, part)"""
-    scans, labels, tables = defaultdict(list), {}, defaultdict(list)
-    for root, folders, files in walk(folder):
-        label = re.fullmatch(r"(Normal|CP|NCP)(-\d+)?", root.name)  # or "CP-20/CP"
-        if label:
-            for scan in sorted(root.glob("*/*/")):
-                key = scan.parent.name, scan.name
-                if key[0] not in CC_CCII and not any(map(is_hidden, key)) and scan.is_dir():
-                    scans[key].append(scan)
-                    labels[key] = label[1]
-            folders[:] = CC_CCII.keys() & folders  # do not list 400,000 slices
-        for file in files:
-            array = re.fullmatch(r"p(\d+)-s(\d+)\.npy", file)
-            if array:
-                scans[array.groups()].append(root / file)
-            table = re.fullmatch(r".*fold(\d+).*(train|val).*\.csv", file, re.IGNORECASE)
-            if table:
-                tables[int(table[1]), table[2].lower()].append(root / file)
-    return {key: only(found, "one scan") for key, found in scans.items()}, labels, tables
-
-
 def _cc_ccii_items(folder, fold):
-    scans, labels, tables = _cc_ccii_files(folder)
-    rows = []
-    if not tables:
-        rows = [(key, label, None) for key, label in sorted(labels.items())]
-        unlabelled = sorted(scans.keys() - labels.keys())
-        if unlabelled:
-            raise wrong(scans[unlabelled[0]], f"no *fold{fold}*train.csv and *valid*.csv", "its class there")
-    for part, split in (("train", "train"), ("val", "test")) if tables else ():  # it reports its "valid"
-        if (fold, part) not in tables:
-            names = sorted(path.name for paths in tables.values() for path in paths)
-            raise wrong(folder, f"the fold files {names}", f"also *fold{fold}*{part}*.csv")
-        for where, row in read_table(only_table(tables[fold, part]), "patient_id", "scan_id",
-                                     target=CC_CCII.values(), label=CC_CCII):
-            target, label, key = row["target"], row["label"], (row["patient_id"], row["scan_id"])
-            if CC_CCII[label] != target:
-                raise wrong(where, f"target {target!r} and label {label!r}", "0 Normal, 1 CP or 2 NCP")
-            if labels.get(key, label) != label:
-                raise wrong(where, f"label {label!r}", f"{labels[key]!r}, that of {scans[key]}")
-            rows.append((key, label, split))
-    return [Item("/".join(key), scans.get(key, folder / label / "/".join(key)), "", split, key[0],
-                 np.float32([label == name for name in CC_CCII])) for key, label, split in rows]
+    scans, told = defaultdict(list), {}
+    for root, _, _ in walk(folder):
+        scan = re.fullmatch(r"(?:.*/)?(Normal|CP|NCP)(?:-\d+)?/(\d+)/(\d+)", root.as_posix())
+        if scan:
+            scans[scan.group(2, 3)].append(root)
+            told[scan.group(2, 3)] = scan[1]
+    for array in find(folder, r"p\d+-s\d+\.npy"):
+        scans[tuple(re.findall(r"\d+", array.name))].append(array)
+    scans = {key: only(found, "one scan") for key, found in scans.items()}
+    tables = find(folder, r".*fold\d.*(train|val).*\.csv")
+    rows = [(key, label, "train") for key, label in sorted(told.items())]
+    if tables or len(scans) > len(told):  # fold files alone tell the class of an .npy
+        rows = []
+        for part in ("train", "val"):
+            found = find(folder, rf".*fold{fold}(?!\d).*{part}.*\.csv")
+            if not found:
+                raise wrong(folder, [path.name for path in tables], f"also *fold{fold}*{part}*.csv")
+            for where, row in read_table(only_table(found), "patient_id", "scan_id", label=CC_CCII):
+                label, key = row["label"], (row["patient_id"], row["scan_id"])
+                if told.get(key, label) != label:
+                    raise wrong(where, f"label {label!r}", f"{told[key]!r}, that of {scans[key]}")
+                rows.append((key, label, SPLIT_NAMES[part]))
+    items = []
+    for key, label, split in rows:
+        scan = scans.get(key, Path(folder, label, *key))
+        labels = np.float32([label == name for name in CC_CCII])
+        items.append(Item("/".join(key), scan, "", split, key[0], labels))
+    return items
 
 
 def _luna16_items(folder, fold):
     scans = by_stem(path for path in find(folder, r".+\.mhd")
-                    if re.fullmatch(r"subset\d", path.parent.name, re.IGNORECASE))  # not seg-lungs-LUNA16
+                    if re.fullmatch(r"subset\d", path.parent.name, re.IGNORECASE))
     tables = find(folder, r"candidates_V2\.csv") or find(folder, r"candidates\.csv")
-    if not scans or not tables:
-        raise wrong(folder, f"{len(scans)} subset?/*.mhd and {len(tables)} candidates[_V2].csv", "both")
-    table = only_table(tables)
-    subsets = {name: int(path.parent.name[-1]) for name, path in scans.items()}
-    rows = read_table(table, "seriesuid", "coordX", "coordY", "coordZ", **{"class": ("0", "1")})
-    series = dict.fromkeys(row["seriesuid"] for _, row in rows)
-    absent = [name for name in series if name not in scans]
-    if absent:
-        empty = sorted(set(range(10)) - set(subsets.values()))  # subsets that were not downloaded
-        found = (f"no .mhd for {len(absent)} of {len(series)} series: {shorten(absent)}; no file in the "
-                 f"subsets {empty}")
-        if len(absent) > (0.05 + len(empty) / 10) * len(series):
-            raise wrong(table, found, "at most 5 % to be missing from the other subsets")
-        log.warning("%s: found %s: their candidates are left out", table, found)
-    split_of = ["train"] * 5 + ["valid"] * 2 + ["test"] * 3
-    labels = {text: np.float32([text]) for text in "01"}  # one array for all of 750,000 candidates
+    rows = read_table(only_table(tables), "seriesuid", "coordX", "coordY", "coordZ",
+                      **{"class": ("0", "1")}) if tables else []
+    absent = sorted({row["seriesuid"] for _, row in rows} - scans.keys())
+    if absent:  # perhaps of subsets that were not downloaded
+        log.warning("%s: left out %d series without .mhd: %s", folder, len(absent), shorten(absent))
+    parts = ["train"] * 5 + ["valid"] * 2 + ["test"] * 3  # of subsets 0 to 9
+    split_of = {name: parts[int(path.parent.name[-1])] for name, path in scans.items()}
     items = []
     for line, (_, row) in enumerate(rows, 2):
         name = row["seriesuid"]
         if name in scans:
             centre = -row["coordX"], -row["coordY"], row["coordZ"]  # LPS -> RAS
-            items.append(Item(f"{name}:{line}", scans[name], "", split_of[subsets[name]], name,
-                              labels[row["class"]], centre=centre))
+            items.append(Item(f"{name}:{line}", scans[name], "", split_of[name], name,
+                              np.float32([row["class"]]), centre=centre))
     return items
 
 
-def _case_list(folder, fold):
-    """The JSON like CASE_LIST of a folder, and (image, label, split) of its cases as it gives them"""
-    lists = []
+def _listed_cases(folder, fold, files):
+    """(image, mask, split) of every case of the only JSON like CASES; [] without one"""
+    lists = {}
     for path in find(folder, r".+\.json"):
-        with expecting(path, CASE_LIST):
+        with expecting(path, CASES):
             content = json.loads(read_text(path))
-            parts = _parts(content, "label") if isinstance(content, dict) else ()
+            parts = _parts(content, "label") if isinstance(content, dict) else {}
             if "train" in parts:
-                folds = {int(row["fold"]) for row in parts["train"] if "fold" in row}
-                lists.append((path, parts, folds))
-    lists = [entry for entry in lists if entry[2]] or lists  # folds beside a dataset.json
-    if not lists:
-        return folder, []
-    if len(lists) > 1:
-        raise wrong(folder, f"the lists {', '.join(str(entry[0]) for entry in lists)}", "one")
-    path, parts, folds = lists[0]
+                rows = [(_path(row["image"]), _path(row["label"]), part, int(row.get("fold", -1)))
+                        for part in parts for row in parts[part]
+                        if part != "test" or "label" in row]  # the Decathlon keeps these masks
+                lists[path] = rows, {number for *_, number in rows} - {-1}
+    lists = {path: lists[path] for path in lists if lists[path][1]} or lists  # folds win
+    path = only([*lists] or [folder], "a list of cases")
+    rows, folds = lists.get(path, ([], ()))
     if folds and fold not in folds:
         raise wrong(path, f"the folds {sorted(folds)}", f"fold {fold} among them")
-    cases = []
-    with expecting(path, CASE_LIST):
-        for part in ("train",) if folds else parts:
-            for row in parts[part]:
-                if part == "test" and not (isinstance(row, dict) and "label" in row):
-                    continue  # the Decathlon keeps these masks
-                if not {"image", "label"} <= row.keys():
-                    raise KeyError(f"no image or no label in {row}")
-                is_tested = folds and int(row["fold"]) == fold
-                cases.append((_path(row["image"]), _path(row["label"]), "test" if is_tested else part))
-    return path, cases
-
-
-def _listed_cases(folder, fold):
-    """Cases of a JSON like CASE_LIST: (image, mask, split); [] without one"""
-    path, cases = _case_list(folder, fold)
-    files = defaultdict(list)  # by "lung_001" and "imagesTr/lung_001"
-    for file in find(folder, NIFTI):
-        for parent in ("", file.parent.name + "/"):
-            files[parent + stem(file)].append(file)
 
     def locate(name):
-        """Where the JSON says, seen from it or from the folder; else the file whose name ends like that"""
-        there = [place for place in (path.parent / name, folder / name) if place.exists()]
-        ending = "/".join(Path(name).with_name(stem(Path(name))).parts[-2:])
-        found = there[:1] or files[ending] or files[ending + "_0000"]  # nnU-Net's name of the first channel
-        return only(found or [folder / name], f"{name} of {path}")
-    return [(locate(image), locate(label), split) for image, label, split in cases]
+        """Where the list says, or else the file whose path ends so, perhaps with nnU-Net's _0000"""
+        for place in (path.parent / name, folder / name):
+            if place.exists():
+                return place
+        end = "/" + ENDING.sub("", "/".join(Path(name).parts[-2:]))
+        found = [file for key in files if key.endswith((end, end + "_0000")) for file in files[key]]
+        return only(found or [place], f"{name} of {path}")
+    cases = []
+    for image, label, part, number in rows:
+        if number >= 0:
+            part = "test" if number == fold else "train"
+        cases.append((locate(image), locate(label), part))
+    return cases
 
 
-def _split_of(part):
-    """The split that the names of folders tell, the inner one first: "testing", "acdc_test", "test set",
-    "labelsTs"; "latest" and "test-retest" tell none."""
-    splits = SPLIT_NAMES | {"labelstr": "train", "labelsts": "test"}
-    for name in reversed(part.parts):
-        names = "|".join(splits)
-        match = re.fullmatch(rf"(?:.*[^a-z])?({names})(?:[^a-z]*(?:set|data|part))?[^a-z]*", name.lower())
-        if match:
-            return splits[match[1]]
-    return "train"
+def _named_cases(folder, files, names):
+    """(image, mask, split) of every case told by its name; a folder without any mask is left out"""
+    splits = SPLIT_NAMES | {"imagestr": "train", "imagests": "test"}
+    tells = rf"(?<![a-z])({'|'.join(splits)})[^a-z/]*(?:set)?[^a-z/]*(?:/|$)"  # not "test-retest"
+    parts, cases = defaultdict(list), []
+    for key, found in files.items():
+        for image, label in (NNUNET, names):
+            match = re.fullmatch(image, key, re.IGNORECASE)
+            if match:
+                name = match.expand(label)
+                masks = files.get(name, [Path(name + ".nii.gz")])
+                parts[found[0].parent].append((only(found, key), only(masks, name)))
+    for part, pairs in parts.items():
+        if any(mask.exists() for _, mask in pairs):
+            told = re.findall(tells, part.relative_to(folder).as_posix().lower())
+            split = splits[told[-1]] if told else "train"
+            cases += [(*pair, split) for pair in pairs]
+        else:
+            log.warning("%s: left out %d scans: none has a mask", part, len(pairs))
+    return cases
 
 
-def _named_cases(folder, image, mask, patient):
-    """Cases told by names, or in nnU-Net's imagesTr/CASE_0000.nii.gz and labelsTr/CASE.nii.gz: (image, mask,
-    split). A part of the set without any mask is left out."""
-    files, parts = defaultdict(list), defaultdict(list)
-    for file in find(folder, NIFTI):
-        files[file.parent, stem(file)].append(file)
-    for (parent, name), found in list(files.items()):
-        is_nnunet = parent.name in ("imagesTr", "imagesTs") and name.endswith("_0000")
-        match = re.fullmatch(r"(.+)_0000" if is_nnunet else image, name, re.IGNORECASE)
-        if match and parent.name not in ("labelsTr", "labelsTs"):
-            part = parent.with_name("labels" + parent.name[6:]) if is_nnunet else parent
-            name = match.expand(r"\1" if is_nnunet else mask)
-            labels = files.get((part, name), [part / f"{name}.nii.gz"])
-            if not is_nnunet and re.fullmatch(patient, parent.name, re.IGNORECASE):
-                part = parent.parent
-            split = _split_of(Path(os.path.relpath(part, folder)))
-            parts[part].append((only(found, name), only(labels, name), split))
-    without = [part for part in parts if not any(path.exists() for _, path, _ in parts[part])]
-    if without and len(without) < len(parts):
-        log.warning("%s: left out, as they have no masks: the scans in %s", folder,
-                    ", ".join(f"{part} ({len(parts.pop(part))})" for part in without))
-    return list(itertools.chain(*parts.values()))
-
-
-def _with_test(items):
-    """The items; where a set has no test part, its valid part is the one to report on."""
-    if any(item.split == "test" for item in items):
-        return items
-    return [item._replace(split="test") if item.split == "valid" else item for item in items]
-
-
-def _segment_items(folder, fold, patient, image="", mask=""):
-    """patient, image: patterns of the patient's name in a file name and, for sets without a list, of the
-    stems of images; mask: the stem of its mask, with \\1 for the group of `image`."""
-    items, splits = [], defaultdict(set)
-    for path, label, split in _listed_cases(folder, fold) or _named_cases(folder, image, mask, patient):
-        name = stem(path)
-        match = re.search(patient, name, re.IGNORECASE)
-        items.append(Item(name, path, "", split, match[0] if match else name, mask=label))
-        splits[items[-1].patient].add(split)
-    shared = sum(len(sides) > 1 for sides in splits.values())
-    if shared:
-        log.warning("%s: %d of %d patients have scans on both sides of the split of this set: split by "
-                    "patient instead", folder, shared, len(splits))
-    if shared or len({item.split for item in items}) < 2:
-        return [item._replace(split=None) for item in items]
-    return _with_test(items)
+def _segment_items(folder, fold, patient=r"(.+)", image="", mask=""):
+    """Cases of a JSON like CASES, else told by names. Patterns: patient in the name of an image; image,
+    a path without its ending; mask, what becomes of that"""
+    files = defaultdict(list)  # by their paths without the ending
+    for file in find(folder, r".+\.nii(\.gz)?"):
+        files[ENDING.sub("", file.as_posix())].append(file)
+    cases = _listed_cases(folder, fold, files) or _named_cases(folder, files, (image, mask))
+    items = []
+    for volume, label, split in cases:
+        name = re.sub(patient, r"\1", stem(volume), flags=re.IGNORECASE)
+        items.append(Item(stem(volume), volume, "", split, name, mask=label))
+    if len({(item.patient, item.split) for item in items}) > len({item.patient for item in items}):
+        log.warning("%s: patients on both sides of its split: split by patient instead", folder)
+        items = [item._replace(split="train") for item in items]
+    return items
 
 
 def _stoic_items(folder, fold):
-    path = folder / "metadata" / "reference.csv"
-    if not path.exists():
-        raise wrong(folder, "no metadata/reference.csv", "it")
-    scans = by_stem(find(folder / "data" / "mha", r".+\.mha"))
-    items = []
-    for _, row in read_table(path, "PatientID", probCOVID=("0", "1"), probSevere=("0", "1")):
-        name = row["PatientID"]
-        scan = scans.get(name, folder / "data" / "mha" / f"{name}.mha")
-        items.append(Item(name, scan, "", None, name, np.float32([row["probCOVID"], row["probSevere"]])))
+    scans, items = by_stem(find(folder, r".+\.mha")), []
+    for table in find(folder, r"reference\.csv"):
+        for _, row in read_table(table, "PatientID", probCOVID=("0", "1"), probSevere=("0", "1")):
+            name, labels = row["PatientID"], np.float32([row["probCOVID"], row["probSevere"]])
+            scan = scans.get(name, folder / f"{name}.mha")
+            items.append(Item(name, scan, "", "train", name, labels))
     return items
 
 
 def _ctrg_task_items(folder, fold):
-    lists = _visible_files(folder) if folder.is_dir() else [folder]
-    lists = [path for path in lists if path.suffix.lower() == ".json"]
+    lists = [folder] if folder.suffix.lower() == ".json" else sorted(folder.glob("[!.]*.json"))
     if is_cache(folder):
-        log.warning("%s: reports as they were cached, those of CTRG-Chest with their impressions", folder)
-    if not lists or is_cache(folder):
-        return _ct_rate_task_items(folder, fold)
-    if len(lists) > 1:
-        raise wrong(folder, [path.name for path in lists], "one .json")
-    return keep_good(_ctrg_items(lists[0], with_result=False), lists[0])
+        log.warning("%s: reports as they were cached, of CTRG-Chest with the impression", folder)
+    elif lists:
+        return keep_good(_ctrg_items(only(lists, "the reports"), with_result=False), folder)
+    return load_items(folder)
 
 
 def _ct_rate_task_items(folder, fold):
-    return _with_test(load_items(folder))
-
-
-def _own_manifest(folder, fold, *needed):
-    """A manifest, perhaps the only one of a folder: its path, rows and items, split None if not told"""
-    tables = _visible_files(folder) if folder.is_dir() else [folder]
-    tables = [path for path in tables if path.suffix.lower() == ".csv"]
-    if len(tables) != 1:
-        raise wrong(folder, [path.name for path in tables], "one manifest .csv")
-    rows = read_table(tables[0], "volume", *needed)
-    items = _manifest_items(tables[0], rows)
-    if {item.split for item in items} <= {"train"}:
-        items = [item._replace(split=None) for item in items]
-    elif fold:
-        raise wrong(tables[0], f"--fold {fold}, but a column split", "no --fold")
-    return tables[0], rows, _with_test(items)
-
-
-def _label_columns(path, rows):
-    """Columns of a manifest whose filled cells are 0, 1 or, for unknown, -1, but for a minority, which
-    `read_labels` refuses. ValueError if there is none."""
-    labels, others = [], []
-    for name in rows[0][1] if rows else ():
-        if name in ("", "volume", "report") or name in COLUMNS and name not in LABELS:
-            continue
-        cells = Counter(_plain(str(row[name])) for _, row in rows)
-        known = cells["0"] + cells["1"]
-        bad = len(rows) - known - cells["-1"] - sum(cells[text] for text in NO_TEXT)
-        (labels if bad < known else others).append(name)
-    if not labels:
-        raise wrong(path, f"no label column (but {others})", "one at least: 0, 1, or nothing if unknown")
-    log.info("%s: labels %s; no labels %s", path, ", ".join(labels), ", ".join(others) or "-")
-    return tuple(labels)
+    return load_items(folder)
 
 
 def with_labels(items, labels, source):
-    """The items that have any of labels {id: (K,)}, each with its own; the number of others is told."""
+    """The items that have any of labels {id: (K,)}, each with its own; says how many lack."""
     labels = {name: row for name, row in labels.items() if not np.isnan(row).all()}
     silent = [item.id for item in items if item.id not in labels]
     if silent:
-        log.warning("%s: left out %d of %d items without a label: %s", source, len(silent), len(items),
-                    shorten(silent))
+        log.warning("%s: left out %d of %d items without a label: %s", source, len(silent),
+                    len(items), shorten(silent))
     return [item._replace(labels=labels[item.id]) for item in items if item.id in labels]
 
 
-def _labels_items(folder, fold):
-    path, rows, items = _own_manifest(folder, fold)
-    classes = _label_columns(path, rows)
-    return [item._replace(classes=classes) for item in with_labels(items, read_labels(path, classes), path)]
-
-
-def _own_segment_items(folder, fold):
-    return _own_manifest(folder, fold, "mask")[2]
+def _own_items(folder, fold, needed=()):
+    """Items of a manifest; if no column is needed, those that have a label in any column of labels"""
+    path = folder / "manifest.csv" if folder.is_dir() else folder
+    rows = read_table(path, "volume", *needed)
+    items = _manifest_items(path, rows)
+    if fold and {item.split for item in items} != {"train"}:
+        raise wrong(path, f"--fold {fold}, but no folds", "no --fold")
+    if needed:
+        return items
+    classes = []  # columns most of whose cells are labels: `read_labels` refuses the others
+    for name in rows[0][1] if rows else ():
+        cells = Counter(_plain(str(row[name])) for _, row in rows)
+        known = cells["0"] + cells["1"]
+        unknown = sum(cells[text] for text in ("-1", *NO_TEXT))
+        if (name in LABELS or name not in COLUMNS) and len(rows) - known - unknown < known:
+            classes.append(name)
+    if not classes:
+        raise wrong(path, "no label column", "one at least: 0, 1, or nothing if unknown")
+    log.info("%s: labels %s", path, ", ".join(classes))
+    items = with_labels(items, read_labels(path, classes), path)
+    return [item._replace(classes=tuple(classes)) for item in items]
 
 
 def _mask_values(mask):
     return np.unique(read_volume(mask, is_mask=True)[0])
 
 
-def _mask_classes(items, folder, cache):
-    """The classes "1" to "K", where K is the greatest value of all masks: they are read once"""
-    masks = [item.mask for item in items]
+def _mask_classes(masks, folder, cache):
+    """The classes "1" to "K", where K is the greatest value of all masks, which are read once"""
     path = cache_file(cache, masks, "values")
     if not path.exists():
         found = in_processes(_mask_values, masks, os.cpu_count(), "values of masks")
         save_array(path, np.unique(np.concatenate(list(found))))
     values = np.load(path, allow_pickle=False).tolist()
-    classes = [value for value in values if value != 0]
-    if not 0 < len(classes) < 256 or classes != list(range(1, 1 + len(classes))):
-        raise wrong(folder, f"the values {values[:9]} in all masks", "0 (background), 1, … K without a gap")
-    return tuple(f"{value:.0f}" for value in classes)
+    if not 1 < len(values) <= 256 or values != [*range(len(values))]:
+        raise wrong(folder, f"the values {values[:9]} in all masks", "0 (background) to K, none left out")
+    return tuple(f"{value:.0f}" for value in values[1:])
 
 
 def with_classes(task, items):
-    """The task, with what the data of its items tell: classes if its row names none, HU if they are cached"""
+    """The task with what the data of its items tell: the classes, and the HU of a cache"""
     if isinstance(items[0], CachedItem):
-        return task._replace(hu=read_cache(items[0].volume.parent)["hu"])
-    return task._replace(classes=items[0].classes) if items[0].classes else task
+        task = task._replace(hu=read_cache(items[0].volume.parent)["hu"])
+    return task._replace(classes=items[0].classes or task.classes)
 
 
 class Task(NamedTuple):
@@ -1716,7 +1548,7 @@ class Task(NamedTuple):
     view: str                   # how a scan becomes the input: whole, slices, cube, box or patch
     records: callable           # (folder, fold) -> list of Item
     layout: str                 # of the folder, in words
-    classes: tuple              # names, without the background; (): the data tell, see `with_classes`
+    classes: tuple              # without the background; (): the data tell, see `with_classes`
     metric: str                 # picks the epoch and heads the result
     size: tuple                 # voxels that the network sees
     window: tuple | None        # what becomes 0 and 1; None: z-score of all but 0 (MR)
@@ -1732,8 +1564,8 @@ class Task(NamedTuple):
 
     def settings(self):
         """What best.pt keeps, so that an edited row does not re-interpret an old file"""
-        names = set(self._fields) - {"records", "layout", "recipe", "demo"}
-        return {name: getattr(self, name) for name in sorted(names)}
+        left_out = ("records", "layout", "recipe", "demo")
+        return {name: self._asdict()[name] for name in sorted(self._fields) if name not in left_out}
 
 
 def _recipe(epochs, warmup, batch_size, lr, lr_encoder=None, weight_decay=0., decay="cosine"):
@@ -1742,57 +1574,52 @@ def _recipe(epochs, warmup, batch_size, lr, lr_encoder=None, weight_decay=0., de
 
 
 def _demo(epochs, batch_size, size=(32, 32, 32), lr=1e-3, **more):
-    return {"encoder": "swin_t", "size": size, "epochs": epochs, "warmup": 1, "batch_size": batch_size,
-            "lr": lr, "lr_encoder": lr, **more}
+    return {"encoder": "swin_t", "size": size, "epochs": epochs, "warmup": 1,
+            "batch_size": batch_size, "lr": lr, "lr_encoder": lr, **more}
 
 
-# NOTE(paper): most settings are those of the released scripts. Given nowhere and ours: the recipe of
-# ct-rate-retrieval (the rates of pre-training), the epochs of luna16, the batch of segmentation, the
-# probabilities of rot90 and affine in luna16 and of affine and zoom in msd-lung, clip_grad but for msd-lung
-# and covid-19-20. msd-lung is not cropped to the foreground; patches without foreground are drawn in the
-# body instead. luna16 has the LayerNorm of the others.
-OR_A_LIST = f", or a JSON {CASE_LIST} anywhere in the folder, or nnU-Net's imagesTr/*_0000, labelsTr/*"
-CT_RATE = "a CT-RATE folder (volumes, reports and labels CSVs), a cache folder or a manifest .csv"
+# NOTE(paper): most settings are those of the released scripts. Ours, as none are given: the recipe of
+# ct-rate-retrieval (as pre-training), epochs of luna16, batch of segmentation, probabilities of rot90
+# and affine (luna16), affine and zoom (msd-lung), clip_grad but for msd-lung and covid-19-20, LayerNorm
+# of luna16. msd-lung is not cropped to the foreground: patches beside a tumour lie in the body.
+LISTED = f", a JSON {CASES} anywhere in it, or nnU-Net's imagesTr/*_0000, labelsTr/*"
+CT_RATE = "a CT-RATE folder (volumes, CSVs of reports, labels), a cache folder or a manifest .csv"
 MILD = {"affine": .3, "zoom": .3, "scale": .3, "shift": .3}
 SEGMENT_DEMO = _demo(15, 1, spacing=(6., 6., 6.), eval_every=5)
 TASKS = {
     "cc-ccii": Task("classify", "slices", _cc_ccii_items,
-        "LABEL/PATIENT/SCAN/*.png or .jpg with LABEL Normal, CP or NCP, or p{patient}-s{scan}.npy; "
-        "*fold0*train*.csv and *fold0*valid*.csv (target,label,patient_id,scan_id), needed for .npy",
+        "{Normal,CP,NCP}/PATIENT/SCAN/*.png|jpg or p{patient}-s{scan}.npy; *fold0*{train,valid}*.csv",
         ("normal", "common pneumonia", "COVID-19"), "ACC", (32, 384, 384), (-1000., 1000.), None,
         _recipe(130, 30, 2, 3e-4, weight_decay=0.01), _demo(40, 4, lr=3e-4),
         {"flip": .5, "brightness": .07, "contrast": .05}, exclusive=True),
     "luna16": Task("classify", "cube", _luna16_items,
-        "subset0 … subset9/*.mhd with their .raw; candidates_V2.csv or candidates.csv "
-        "(seriesuid,coordX,coordY,coordZ,class). Subsets 0-4 are train, 5-6 valid, 7-9 test",
+        "subset{0-9}/*.mhd (0-4 train, 5-6 valid, 7-9 test); candidates_V2.csv or candidates.csv",
         ("nodule",), "AUC", (64, 64, 64), (-1000., 600.), None,
         _recipe(50, 0, 32, 1.5e-4), _demo(40, 8), {"flip": .5, "rot90": .5, "affine": .5}),
-    "msd-lung": Task("segment", "patch", partial(_segment_items, patient=".+"),
-        "dataset.json of the Decathlon, imagesTr/*.nii.gz, labelsTr/*.nii.gz; folds in a second JSON",
+    "msd-lung": Task("segment", "patch", _segment_items,
+        "imagesTr/*.nii.gz, labelsTr/*.nii.gz and dataset.json of the Decathlon" + LISTED,
         ("lung cancer",), "Dice", (96, 96, 96), (-175., 250.), (1.5, 1.5, 1.5),
         _recipe(1000, 50, 1, 1e-4, weight_decay=1e-5), SEGMENT_DEMO,
         {"flip": .5, "rot90": .3, "zoom": .15, "affine": .15, "scale": .1, "shift": .1}, patches=4),
-    "covid-19-20": Task("segment", "patch", partial(
-            _segment_items, image=r"(volume-covid19-A-\d+)_ct", mask=r"\1_seg",
-            patient=r"(?<=-A-)\d+"),
-        "volume-covid19-A-XXXX_ct.nii.gz and volume-covid19-A-XXXX_seg.nii.gz" + OR_A_LIST,
+    "covid-19-20": Task("segment", "patch", partial(_segment_items, patient=r".*-A-(\d+).*",
+            image=r"(.*/volume-covid19-A-\d+)_ct", mask=r"\1_seg"),
+        "volume-covid19-A-XXXX_ct.nii.gz and volume-covid19-A-XXXX_seg.nii.gz" + LISTED,
         ("COVID-19 lesion",), "Dice", (32, 192, 192), (-1000., 500.), (5., 1.25, 1.25),
         _recipe(1000, 50, 1, 7.5e-5, weight_decay=1e-5), SEGMENT_DEMO,
         {"flip": .5, "affine": .15, "noise": .01}, patches=3),
-    "acdc": Task("segment", "patch", partial(
-            _segment_items, image=r"(patient\d+_frame\d+)", mask=r"\1_gt",
-            patient=r"patient\d+"),
-        "[training/, testing/]patientXXX/patientXXX_frameYY.nii.gz and …_frameYY_gt.nii.gz" + OR_A_LIST,
+    "acdc": Task("segment", "patch", partial(_segment_items, patient=r".*(patient\d+).*",
+            image=r"(.*/(patient\d+)/\2_frame\d+)", mask=r"\1_gt"),
+        "[training/, testing/]patientXXX/patientXXX_frameYY.nii.gz, …_frameYY_gt.nii.gz" + LISTED,
         ("right ventricle", "myocardium", "left ventricle"), "Dice", (32, 192, 192), None, None,
         _recipe(300, 5, 1, 3e-4, weight_decay=1e-5),
         _demo(12, 1, spacing=(5., 4., 4.), eval_every=4), {"flip": .1}, patches=2, overlap=0.75),
     "stoic": Task("classify", "box", _stoic_items,
-        "data/mha/{PatientID}.mha; metadata/reference.csv (PatientID,probCOVID,probSevere)",
+        "data/mha/{PatientID}.mha, metadata/reference.csv (PatientID,probCOVID,probSevere)",
         ("COVID-19", "severe"), "AUC", (128, 128, 128), (-1100., 300.), None,
         _recipe(40, 0, 2, 5e-5), _demo(6, 4), among="COVID-19"),
-    # A word decoder at 1e-3 learns to ignore the image: its loss stays at what the words alone allow.
+    # A word decoder at 1e-3 learns to ignore the image: its loss is what the words alone allow.
     "ctrg": Task("report", "whole", _ctrg_task_items,
-        "a .json {train, val, test: [{id, report, image_path relative to it}]}, the folder of it, " + CT_RATE,
+        "a .json {train, val, test: [{id, report, image_path}]} or its folder, " + CT_RATE,
         (), "BLEU-4", SIZE, WINDOW, None, _recipe(30, 0, 2, 1e-4, lr_encoder=5e-5, decay="step"),
         _demo(20, 4, lr=5e-4, decay="cosine", eval_every=4)),
     "ct-rate-vocab": Task("prompt", "whole", _ct_rate_task_items,
@@ -1804,13 +1631,12 @@ TASKS = {
         _recipe(10, 1, 4, 1e-4, lr_encoder=2e-5, weight_decay=0.01),
         _demo(20, 8, size=(32, 32, 64), text_encoder="demo", embed_dim=192)),
     # One's own data. No flips: a class may be of one side.
-    "labels": Task("classify", "whole", _labels_items,
-        "a manifest .csv, or the folder of one (volume,LABEL,LABEL,…[,patient][,split]): every column "
-        "of 0, 1 and, for unknown, nothing is a label", (), "AUC", SIZE, WINDOW, None,
-        _recipe(40, 1, 2, 5e-5, weight_decay=0.01), _demo(20, 4, lr=5e-4, eval_every=4), MILD),
-    "segment": Task("segment", "patch", _own_segment_items,
-        "a manifest .csv, or the folder of one (volume,mask[,patient][,split]): masks in the grid of "
-        "their volume, 0 the background, 1 to K the classes",
+    "labels": Task("classify", "whole", _own_items,
+        "a manifest .csv, or a folder with manifest.csv: columns of 0, 1 or nothing are labels",
+        (), "AUC", SIZE, WINDOW, None, _recipe(40, 1, 2, 5e-5, weight_decay=0.01),
+        _demo(20, 4, lr=5e-4, eval_every=4), MILD),
+    "segment": Task("segment", "patch", partial(_own_items, needed=("mask",)),
+        "a manifest .csv, or a folder with manifest.csv: masks of 0, 1 … K in the column mask",
         (), "Dice", (96, 96, 96), WINDOW, (1.5, 1.5, 1.5),
         _recipe(300, 10, 1, 1e-4, weight_decay=1e-5), SEGMENT_DEMO, MILD, patches=4),
 }
@@ -1827,15 +1653,15 @@ def demo_prompts():
 
 
 def _draw_fifth(items, task, seed, fold=0):
-    """Names of a random fifth of the patients, number `fold` of five; classify: a fifth of every class"""
+    """A random fifth of the patients, number `fold` of five; classify: a fifth of every class"""
     labels = {}
     for item in items:
         label = item.labels if task.kind == "classify" else np.zeros(1)
-        labels[item.patient] = np.fmax(label, labels.get(item.patient, 0))  # of all scans; unknown is 0
+        labels[item.patient] = np.fmax(label, labels.get(item.patient, 0))  # unknown is 0
     groups = defaultdict(list)
     for patient in sorted(labels):
         groups[tuple(labels[patient])].append(patient)
-    if not task.classes:  # there may be many labels: those who share all of them with few are one group
+    if not task.classes:  # of many labels few may share all: they are one group
         few = [key for key in groups if len(groups[key]) < 5]
         groups[()] = [*itertools.chain(*map(groups.pop, few))]
     drawn, generator = set(), np.random.default_rng(seed)
@@ -1846,17 +1672,18 @@ def _draw_fifth(items, task, seed, fold=0):
 
 
 def _draw_splits(items, task, folder, fold, seed):
-    """Draw the splits that the set does not have, and the training volumes of few-shot tasks."""
-    if items[0].split is None:
-        if not 0 <= fold < 5:
-            raise wrong(folder, f"no folds of its own and --fold {fold}", "0 to 4, a fifth that is drawn")
-        drawn = _draw_fifth(items, task, seed, fold)
-        items = [item._replace(split="test" if item.patient in drawn else "train") for item in items]
+    splits = {item.split for item in items}
+    if splits <= {"train", None}:
+        if fold > 4:
+            raise wrong(folder, f"--fold {fold}, but no folds", "0 to 4, a fifth that is drawn")
+        test = _draw_fifth(items, task, seed, fold)
+        items = [item._replace(split="test" if item.patient in test else "train") for item in items]
+    elif "test" not in splits:  # the valid part is the one to report on
+        items = [item._replace(split="test") if item.split == "valid" else item for item in items]
     if not any(item.split == "valid" for item in items):
         drawn = _draw_fifth([item for item in items if item.split == "train"], task, seed)
-        items = [item._replace(split="valid") if item.split == "train" and item.patient in drawn else item
-                 for item in items]
-    if task.kind in ("prompt", "retrieve"):
+        items = [item._replace(split="valid") if item.patient in drawn else item for item in items]
+    if task.kind in ("prompt", "retrieve"):  # few shots
         generator = np.random.default_rng(seed)
         for split, n in (("train", FEW_SHOT_VOLUMES), ("valid", FEW_SHOT_VOLUMES // 4)):
             ids = [item.id for item in items if item.split == split]
@@ -1866,61 +1693,40 @@ def _draw_splits(items, task, folder, fold, seed):
 
 
 def load_task(name, folder, fold=0, seed=0, cache="cache"):
-    """The data of a task in its native layout (`TASKS[name].layout`) -> list of Item, each with its split.
-    The split or fold of the set counts; otherwise a fifth of the patients, drawn with `seed`, is test.
-    Without a valid part a fifth of the training patients becomes it. "demo" is drawn and cached once. Up to
-    5 % of volumes without a file are left out; a patient in two splits, a case without mask, a class that
-    none or all of a part have are refused; of labels of one's own, only if there is no other class."""
-    if name not in TASKS:
-        raise ValueError(f"found the task {name!r}, expected one of {', '.join(TASKS)}")
-    task = TASKS[name]
-    folder = Path(folder)
+    """The data of a task in its native layout -> list of Item. The split or fold of the set counts; else a
+    fifth of the patients, drawn with `seed`, is test. Without a valid part a fifth of the training patients
+    becomes it. "demo" is drawn and cached once. ValueError for a patient in two splits, a case without
+    mask, over 5 % of volumes without a file, a class that none or all of a part have."""
+    task, folder = TASKS[name], Path(folder)
     if str(folder) == "demo":
         folder = Path(cache, f"demo-{name}-{phantoms.VERSION}")
         if not folder.exists():
             phantoms.write_task_demo(name, folder.with_suffix(".part")).rename(folder)
-    if not folder.exists():
-        raise wrong(folder, "nothing there", task.layout)
-    if is_cache(folder) and task.records not in (_ct_rate_task_items, _ctrg_task_items):
-        raise wrong(folder, f"a cache of preprocessed volumes, whose raw scans {name} needs", task.layout)
-    if fold and task.records in (_luna16_items, _ctrg_task_items, _ct_rate_task_items):
-        raise wrong(folder, f"--fold {fold}, but one split of its own and no folds", "no --fold")
     items = with_a_file(task.records(folder, fold), folder)
     if not items:
         raise wrong(folder, f"nothing of {name}", task.layout)
-    without = [item.mask or item.id for item in items
-               if task.kind == "segment" and not (item.mask and item.mask.exists())]
-    if without:
-        found = f"no mask for {len(without)} of {len(items)} cases: {shorten(without)}"
-        raise wrong(folder, found, "one for each")
-    if task.kind == "segment" and not task.classes:
-        classes = _mask_classes(items, folder, cache)
-        items = [item._replace(classes=classes) for item in items]
-    if task.kind == "prompt":
-        for item in items:
-            labels = np.full(len(LABELS), np.nan) if item.labels is None else item.labels
-            unknown = np.compress(np.isnan(labels), LABELS)
-            if len(unknown):
-                raise wrong(folder, f"no label of {item.id} for {shorten(unknown)}", "0 or 1 for all 18")
+    if fold and task.records in (_luna16_items, _ctrg_task_items, _ct_rate_task_items):
+        raise wrong(folder, f"--fold {fold}, but no folds", "no --fold")
+    if task.kind == "segment":
+        without = [item.mask or item.id for item in items if not (item.mask and item.mask.exists())]
+        if without:
+            raise wrong(folder, f"{len(without)} cases without mask: {shorten(without)}", "none")
+        if not task.classes:
+            classes = _mask_classes([item.mask for item in items], folder, cache)
+            items = [item._replace(classes=classes) for item in items]
+    unknown = [item.id for item in items if item.labels is None or np.isnan(item.labels).any()]
+    if unknown and task.kind == "prompt":
+        raise wrong(folder, f"unknown labels of {shorten(unknown)}", "0 or 1 for all 18 findings")
     check_identities(items, folder, lambda item: item.split)
     items = _draw_splits(items, task, folder, fold, seed)
-    for split in SPLITS:
-        part = [item for item in items if item.split == split]
-        if not part and (split == "test" or any(item.split == "train" for item in items)):
-            raise wrong(folder, f"{len(items)} items and none for the part {split}", task.layout)
-        if not part:
-            log.warning("%s: nothing for the part %s: this set can only be tested on", folder, split)
-        elif task.kind == "classify":
-            labels = np.array([item.labels for item in part])
-            classes = with_classes(task, items).classes
-            bad = [f"{n} of {known} items of the part {split} with the class {name}" for name, n, known in
-                   zip(classes, (labels == 1).sum(0), (~np.isnan(labels)).sum(0))
-                   if n == 0 or (n == known and not task.exclusive)]
-            if bad and (task.classes or len(bad) == len(classes)):
-                raise wrong(folder, bad[0], "some with and some without it")
-            for found in bad:  # of several labels of one's own, the others give a number
-                log.warning("warning: %s: found %s: it cannot be %s", folder, found,
-                            "learned" if split == "train" else "judged")
+    classes = items[0].classes or task.classes
+    for split in SPLITS if task.kind == "classify" else ():
+        labels = np.array([item.labels for item in items if item.split == split])
+        bad = [name for name, values in zip(classes, labels.T) if not {0, 1} <= set(values)]
+        if bad and (task.classes or len(bad) == len(classes)):
+            raise wrong(folder, f"none or all of the part {split} with {bad[0]}", "some of both")
+        if bad:
+            log.warning("%s: none or all of the part %s have %s", folder, split, shorten(bad))
     return items
 
 
@@ -1931,24 +1737,21 @@ def read_mask(item, task, shape, affine):
     """The mask of a case, uint8 (z, y, x) in RAS, on the grid of its scan"""
     mask, _, mask_affine = read_volume(item.mask, is_mask=True)
     if mask.shape != shape or not np.allclose(mask_affine, affine, atol=0.05):
-        raise wrong(item.mask, f"a mask of {mask.shape} voxels, {mask_affine[:3].round(3).tolist()}",
-                    f"the grid of {item.volume}: {shape}, {affine[:3].round(3).tolist()}")
+        raise wrong(item.mask, f"a mask of {mask.shape} voxels, affine {mask_affine.tolist()}",
+                    f"the grid of {item.volume}, {shape}, {affine.tolist()}")
     unknown = sorted(set(np.unique(mask).tolist()) - set(range(len(task.classes) + 1)))
     if unknown:
-        raise wrong(item.mask, f"the label values {unknown[:5]}",
-                    f"0 to {len(task.classes)} (background, {', '.join(task.classes)})")
+        raise wrong(item.mask, f"the label values {unknown[:5]}", f"0 to {len(task.classes)}")
     return mask.astype(np.uint8)
 
 
 def prepare(item, task, cache="cache"):
-    """A scan of a task, from the cache or made: volume (z, y, x) float16, mask uint8 of its shape or None,
-    affine 4×4 of its (x, y, z) index to RAS mm. Windowed to [0, 1] or, without a window, z-scored but for
-    zeros. Resampled to the spacing of the task (view "patch"), to 4/3 of its size in plane ("slices"), or
-    to a box of BOX mm padded with air ("box")."""
+    """A scan of a task, cached: volume (z, y, x) float16, in [0, 1] or z-scored but for zeros; mask uint8 of
+    its shape or None; affine 4×4 of the scan as it was. View "patch": resampled to the spacing of the
+    task; "slices": to 4/3 of its size in plane; "box": its middle BOX mm, to its size."""
     size = task.size if task.view in ("slices", "box") else None
-    volumes = [item.volume, item.mask] if item.mask else [item.volume]
-    path = cache_file(cache, volumes, task.view, size, task.window, task.spacing, len(task.classes),
-                      item.rescale)
+    path = cache_file(cache, filter(None, (item.volume, item.mask)), task.view, size, task.window,
+                      task.spacing, len(task.classes), item.rescale)
     mask_path, affine_path = path.with_suffix(".mask.npy"), path.with_suffix(".affine.npy")
     if not path.exists():
         array, spacing, affine = to_ras(item.volume, *read_item(item))
@@ -1962,34 +1765,29 @@ def prepare(item, task, cache="cache"):
         shape = array.shape
         if task.view == "box":
             side = [round(BOX / mm) for mm in spacing]
-            corner = np.trunc(np.subtract(shape, side) / 2)  # below 0 where the scan is smaller
-            array = cut(array, corner, side)
-            affine[:3, 3] += affine[:3, :3] @ corner[::-1]
+            array = cut(array, np.subtract(shape, side) // 2, side)
             shape = task.size
         elif task.view == "slices":  # the whole field of view, to be cropped
             shape = (task.size[0], *(round(side * 4 / 3) for side in task.size[1:]))
         elif task.spacing:
             shape = tuple(max(1, round(n * mm / new)) for n, mm, new in zip(shape, spacing, task.spacing))
         if shape != array.shape:
-            ratio = np.divide(array.shape, shape)[::-1]  # (x, y, z) of old voxels in a new one
-            affine[:3, 3] += affine[:3, :3] @ ((ratio - 1) / 2)
-            affine[:3, :3] *= ratio
             array = resize(array, shape)
             mask = None if mask is None else resize(mask, shape, "nearest-exact").astype(np.uint8)
         save_array(affine_path, affine)
         if item.mask:
             save_array(mask_path, mask)
         save_array(path, array.astype(np.float16))  # last: then what lies beside it is complete
-    mask = np.load(mask_path, mmap_mode="r", allow_pickle=False) if item.mask else None
-    return np.load(path, mmap_mode="r", allow_pickle=False), mask, np.load(affine_path, allow_pickle=False)
+    load = partial(np.load, mmap_mode="r", allow_pickle=False)
+    return load(path), load(mask_path) if item.mask else None, load(affine_path)
 
 
 def candidate_voxel(item, shape, affine):
     """Where the candidate of an item lies in its scan: index (z, y, x)"""
     index = (np.linalg.inv(affine) @ [*item.centre, 1])[2::-1]
     if not ((index >= -0.5) & (index <= np.array(shape) - 0.5)).all():      # nor NaN
-        raise wrong(item.volume, f"the candidate {item.id} at {np.round(item.centre, 1).tolist()} (RAS, "
-                    f"mm), voxel {index.round(1).tolist()} (z, y, x)", f"it inside {tuple(shape)}")
+        raise wrong(item.volume, f"the candidate {item.id} at {list(item.centre)} (RAS, mm)",
+                    f"it inside {shape} voxels")
     return np.rint(index).astype(int)
 
 
@@ -2006,9 +1804,9 @@ def _draw_place(volume, mask, foreground, generator):
 
 
 def cut_views(item, task, cache, generator=None):
-    """What the network sees of an item: float32 (P, 1, D, H, W) and mask int64 (P, D, H, W) or None.
-    A "cube" is centred on its candidate, as far as the scan allows. With a `generator` the other places are
-    drawn: crops of "slices", patches around a voxel of the mask and elsewhere in turn."""
+    """What the network sees of an item: float32 (P, 1, D, H, W) and mask int64 (P, D, H, W) or None. With
+    a `generator` places are drawn: crops of "slices", patches around a voxel of the mask and elsewhere
+    in turn. A "cube" lies around its candidate."""
     if task.view == "whole":
         return load_volume(item, cache, task.size, task.hu)[None], None
     volume, mask, affine = prepare(item, task, cache)
@@ -2021,10 +1819,10 @@ def cut_views(item, task, cache, generator=None):
         first = generator.integers(2)  # which kind an odd number of patches has more of
         corners = [np.array(_draw_place(volume, mask, (i + first) % 2 == 0, generator)) - half
                    for i in range(task.patches)]
-    volumes = torch.from_numpy(np.stack([cut(volume, corner, task.size) for corner in corners]))
-    if mask is not None:
-        mask = torch.from_numpy(np.stack([cut(mask, corner, task.size) for corner in corners])).long()
-    return volumes.float()[:, None], mask
+
+    def boxes(array):
+        return torch.from_numpy(np.stack([cut(array, corner, task.size) for corner in corners]))
+    return boxes(volume).float()[:, None], None if mask is None else boxes(mask).long()
 
 
 def network_input(item, task, cache="cache"):
@@ -2032,35 +1830,31 @@ def network_input(item, task, cache="cache"):
     return cut_views(item, task, cache)[0][0]
 
 
-def _turn(volume, mask, angles, zoom):
-    """Rotate by angles (x, y, z) and zoom about the middle, volume and mask as in `augment`"""
-    shape = np.array(volume.shape[:0:-1], float)  # (x, y, z), as grid_sample wants
-    matrix = Rotation.from_euler("XYZ", angles * [1, -1, 1]).as_matrix() / zoom
-    matrix = matrix * shape / shape[:, None]  # coordinates run from -1 to 1 on each axis
-    theta = torch.from_numpy(np.c_[matrix, np.zeros(3)]).float()[None]
-    grid = F.affine_grid(theta, (1, 1, *volume.shape[1:]), align_corners=False)
-    sample = partial(F.grid_sample, grid=grid, padding_mode="border", align_corners=False)
-    if mask is not None:
-        mask = sample(mask[None, None].float(), mode="nearest")[0, 0].long()
-    return sample(volume[None])[0], mask
-
-
 def augment(volume, mask, generator, settings):
-    """One volume (1, D, H, W) and its mask (D, H, W) or None, augmented at random, both alike. settings:
-    probability of flip (of each axis), rot90 (in plane), affine (rotation up to π/15), zoom (±10 %), scale
-    and shift (of values, ±0.1); largest change for brightness, contrast; standard deviation for noise."""
+    """A volume (1, D, H, W) and its mask (D, H, W) or None, changed alike. settings: probability of flip
+    (each axis), rot90 (in plane), affine (rotation up to π/15), zoom (±10 %), scale and shift (of values,
+    ±0.1); largest change for brightness, contrast; standard deviation for noise."""
     def happens(name):
         return generator.random() < settings.get(name, 0)
-    axes = [axis for axis in (1, 2, 3) if happens("flip")]
-    is_square = volume.shape[2] == volume.shape[3]
-    turns = generator.integers(1, 4) if happens("rot90") and is_square else 0
-    volume = volume.flip(axes).rot90(turns, (2, 3))
+    axes = [axis for axis in (-3, -2, -1) if happens("flip")]
+    _, _, height, width = volume.shape
+    turns = generator.integers(1, 4) if happens("rot90") and height == width else 0
+    volume = volume.flip(axes).rot90(turns, (-2, -1))
     if mask is not None:
-        mask = mask.flip([axis - 1 for axis in axes]).rot90(turns, (1, 2))
+        mask = mask.flip(axes).rot90(turns, (-2, -1))
     is_turned, is_zoomed = happens("affine"), happens("zoom")
     if is_turned or is_zoomed:
-        angles = generator.uniform(-math.pi / 15, math.pi / 15, 3) * is_turned
-        volume, mask = _turn(volume, mask, angles, generator.uniform(0.9, 1.1) if is_zoomed else 1)
+        angles = generator.uniform(-math.pi / 15, math.pi / 15, 3) * is_turned  # (x, y, z)
+        matrix = Rotation.from_euler("XYZ", angles * [1, -1, 1]).as_matrix()
+        matrix /= generator.uniform(0.9, 1.1) if is_zoomed else 1
+        sides = np.array(volume.shape[:0:-1], float)  # (x, y, z), as grid_sample wants
+        matrix = matrix * sides / sides[:, None]  # coordinates run from -1 to 1 on each axis
+        theta = torch.from_numpy(np.c_[matrix, np.zeros(3)]).float()[None]
+        grid = F.affine_grid(theta, (1, *volume.shape), align_corners=False)
+        sample = partial(F.grid_sample, grid=grid, padding_mode="border", align_corners=False)
+        volume = sample(volume[None])[0]
+        if mask is not None:
+            mask = sample(mask[None, None].float(), mode="nearest")[0, 0].long()
     if happens("scale"):
         volume = volume * generator.uniform(0.9, 1.1)
     if happens("shift"):
@@ -2080,8 +1874,8 @@ def space_out(text):
 
 
 def report_words(report, with_stops=False):
-    """The words of a report in lower case; "0.5", "3-4mm" and "low-density" stay whole, every Chinese
-    character is a word, and so, if asked for, is a full stop"""
+    """The words of a report in lower case; "0.5", "3-4mm" and "low-density" are one, every Chinese
+    character is one, and so, if asked for, is a full stop"""
     stops = "|[.。]" if with_stops else ""
     return re.findall(r"\w+(?:-\w+|(?<=\d)\.\d\w*)*" + stops, space_out(report.lower()))
 
@@ -2091,21 +1885,20 @@ def build_vocabulary(reports, min_count=3):
     count = Counter(word for report in reports for word in report_words(report, with_stops=True))
     words = sorted(word for word, times in count.items() if times >= min_count)
     if not words:
-        raise ValueError(f"found no word that stands {min_count} times in {len(reports)} training reports, "
-                         "expected a vocabulary")
+        raise ValueError(f"found no word {min_count} times in the reports, expected a vocabulary")
     return ["<pad>", "<bos>", "<eos>", "<unk>", *words]
 
 
 def task_example(item, generator, task, cache="cache", vocabulary=(), max_length=150, tokenizer=None):
-    """A training example: volume (P, 1, D, H, W) and, by the kind of task, label (P, K), mask (P, D, H, W),
-    tokens (L,), or what `MG3D.encode_text` takes. vocabulary: {word: number}, for reports; tokenizer: for
-    retrieval."""
+    """A training example: volume (P, 1, D, H, W) and label (P, K), mask (P, D, H, W), tokens (L,) or what
+    `MG3D.encode_text` takes. vocabulary: {word: number}"""
     volumes, masks = cut_views(item, task, cache, generator)
     if task.augment and not (task.view == "cube" and item.labels[0] == 0):  # no negative candidate
-        pairs = [augment(volume, None if masks is None else masks[i], generator, task.augment)
-                 for i, volume in enumerate(volumes)]
-        volumes = torch.stack([volume for volume, _ in pairs])
-        masks = None if masks is None else torch.stack([mask for _, mask in pairs])
+        for i, volume in enumerate(volumes):
+            mask = None if masks is None else masks[i]
+            volumes[i], mask = augment(volume, mask, generator, task.augment)
+            if masks is not None:
+                masks[i] = mask
     if task.kind == "segment":
         return {"volume": volumes, "mask": masks}
     if task.kind == "report":
@@ -2119,13 +1912,12 @@ def task_example(item, generator, task, cache="cache", vocabulary=(), max_length
 
 
 def to_own_grid(probabilities, item):
-    """Probabilities (K, D, H, W) on the prepared grid -> label map uint8 (x, y, z) as stored, affine"""
+    """Probabilities (K, D, H, W) as prepared -> label map uint8 (x, y, z) as stored, affine"""
     xyz, affine = read_stored(item.volume)
     size = to_ras(item.volume, xyz, affine)[0].shape
-    probabilities = F.interpolate(probabilities[None].float(), size, mode="trilinear", align_corners=False)
+    probabilities = F.interpolate(probabilities[None].float(), size, mode="trilinear")
     labels = probabilities[0].argmax(0).numpy().astype(np.uint8)  # (z, y, x) in RAS
-    ras = nib.orientations.axcodes2ornt("RAS")
-    back = nib.orientations.ornt_transform(ras, nib.io_orientation(affine))
+    back = nib.orientations.ornt_transform([[0, 1], [1, 1], [2, 1]], nib.io_orientation(affine))
     return nib.apply_orientation(labels.T, back), affine
 
 
@@ -2146,14 +1938,13 @@ def _begin_worker():
     threading.Thread(target=end, daemon=True).start()
 
 
-def in_processes(job, jobs, workers, name, ordered=True):
-    """Yield job(x) for each of a list, from `workers` processes, in order or as they come."""
+def in_processes(job, jobs, workers, name):
+    """Yield job(x) for each of `jobs`, in order, from `workers` processes"""
+    seconds = 0.1 if sys.stderr.isatty() else 60  # between two lines of progress
     with ProcessPoolExecutor(max(1, workers), initializer=_begin_worker) as pool:
-        futures = [pool.submit(job, one) for one in jobs]
         try:
-            done = futures if ordered else as_completed(futures)
-            for future in tqdm(done, name, total=len(futures), unit="scan", disable=None):
-                yield future.result()
+            results = pool.map(job, jobs)
+            yield from tqdm(results, name, total=len(jobs), unit="scan", mininterval=seconds)
         except BrokenProcessPool:
             killed = "that one was killed, probably for want of memory"
             raise wrong(f"--workers {workers}", killed, "fewer") from None
@@ -2161,136 +1952,76 @@ def in_processes(job, jobs, workers, name, ordered=True):
             pool.shutdown(cancel_futures=True)
 
 
-def _problem(items, task, cache, size, hu):
-    """Put the volume of these items into the cache -> what is wrong with it, or None"""
+def _tried(job, x):
+    """job(x), or the ValueError that it raises"""
     try:
-        if task is None or task.view == "whole":
-            if not volume_file(items[0], cache, size, hu).exists():
-                load_volume(items[0], cache, size, hu)
-            return None
+        return job(x)
+    except ValueError as error:
+        return error
+
+
+def good_results(job, jobs, n, workers, name):
+    """Yield job(x) for each x. A ValueError is logged, x left out; more than 5 % of n are refused."""
+    problems = 0
+    for result in in_processes(partial(_tried, job), jobs, workers, name):
+        if not isinstance(result, ValueError):
+            yield result
+            continue
+        log.warning("left out %s", result)
+        problems += 1
+        if problems > 0.05 * n:
+            raise ValueError(f"{problems} of {n} scans are wrong, more than 5 %:\n  {result}")
+
+
+def _prepare_scan(items, task, cache):
+    """Put the volume of these items into the cache -> its path"""
+    if task.view == "whole":
+        load_volume(items[0], cache, task.size, task.hu)
+    else:
         volume, _, affine = prepare(items[0], task, cache)
         for item in items:
             if item.centre:
                 candidate_voxel(item, volume.shape, affine)
-    except ValueError as error:
-        return str(error)
+    return items[0].volume
 
 
-def prepare_all(items, cache="cache", workers=1, task=None, size=SIZE, hu="auto"):
-    """Put every volume into the cache, in `workers` processes -> the items that are good.
-    A volume that is wrong is named and left out; ValueError if that happens to more than 5 %."""
-    if task:
-        size, hu = task.size, task.hu
-    if check_prepared(items, size, hu):
+def prepare_all(items, cache, workers, task):
+    """Put the scans of a task into the cache, in `workers` processes -> the items that are good"""
+    if check_prepared(items, task.size, task.hu):
         return items
-    groups = by_volume(items)
-    task = task and task._replace(records=None)  # other processes need not know this function
-    job = partial(_problem, task=task, cache=cache, size=size, hu=hu)
-    problems = in_processes(job, groups.values(), workers, "prepare")
-    bad = {volume: problem for volume, problem in zip(groups, problems) if problem}
-    if len(bad) > 0.05 * len(groups):
-        summary = f"{len(bad)} of {len(groups)} scans are wrong, more than 5 %:"
-        raise ValueError("\n  ".join([summary, *sorted(bad.values())[:5]]))
-    for problem in sorted(bad.values()):
-        log.warning("left out %s", problem)
-    return [item for item in items if item.volume not in bad]
-
-
-def check_space(folder, volumes, size):
-    """What so many volumes will take of a disk, in words. ValueError if it has less."""
-    needed = volumes * math.prod(size) * 2 / 1e9
-    free = shutil.disk_usage(folder).free / 1e9
-    if needed > free:
-        raise wrong(folder, f"{free:.2f} GB free", f"{needed:.2f} GB for {volumes} volumes")
-    return f"{needed:.2f} GB of {free:.2f} GB free"
-
-
-def fill_cache(args):
-    """Prepare all volumes that the cache lacks."""
-    task, size, hu = TASKS.get(args.task), tuple(args.size), args.hu
-    if task:
-        items = load_task(args.task, args.data, args.fold, cache=args.cache)
-        task = with_classes(task, items)
-        size, hu = task.size, task.hu
-    else:
-        items = load_items(args.data, args.cache)
-    args.cache.mkdir(parents=True, exist_ok=True)
-    if (task is None or task.view == "whole") and not check_prepared(items, size, hu):
-        missing = sum(not volume_file(item, args.cache, size, hu).exists() for item in items)
-        print(f"{len(items)} volumes, {len(items) - missing} of them in {args.cache}; the rest takes "
-              f"{check_space(args.cache, missing, size)}")
-    good = prepare_all(items, args.cache, args.workers, task, size, hu)
-    print(f"{len(good)} of {len(items)} items are ready in {args.cache}")
+    scans = by_volume(items)
+    job = partial(_prepare_scan, task=task, cache=cache)
+    good = set(good_results(job, scans.values(), len(scans), workers, "prepare"))
+    return [item for item in items if item.volume in good]
 
 
 def read_shard(text):
-    """"3/16" -> "3-of-16", and which of the numbers that `_number_of` gives to ids are its own"""
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    k, n = map(int, match.groups()) if match else (0, 0)
-    if not 1 <= k <= n:
+    """"3/16" -> (3, 16)"""
+    k, _, n = text.partition("/")
+    if not (k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n)):
         raise wrong("--shard", text, "a shard from 1/n to n/n, such as 3/16")
-    return f"{k}-of-{n}", range(*[-(-i * 2 ** 32 // n) for i in (k - 1, k)])
+    return int(k), int(n)
 
 
-def _number_of(name):
-    """Of an id, below 2^32. It alone tells the shard, whatever else is listed, in whatever order."""
-    return int(hashlib.sha1(name.encode()).hexdigest()[:8], 16)
+def shard_of(name, n):
+    """The shard, 1 to n, of an id: it alone tells, whatever else is listed, in whatever order."""
+    return 1 + int(hashlib.sha1(name.encode()).hexdigest(), 16) % n
 
 
-def _write_settings(folder, settings, put):
-    with written_whole(folder / "cache.json", "settings", put) as file:
-        file.write(json.dumps(settings, indent=1).encode())
-
-
-def begin_cache(folder, size, hu):
-    """Make a cache folder, or see that one was begun in the same way."""
+def begin_cache(folder, size, hu, volumes):
+    """Make a cache folder for so many volumes, or see that one was begun in the same way."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [name for name in os.listdir(folder) if not is_hidden(name)]
-    if not is_cache(folder):
-        if files:
-            raise wrong(folder, f"other files, such as {files[0]}", "a new folder or a cache")
-        with contextlib.suppress(FileExistsError):  # another shard was faster: its settings stay
-            _write_settings(folder, preprocessing(size, hu), os.link)
-    check_settings(folder, tuple(size), hu)
-
-
-@contextlib.contextmanager
-def claim_shard(folder, shard, own):
-    """The manifest of a shard, to be written, without what a kill left. ValueError if another process
-    makes volumes whose numbers are in `own`, of whatever shard."""
-    path = folder / f"manifest-{shard}.jsonl"
-    with open(folder / ".lock", "ab") as lock, open(path, "ab+") as manifest:
-        try:
-            if fcntl:  # bytes of the file stand for ids; the end of a process frees them
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, len(own), own.start)
-        except (BlockingIOError, PermissionError):
-            raise wrong(folder, f"another process that makes volumes of the shard {shard}",
-                        "it to end first") from None
-        except OSError as error:
-            log.warning("%s: cannot be locked (%s): see to it that no shard runs twice", folder, error)
-        manifest.seek(0)
-        manifest.truncate(sum(len(line) for line in manifest if line.endswith(b"\n")))
-        for part in folder.glob(f"*.{shard}.*.part"):
-            part.unlink()
-        yield manifest
-
-
-def _cache_volume(item, folder, shard, size, hu):
-    """Put a volume into a cache folder -> its row of the manifest, or a text: what is wrong with it"""
-    try:
-        size_and_time = _size_and_time(item.volume)
-        content = _content_hash(item.volume)
-        volume = make_volume(item, size, hu)
-    except (ValueError, OSError) as error:
-        return str(error)
-    save_array(folder / cache_name(item.id), volume.numpy(), shard)
-    source = {"path": str(item.volume.resolve()), **dict(zip(("size", "mtime_ns"), size_and_time)),
-              "sha256": content}
-    return {"source": source} | _described(item)
+    if is_cache(folder):  # asked for last: another shard may begin at this moment
+        check_settings(folder, size, hu)
+    elif files:
+        raise wrong(folder, f"other files, such as {files[0]}", "a new folder or a cache")
+    with written_whole(folder / "cache.json") as file:
+        file.write(json.dumps(preprocessing(size, hu) | {"volumes": volumes}, indent=1).encode())
 
 
 def _described(item):
-    """What a row says of an item beside its source"""
+    """What a row of a cache folder says of an item beside its source"""
     labels = item.labels
     if labels is not None:
         labels = [None if math.isnan(value) else value for value in labels.tolist()]
@@ -2299,115 +2030,97 @@ def _described(item):
             "geometry": item.geometry and list(item.geometry[1:]), "report": item.report}
 
 
-def _check_made(items, rows, folder, workers):
-    """Tell which volumes of a cache folder have changed since; refuse another source of an id."""
-    there = [item for item in items if item.id in rows and item.volume.exists()]
-    there = [item for item in there if _looks_changed(rows[item.id]["source"], item.volume)]
-    pairs = [(rows[item.id]["source"], item.volume) for item in there]
-    remedy = f"to make it anew, delete its row in {folder}"
-    results = in_processes(has_changed, pairs, workers, "compare")
-    for (source, volume), changed in zip(pairs, results):
-        if changed and source["path"] != str(volume.resolve()):
-            raise wrong(volume, f"another content than in {source['path']}, of which {folder} has the id",
-                        f"one source of an id; {remedy}")
-        if changed:
-            log.warning("%s: it has changed since it was cached; %s", volume, remedy)
-    stale = [item.id for item in items
-             if item.id in rows and rows[item.id] != rows[item.id] | _described(item)]
-    if stale:
-        log.warning("%s: keeps another report, split, patient, labels or metadata of %d volumes than the "
-                    "data: %s; %s", folder, len(stale), shorten(stale), remedy)
+def _cache_volume(item, folder, shard, size, hu):
+    """Put a volume into a cache folder -> its row of the manifest"""
+    volume = make_volume(item, size, hu)
+    row = {"source": _source(item.volume)} | _described(item)
+    save_array(folder / cache_name(item.id), volume.numpy(), shard)
+    return row
 
 
-def _rows_of(folder, items, shard, own):
-    """{id: row if the shard's own, else None} of what a cache folder holds; says how much of `items`"""
-    names = set(os.listdir(folder))
-    rows = {row["id"]: row if _number_of(row["id"]) in own else None
-            for _, _, row in _cache_rows(folder) if cache_name(row["id"]) in names}
-    mine = [item.id in rows for item in items if _number_of(item.id) in own]
+def _made_rows(folder, items):
+    """{id: row} of the volumes that a cache folder holds; says how many of `items` it lacks"""
+    files = set(os.listdir(folder))
+    rows = {row["id"]: row for _, _, row in _cache_rows(folder) if cache_name(row["id"]) in files}
     done = sum(item.id in rows for item in items)
-    print(f"{folder}: {sum(mine)} of {len(mine)} volumes of the shard {shard}, {done} of {len(items)} of "
-          f"all shards; {len(items) - done} still lack", flush=True)
+    print(f"{folder}: {done} of {len(items)} of all shards; {len(items) - done} still lack", flush=True)
     return rows
 
 
+def _compare(items, rows, folder):
+    """Tell which items differ from their rows; ValueError for another source of an id."""
+    differ = []
+    for item in tqdm(items, "compare", unit="scan", disable=None):
+        row, raw = rows[item.id], item.volume
+        is_new = has_changed(raw, row["source"])
+        if is_new and str(raw.resolve()) != row["source"]["path"]:
+            raise wrong(raw, "another content", f"that of {row['source']['path']}, which has its id")
+        if is_new or row != row | _described(item):
+            differ.append(cache_name(item.id))
+    if differ:
+        log.warning("%s: %d volumes have another file, report, split, patient, label or metadata now; to "
+                    "make them anew, delete %s", folder, len(differ), shorten(differ))
+
+
 def make_cache(args):
-    """Add to OUT what it lacks of a shard. A volume that is wrong is named and left out."""
-    (shard, own), folder, size = read_shard(args.shard or "1/1"), args.out, tuple(args.size)
+    """Add to OUT what it lacks of a shard. A wrong volume is named and left out."""
+    k, n = read_shard(args.shard)
+    shard, folder, size = f"{k}-of-{n}", args.out, tuple(args.size)
     if is_cache(args.data):
         raise wrong(args.data, "a cache folder", "raw volumes")
     items = with_words(read_items(args.data, args.cache, with_absent=True), args.data)
     check_identities(items, args.data, lambda item: item.split == "train")
-    begin_cache(folder, size, args.hu)
-    with claim_shard(folder, shard, own) as manifest:
-        rows = _rows_of(folder, items, shard, own)
-        if not any(item.id in rows or item.volume.exists() for item in items):
-            raise wrong(args.data, f"no file for any of {len(items)} volumes", "one at least")
-        volumes = len(rows.keys() | {item.id for item in items})
-        if read_cache(folder).get("volumes") != volumes:
-            _write_settings(folder, preprocessing(size, args.hu) | {"volumes": volumes}, os.replace)
-        mine = [item for item in items if _number_of(item.id) in own]
-        _check_made(mine, rows, folder, args.workers)
-        lacking = [item for item in mine if item.id not in rows]
-        todo = [item for item in lacking if item.volume.exists()]
-        print(f"to make: {len(todo)} volumes, {check_space(folder, len(todo), size)}; there is no file here "
-              f"for {len(lacking) - len(todo)} that lack", flush=True)
-        job = partial(_cache_volume, folder=folder, shard=shard, size=size, hu=args.hu)
-        started, problems = time.perf_counter(), []
-        results = in_processes(job, todo, args.workers, "cache", ordered=False)
-        with contextlib.closing(results):
-            for n, result in enumerate(results, 1):
-                if isinstance(result, str):
-                    problems.append(result)
-                else:
-                    manifest.write(json.dumps(result).encode() + b"\n")
-                    manifest.flush()
-                    os.fsync(manifest.fileno())
-                if len(problems) > 0.05 * len(mine):
-                    summary = f"{len(problems)} of {len(mine)} volumes are wrong, more than 5 %:"
-                    raise ValueError("\n  ".join([summary, *problems[:5]]))
-                if n == 2 * args.workers < len(todo):
-                    seconds = (time.perf_counter() - started) * (len(todo) / n - 1)
-                    tqdm.write(f"like the first {n}, the others take {tqdm.format_interval(seconds)}")
-        for problem in sorted(problems):
-            log.warning("left out %s", problem)
-        _rows_of(folder, items, shard, own)
+    begin_cache(folder, size, args.hu, len(items))
+    mine = [item for item in items if shard_of(item.id, n) == k]
+    rows = _made_rows(folder, items)
+    _compare([item for item in mine if item.id in rows], rows, folder)
+    todo = [item for item in mine if item.id not in rows and item.volume.exists()]
+    needed = len(todo) * math.prod(size) * 2 / 1e9  # GB
+    free = shutil.disk_usage(folder).free / 1e9
+    print(f"shard {args.shard}: {len(todo)} volumes to make, {needed:.2f} of {free:.2f} GB", flush=True)
+    if needed > free:
+        raise wrong(folder, f"{free:.2f} GB free", f"{needed:.2f} GB")
+    for part in folder.glob(f"*.{shard}.*.part"):  # a kill left it
+        part.unlink()
+    job = partial(_cache_volume, folder=folder, shard=shard, size=size, hu=args.hu)
+    path = folder / f"manifest-{shard}.jsonl"
+    with open(path, "ab") as manifest:
+        manifest.truncate(path.read_bytes().rfind(b"\n") + 1)  # a kill may have cut off a row
+        for row in good_results(job, todo, len(mine), args.workers, "cache"):
+            manifest.write(json.dumps(row).encode() + b"\n")
+            manifest.flush()
+            os.fsync(manifest.fileno())
+    _made_rows(folder, items)
 
 
-def _check_volume(items, task, hu):
+def _check_scan(items, task, hu):
     """A line of the table of `check`, for the items of one volume"""
     item = items[0]
     if isinstance(item, CachedItem):
         made = read_cache(item.volume.parent)
-        volume = load_volume(item, None, made["size"], made["hu"])[0]
-        shape, values = "x".join(map(str, volume.shape)), f"{volume.min():.2f}..{volume.max():.2f}"
-        return f"{shape:>13} {'':22} {values:>13}  preprocessed"
-    xyz, stored_affine = read_item(item)
-    array, spacing, affine = to_ras(item.volume, xyz, stored_affine)
-    note = "no CT: z-score"
-    if task is None or task.window:
-        array, note = to_hounsfield(array, item.volume, hu, item.rescale)
+        array, spacing = load_volume(item, None, made["size"], made["hu"])[0].numpy(), ()
+        axes, note = "", "preprocessed"
+    else:
+        xyz, stored_affine = read_item(item)
+        array, spacing, affine = to_ras(item.volume, xyz, stored_affine)
+        axes, note = "".join(nib.aff2axcodes(stored_affine)), "no CT: z-score"
+        if task is None or task.window:
+            array, note = to_hounsfield(array, item.volume, hu, item.rescale)
     for candidate in items:
         if candidate.centre:
             candidate_voxel(candidate, array.shape, affine)
     if item.mask and task and task.kind == "segment":
         values, counts = np.unique(read_mask(item, task, array.shape, affine), return_counts=True)
         note += "; voxels " + ", ".join(f"{value}: {count}" for value, count in zip(values, counts))
+    if item.report:
+        sentences = split_sentences(item.report)
+        note += f"; {len(item.report.split())} words in {len(sentences)} sentences"
     shape, mm = "x".join(map(str, array.shape)), " ".join(f"{side:.2f}" for side in spacing)
-    axes, values = "".join(nib.aff2axcodes(stored_affine)), f"{array.min():.0f}..{array.max():.0f}"
-    return f"{shape:>13} {mm:>17} {axes:4} {values:>13}  {note}"
-
-
-def _check_scan(items, task, hu):
-    """The line of `_check_volume` and True, or what is wrong and False"""
-    try:
-        return _check_volume(items, task, hu), True
-    except ValueError as error:
-        return f"PROBLEM {error}", False
+    return f"{shape:>13} {mm:>17} {axes:4} {f'{array.min():.0f}..{array.max():.0f}':>13}  {note}"
 
 
 def check(args):
-    """Print what the data hold and a line for each of the first --limit volumes -> number of problems."""
+    """Print a line for each of the first --limit volumes, and what the data hold -> problems"""
     task = TASKS.get(args.task)
     if task:
         print(f"{args.task} lies on disk as: {task.layout}")
@@ -2419,29 +2132,25 @@ def check(args):
     print(f"{'volume':32} {'z, y, x':>13} {'spacing (mm)':>17} {'axes':4} {'values':>13}  note")
     scans = list(by_volume(items).values())[:args.limit]
     problems = 0
-    job = partial(_check_scan, task=task and task._replace(records=None), hu=args.hu)
-    for scan, (line, is_good) in zip(scans, in_processes(job, scans, args.workers, "check")):
-        item = scan[0]
-        problems += not is_good
-        if item.report:
-            words, sentences = len(item.report.split()), len(split_sentences(item.report))
-            line += f"; {words} words in {sentences} sentences"
-        tqdm.write(f"{(item.volume.name if task else item.id)[-32:]:32} {line}")
+    job = partial(_tried, partial(_check_scan, task=task, hu=args.hu))
+    for scan, line in zip(scans, in_processes(job, scans, args.workers, "check")):
+        if isinstance(line, ValueError):
+            problems += 1
+            line = f"PROBLEM {line}"
+        tqdm.write(f"{(scan[0].volume.name if task else scan[0].id)[-32:]:32} {line}")
     for split in SPLITS:
         part = [item for item in items if item.split == split]
-        patients = {item.patient for item in part}
-        line = f"{split:6} {len(part):7} items of {len(patients)} patients in {len(by_volume(part))} volumes"
+        patients, volumes = {item.patient for item in part}, {item.volume for item in part}
+        print(f"{split:6} {len(part):7} items of {len(patients)} patients in {len(volumes)} volumes")
         labels = np.array([item.labels for item in part if item.labels is not None])
         if len(labels):
             counts = zip((labels == 1).sum(0), task.classes if task else LABELS)
-            line += ": " + ", ".join(f"{count} {name}" for count, name in counts)
-        print(line)
+            print(f"{'':14} {', '.join(f'{count} {name}' for count, name in counts)}")
     long = sum(len(split_sentences(item.report)) > 32 for item in items)
     if long:
         print(f"{long} reports have more than 32 sentences; pre-training leaves out the last ones")
     left_out = len(listed) - len(items)
-    print(f"{len(scans)} volumes read, {problems} of them with a problem; {left_out} left out for want of a "
-          "report or a file")
+    print(f"{len(scans)} volumes read, {problems} of them with a problem; {left_out} left out")
     return problems + left_out
 
 
@@ -2454,31 +2163,27 @@ def main():
     add("--data", type=Path, help="manifest .csv, CT-RATE or cache folder, CTRG-Chest .json, or demo")
     add("--task", choices=TASKS, help="--data is the folder of this task in its native layout")
     add("--fold", type=int, default=0, help="fold of --task that is the test part")
-    add("--cache", type=Path, default=Path("cache"), metavar="DIR", help="of prepared volumes")
+    add("--cache", type=Path, default=Path("cache"), metavar="DIR", help="where --data demo lies")
     add("--size", type=int, nargs=3, default=SIZE, metavar=("D", "H", "W"), help="voxels (z, y, x)")
     add("--hu", choices=("auto", "header", "csv"), default="auto",
         help="Hounsfield units: told from the values, as stored, or rescaled by the metadata CSV")
     add("--limit", type=int, metavar="N", help="check: read only the first N volumes")
     add("--workers", type=int, default=os.cpu_count(), help="cache, check: processes")
-    add("--out", type=Path, metavar="DIR", help="the folder to write; cache: a data set of its own")
-    add("--shard", metavar="K/N", help="cache --out: make part K of N alone; others may run at once")
+    add("--out", type=Path, metavar="DIR", help="cache, demo: the folder to write")
+    add("--shard", default="1/1", metavar="K/N", help="cache: make part K of N alone")
     add("--n", type=int, help="demo: patients; by default 64, or as many as the task needs")
     add("--seed", type=int, default=0, help="demo: the same seed gives the same bytes")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         check_numbers(args)
-        needed = "out" if args.command == "demo" else "data"
-        if getattr(args, needed) is None:
-            raise wrong(args.command, f"no --{needed}", "it")
-        if args.shard and (args.command != "cache" or not args.out):
-            raise wrong(f"--shard {args.shard}", "no `cache --out DIR`", "a folder of which to make a part")
-        if args.command == "cache" and args.task and args.out:
-            raise wrong("cache", "--task and --out", "one: scans of a task go into --cache")
+        for name in {"check": ["data"], "cache": ["data", "out"], "demo": ["out"]}[args.command]:
+            if getattr(args, name) is None:
+                raise wrong(args.command, f"no --{name}", "it")
         if args.command == "check":
             sys.exit(int(check(args) > 0))
         elif args.command == "cache":
-            make_cache(args) if args.out else fill_cache(args)
+            make_cache(args)
         elif args.task:
             print(phantoms.write_task_demo(args.task, args.out, args.n, args.seed))
         else:

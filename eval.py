@@ -1,13 +1,13 @@
 """Metrics, prediction and pictures of MG-3D.
 
     python eval.py --task T --data DIR --checkpoint out/best.pt    a task's number with its interval
-    python eval.py --task T --checkpoint out/best.pt --input SCAN  one scan: a mask, probabilities, a report
+    python eval.py --task T --checkpoint out/best.pt --input SCAN  mask, probabilities or report of a scan
     python eval.py zeroshot --data demo --checkpoint out/last.pt   findings told by what a text says
-    python eval.py retrieval --data demo --checkpoint out/last.pt  volumes found by reports, and back
+    python eval.py retrieval --data demo --checkpoint out/last.pt  volumes found by reports and back
     python eval.py probe --data demo --checkpoint out/last.pt      a linear probe of the 18 findings
     python eval.py pairing --data demo --checkpoint out/last.pt    which losses use the right report
     python eval.py embed --checkpoint out/encoder.pt --input DIR   features of scans, one row each
-    python eval.py export --checkpoint out/best.pt --out MODEL.pt2 a graph for PyTorch, without this code
+    python eval.py export --checkpoint out/best.pt --out MODEL.pt2 a graph for PyTorch alone
     python eval.py radar A/result.json B/result.json               methods and tasks in one chart
 
 Accuracy, AUC, Dice and recall are shares of 1, BLEU and ROUGE-L are in percent.
@@ -18,7 +18,6 @@ import csv
 import difflib
 import functools
 import hashlib
-import html
 import itertools
 import json
 import logging
@@ -41,76 +40,59 @@ def flags():
     add = parser.add_argument
     add("--task", help="a row of TASKS in data.py")
     add("--checkpoint", type=Path, help="best.pt of finetune.py, a path or hf:owner/name/file")
-    add("--data", help="demo, or the task's set in its own layout; with --input: the reports to search")
+    add("--data", help="demo, or a set of the task; with --input: the reports to search")
     add("--split", choices=["train", "valid", "test"], default="test", help="part to report on")
     add("--fold", type=int, help="of sets that have folds; else the fold of the training")
-    add("--input", type=Path, help="instead of --data: one scan, any file or folder that data.py reads")
+    add("--input", type=Path, help="one scan instead of a set: a file or folder")
     add("--centre", type=float, nargs=3, metavar=("X", "Y", "Z"),
         help="candidate to look at, in mm: RAS for NIfTI, LPS for all else, as in LUNA16's CSV")
     add("--out", type=Path, help="folder for results; else eval, beside the checkpoint")
     add("--cache", default="cache", help="folder of preprocessed volumes")
 
-    weights = argparse.ArgumentParser(add_help=False)
-    add = weights.add_argument
-    add("--checkpoint", required=True, help="a file or hf:owner/name[/file]: ours or what load_weights knows")
+    weights, sets, part, encoders = (argparse.ArgumentParser(add_help=False) for _ in range(4))
+    weights.add_argument("--checkpoint", type=Path, required=True, help="a path or hf:owner/name[/file]")
+    weights.add_argument("--cache", default="cache", help="folder of preprocessed volumes")
+    sets.add_argument("--data", required=True, help="demo, or a set as pretrain.py takes it")
+    part.add_argument("--split", choices=["train", "valid", "test"], help="else test, or valid, or all")
+    add = encoders.add_argument
     add("--encoder", help="swin_b, swin_l, swin_t or unet, if the file does not say")
-    add("--merging", default="auto", choices=["auto", "monai", "v0.9", "mergingv2"],
-        help="of patches, likewise")
-    add("--size", type=int, nargs=3, metavar=("D", "H", "W"), help="of the input, if the file does not say")
+    add("--merging", default="auto", choices=["auto", "monai", "v0.9", "mergingv2"], help="of patches")
+    add("--size", type=int, nargs=3, metavar=("D", "H", "W"), help="of the input, likewise")
     add("--hu", choices=["auto", "header", "csv"], help="source of Hounsfield units, likewise")
-    shared = argparse.ArgumentParser(add_help=False, parents=[weights])
-    add = shared.add_argument
-    add("--cache", default="cache", help="folder of preprocessed volumes")
-
-    towers = argparse.ArgumentParser(add_help=False)
-    add = towers.add_argument
-    add("--checkpoint", required=True, help="last.pt of pretrain.py; best.pt or last.pt of "
-        "ct-rate-vocab or ct-rate-retrieval")
-    add("--data", required=True, help="demo, a manifest, CT-RATE or cache folder, or a CTRG-Chest .json")
-    add("--split", choices=["train", "valid", "test"], help="part to report on; else test, without "
-        "one valid, without both all")
-    add("--cache", default="cache", help="folder of preprocessed volumes")
-
     commands = parser.add_subparsers(dest="command")
-    add = commands.add_parser("zeroshot", parents=[towers], formatter_class=Help).add_argument
-    add("--prompts", type=Path, help="CSV name,positive,negative: two texts for each label column of "
-        "that name; else 'NAME.' and 'not NAME.' of the 18, for the demo in words of its reports")
-    add("--out", type=Path, default="out/zeroshot", help="folder for result.json and pictures")
-    add = commands.add_parser("retrieval", parents=[towers], formatter_class=Help).add_argument
-    add("--out", type=Path, default="out/retrieval", help="folder for result.json and a picture")
-    add = commands.add_parser("probe", parents=[shared], formatter_class=Help).add_argument
-    add("--data", required=True, help="demo, a manifest with labels, or a CT-RATE folder")
+
+    def command(name, out, *parents):
+        parser = commands.add_parser(name, parents=parents, formatter_class=Help)
+        what = "file or folder to write" if out else "folder to write, else that of the checkpoint"
+        parser.add_argument("--out", type=Path, default=out, help=what)
+        return parser.add_argument
+    add = command("zeroshot", "out/zeroshot", weights, sets, part)
+    add("--prompts", type=Path, help="CSV name,positive,negative: two texts a label column; else 'NAME.' "
+        "and 'not NAME.' of the 18, for the demo in words of its reports")
+    command("retrieval", "out/retrieval", weights, sets, part)
+    add = command("probe", "out/probe", weights, sets, encoders)
     add("--batch_size", type=int, default=8, help="volumes at a time")
     add("--few", type=int, default=100, help="labels of a second probe, the mean of 10 draws")
-    add("--out", type=Path, default="out/probe", help="folder for probe.json")
-    add = commands.add_parser("pairing", formatter_class=Help).add_argument
-    add("--checkpoint", type=Path, required=True, help="last.pt of pretrain.py, or hf:owner/name/last.pt")
-    add("--data", required=True, help="demo, or what the checkpoint was trained on; its held-out part counts")
-    add("--cache", default="cache", help="folder of preprocessed volumes")
+    add = command("pairing", None, weights, sets)
     add("--batch_size", type=int, default=24, help="volumes that stand against each other")
     add("--seed", type=int, default=0, help="of the batches and masks")
-    add("--out", type=Path, help="folder for pairing.json and pairing.png; else that of the checkpoint")
-    add = commands.add_parser("embed", parents=[shared], formatter_class=Help).add_argument
+    add = command("embed", "embeddings.npz", weights, encoders)
     add("--input", type=Path, required=True, help="a scan, or a folder of scans at any depth")
-    add("--out", type=Path, default="embeddings.npz", help="ids (n,) and features (n, C) float32")
-    add = commands.add_parser("export", parents=[weights], formatter_class=Help, description="The network "
-        "of a task of finetune.py, or the encoder of any other file, for torch.export.load.").add_argument
-    add("--out", type=Path, default="model.pt2", help="graph, weights, and mg3d.json: what goes in and out")
-    add = commands.add_parser("radar", formatter_class=Help).add_argument
-    add("results", type=Path, nargs="+", help="result.json files; the method is their key `method`, else "
-        "the name of their folder, or of the one above where that is named after the task")
-    add("--out", type=Path, default="radar.png", help="the chart")
+    command("export", "model.pt2", weights, encoders)
+    add = command("radar", "radar.png")
+    add("results", type=Path, nargs="+", help="METHOD/result.json or METHOD/TASK/result.json")
     return parser
 
 
 if __name__ == "__main__":  # before torch is imported: --help answers at once
     args = flags().parse_args()
 
-import matplotlib
+import matplotlib.pyplot as plt
 import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.patches import Patch
 from sacrebleu.metrics import BLEU
 from scipy.special import expit, logsumexp
 from scipy.stats import rankdata
@@ -120,10 +102,7 @@ import data
 import losses
 import model
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.patches import Patch
-
+plt.switch_backend("Agg")
 plt.rcParams.update({"font.size": 8, "axes.titlesize": 8, "legend.frameon": False, "savefig.dpi": 120})
 log = logging.getLogger("mg3d")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -131,12 +110,7 @@ SACREBLEU = BLEU(tokenize="none", smooth_method="none", effective_order=True)
 PENALTIES = np.logspace(-1, 5, 25)  # of the ridge regression
 WEIGHTED = "mean weighted by positives"
 KS = (1, 5, 10, 50, 100)            # of Recall@K
-# How a scan becomes an input, for those who have an exported file alone
-VIEWS = {"whole": f"its middle, {data.CROP} of the sides, resized (trilinear)",
-         "slices": "resized (trilinear) to 4/3 of height and width, of which the middle",
-         "cube": "a part of this size around the candidate, not resampled",
-         "box": f"its middle {data.BOX:.0f} mm, padded with air, resized (trilinear)",
-         "patch": "resampled (trilinear) to `spacing` mm, parts of this size that overlap by `overlap`"}
+PRETRAINING = data.TASKS["ct-rate-vocab"]._replace(kind="encode", classes=())   # the same input
 
 
 # --------------------------------- metrics
@@ -774,7 +748,6 @@ def score_classes(run, items, scores, out, train_items):
             result["protocol"] += f", '{one}' against '{other}' and so on"
         if out:
             rows = auc_table(scores, truth, names)
-            plot_aucs(rows, out / "auc.png")
             spans = {name: [low, high] for name, (low, _, high) in rows.items() if name in aucs}
             result["more"] = {"weighted_auc": rows[WEIGHTED], "intervals": spans}
         return result, macro_auroc, scores, truth
@@ -957,67 +930,61 @@ def score_retrieval(run, items, volumes, out, train_items):
     return result, lambda drawn: float((drawn <= k).mean()) if k < n else math.nan, ranks
 
 
-KINDS = {"classify": (predict_log_odds, score_classes), "prompt": (predict_log_odds, score_classes),
-         "segment": (predict_masks, score_masks), "report": (predict_reports, score_reports),
-         "retrieve": (predict_features, score_retrieval)}
-NO_VALUE = {"classify": "the items that count have not both classes", "segment": "no scan has any class",
-            "prompt": "no finding that some items have and some have not", "report": "no report",
-            "retrieve": "an item that is alone always finds itself"}
+# How a kind predicts and scores, and why it may have no value
+KINDS = {"classify": (predict_log_odds, score_classes, "the items that count have not both classes"),
+         "prompt": (predict_log_odds, score_classes, "no finding that some items have and some have not"),
+         "segment": (predict_masks, score_masks, "no scan has any class"),
+         "report": (predict_reports, score_reports, "no report"),
+         "retrieve": (predict_features, score_retrieval, "an item that is alone always finds itself")}
 
 
 def evaluate(run, items, out=None, progress=True, train_items=()):
-    """The number of a task as a dict: task, metric, value, its 95 % interval, n, chance, protocol, split,
-    ids_sha1, per_class and positives by name, `more` that its kind adds. A value that cannot be computed is
-    nan, and `reason` says why. Pictures and predictions go to the folder `out`; one of train_items becomes
-    the constant report.
-    """
+    """The number of a task as a dict: task, metric, value, its 95 % interval, n, chance, protocol,
+    split, ids_sha1, per_class and positives by name, `more` of its kind; `reason` for a value of nan.
+    out: folder of pictures and predictions; train_items: for the constant report."""
     run.network.eval()
     if out:
-        out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
-    predict, score = KINDS[run.task.kind]
+    predict, score, no_value = KINDS[run.task.kind]
     scores, metric, *arrays = score(run, items, predict(run, items, progress), out, train_items)
     result = {"task": run.config["task"], "metric": run.task.metric, "value": metric(*arrays),
               "interval": bootstrap(metric, *arrays), "n": len(items), "positives": {},
               "split": "+".join(sorted({item.split for item in items})), "ids_sha1": _hash(items)}
     if math.isnan(result["value"]):
-        known = np.isfinite(arrays[0]).all()
-        result["reason"] = NO_VALUE[run.task.kind] if known else "predictions that are not finite"
+        is_finite = np.isfinite(arrays[0]).all()
+        result["reason"] = no_value if is_finite else "predictions that are not finite"
     return result | scores  # scores may name another metric and n
 
 
 def predict_scan(run, item, out, index=()):
-    """Print and write to `out`: a mask, probabilities, a report, or the nearest reports of `index` (items)"""
-    out.mkdir(parents=True, exist_ok=True)
-    kind, classes = run.task.kind, run.task.classes
+    """Print and write a mask, probabilities, a report, or the nearest reports of the items `index`"""
+    kind = run.task.kind
     predict = predict_classes if kind in ("classify", "prompt") else KINDS[kind][0]
     [prediction] = predict(run, [item], progress=True)
-    mask = f"{_file_name(item)}_mask.nii.gz"
-    names = {"segment": mask, "report": "report.txt", "retrieve": "retrieved.csv"}
-    path = _own_path(out, names.get(kind, "probabilities.csv"), item)
     if kind == "segment":
+        path = _own_path(out, f"{_file_names([item])[0]}_mask.nii.gz", item)
         labels, affine = prediction
         nib.save(nib.Nifti1Image(labels, affine), path)
-        for k, name in enumerate(classes, 1):
-            millilitres = (labels == k).sum() * abs(np.linalg.det(affine[:3, :3])) / 1000
-            print(f"{name:40s} {millilitres:10.2f} ml")
+        voxel = abs(np.linalg.det(affine[:3, :3])) / 1000           # millilitres
+        lines = [f"{name:40s} {(labels == k).sum() * voxel:10.2f} ml"
+                 for k, name in enumerate(run.task.classes, 1)]
     elif kind == "report":
+        path = _own_path(out, "report.txt", item)
         path.write_text(prediction + "\n", encoding="utf-8")
-        print(prediction)
+        lines = [prediction]
     elif kind == "retrieve":
+        path = _own_path(out, "retrieved.csv", item)
         ids = {other.report: other.id for other in index}  # two reconstructions, one report
         similarity = (text_features(run.network, list(ids)) @ prediction).tolist()
-        ranked = sorted(zip(similarity, ids.items()), reverse=True)[:10]
-        rows = [(rank, name, score, report) for rank, (score, (report, name)) in enumerate(ranked, 1)]
-        _write_csv(path, ["rank", "id", "similarity", "report"], rows)
-        for rank, name, score, report in rows[:5]:
-            print(f"{rank:3d}  {score:.3f}  {name}  {textwrap.shorten(report, 160)}")
+        rows = sorted(zip(similarity, ids.values(), ids), reverse=True)[:10]
+        _write_csv(path, ["similarity", "id", "report"], rows)
+        lines = [f"{score:.3f}  {name}  {text:.160}" for score, name, text in rows]
     else:
-        rows = list(zip(classes, prediction.tolist()))
+        path = _own_path(out, "probabilities.csv", item)
+        rows = list(zip(run.task.classes, prediction.tolist()))
         _write_csv(path, ["class", "probability"], rows)
-        for name, probability in rows:
-            print(f"{name:40s} {probability:.3f}")
-    print(f"wrote {path}")
+        lines = [f"{name:40s} {probability:.3f}" for name, probability in rows]
+    print(*lines, f"wrote {path}", sep="\n")
 
 
 def _hash(items):
@@ -1029,29 +996,22 @@ def _write_csv(path, header, rows):
         csv.writer(file).writerows([header, *rows])
 
 
-def _file_name(item):
-    """The id without its ending as the name of a file"""
-    return data.file_name(data.ENDING.sub("", item.id))
-
-
 def _file_names(items):
-    """`_file_name` of each; ValueError if a second one would overwrite the file of the first"""
-    first = {}
-    for item in items:
-        other = first.setdefault(_file_name(item), item)
-        if other is not item:
-            raise ValueError(f"found {other.volume} and {item.volume} for the mask {_file_name(item)}, "
-                             "expected scans that differ in more than the ending of their names")
-    return list(first)
+    """The ids without their endings as names of files. ValueError if two are alike."""
+    names = [data.file_name(data.ENDING.sub("", item.id)) for item in items]
+    alike = [item.volume for item, name in zip(items, names) if names.count(name) > 1]
+    if alike:
+        raise ValueError(f"found the same name for masks of {data.shorten(alike)}")
+    return names
 
 
 def _own_path(out, name, item):
-    """OUT/name, or another name where that belongs to another scan; OUT/inputs.json tells whose each is"""
-    notes, scan = out / "inputs.json", item.volume.resolve()
+    """OUT/name, after a hash if OUT/inputs.json says that it belongs to another scan"""
+    notes, scan = out / "inputs.json", str(item.volume.resolve())
     owners = json.loads(notes.read_text(encoding="utf-8")) if notes.exists() else {}
-    names = itertools.chain([name, f"{scan.parent.name}_{name}"], (f"{k}_{name}" for k in itertools.count(2)))
-    name = next(name for name in names if owners.get(name, str(scan)) == str(scan))
-    write_result(owners | {name: str(scan)}, notes)
+    if owners.get(name, scan) != scan:
+        name = f"{hashlib.sha1(scan.encode()).hexdigest()[:8]}_{name}"
+    write_result(owners | {name: scan}, notes)
     return out / name
 
 
@@ -1062,57 +1022,43 @@ def without_nan(content):
 
 def write_result(result, path):
     text = json.dumps(without_nan(result), indent=1, ensure_ascii=False)
-    with data.written_whole(Path(path)) as file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with data.written_whole(path) as file:
         file.write(text.encode())
 
 
 def summary(result):
-    """The number of a task in one line"""
     reason = f", for {result['reason']}" if "reason" in result else ""
-    return (f"{result['task']}: {result['metric']} {result['value']:.3f} {span(result['interval'])}{reason}, "
-            f"n = {result['n']} ({result['split']}), chance {result['chance']:.3f}")
+    value = f"{result['metric']} {result['value']:.3f} {span(result['interval'])}{reason}"
+    n = f"n = {result['n']} ({result['split']})"
+    return f"{result['task']}: {value}, {n}, chance {result['chance']:.3f}"
+
+
+def print_classes(metric, per_class, positives, intervals):
+    print(f"{'':40s} {'positives':>9s} {metric:>9s}")
+    for name, value in per_class.items():
+        interval = f"  {span(intervals[name])}" if name in intervals else ""
+        print(f"{name:40s} {positives.get(name, ''):>9} {value:9.3f}{interval}")
 
 
 def print_result(result):
-    positives, more = result["positives"], dict(result["more"])
-    intervals, protocols = more.pop("intervals", {}), more.pop("protocols", None)
-    if protocols:               # they hold the numbers of per_class
-        print(say_protocols(protocols))
-    else:
-        print(f"{'':40s} {'positives':>9s} {result['metric']:>9s}" if positives else "")
-        for name, value in result["per_class"].items():
-            interval = f"  {span(intervals[name])}" if name in intervals else ""
-            print(f"{name:40s} {positives.get(name, ''):>9} {value:9.3f}{interval}")
-    more = json.loads(json.dumps(more), parse_float=lambda digits: round(float(digits), 3))
+    more = json.loads(json.dumps(result["more"]), parse_float=lambda digits: round(float(digits), 3))
+    print_classes(result["metric"], result["per_class"], result["positives"], more.pop("intervals", {}))
     for name, value in more.items():
         for key, content in value.items() if isinstance(value, dict) else [("", value)]:
             print(f"{name} {key}".replace("_", " ").strip() + f": {json.dumps(content, ensure_ascii=False)}")
     print(f"{result['protocol']}; ids {result['ids_sha1'][:10]}\n{summary(result)}")
 
 
-def say_protocols(protocols):
-    """The table of a retrieval: each protocol in both directions, and chance"""
-    columns = [*(f"Recall@{k}" for k in KS), "mean_rank"]
-    lines = [f"{'':33s} {'n':>6s} " + " ".join(f"{column:>10s}" for column in columns)]
-    for name, found in protocols.items():
-        rows = {"report to volume": found, "volume to report": found["volume to report"],
-                "chance": {column: found[f"chance of {column}"] for column in columns}}
-        for direction, row in rows.items():
-            numbers = [*(f"{row[column]:10.3f}" for column in columns[:-1]), f"{row['mean_rank']:10.1f}"]
-            lines.append(f"{name:16s} {direction:16s} {found['n']:6d} {' '.join(numbers)}")
-    return "\n".join(lines)
-
-
 # -------------------------------- pictures
 
 @contextlib.contextmanager
-def figure(path, rows=1, columns=1, width=4.2, height=4.2, legend_outside=False, projection=None):
+def figure(path, rows=1, columns=1, width=4.2, height=4.2, projection=None):
     """Axes (rows, columns) of width × height inches each, saved when the block ends"""
     fig, axes = plt.subplots(rows, columns, figsize=(columns * width, rows * height), squeeze=False,
-                             layout=None if legend_outside else "constrained",
-                             subplot_kw={"projection": projection})
+                             layout="constrained", subplot_kw={"projection": projection})
     yield axes
-    fig.savefig(path, bbox_inches="tight" if legend_outside else None)
+    fig.savefig(path)
     plt.close(fig)
 
 
@@ -1123,7 +1069,7 @@ def _show(ax, picture, title="", **options):
 
 
 def _coronal(volume, y=None):
-    """(1, D, H, W) -> a coronal slice (D, W), else the middle: head up, the patient's right on the left"""
+    """(1, D, H, W) -> slice (D, W) at y, else the middle: head up, the patient's right on the left"""
     y = volume.shape[2] // 2 if y is None else y
     return volume[0, :, y].flip(0, 1).float().cpu().numpy()
 
@@ -1134,7 +1080,7 @@ def plot_curves(rows, out):
     with figure(out, 1, len(names), 2.6, 2.4) as axes:
         for ax, name in zip(axes[0], names):
             points = [(row["step"], row[name]) for row in rows if name in row]
-            steps, values = np.array(points, float).T  # None becomes NaN, a gap
+            steps, values = np.array(points, float).T           # None becomes NaN, a gap
             width = max(1, len(values) // 10)
             means = np.convolve(values, np.ones(width) / width, "valid")
             ax.plot(steps, values, color="0.8", lw=0.8)
@@ -1151,134 +1097,98 @@ def plot_reconstruction(network, batch, out):
     volume, mask = batch["volume"], batch["volume_mask"]
     pictures = {"volume": volume, "masked": volume.masked_fill(mask, 0),
                 "reconstructed": torch.where(mask, recon, volume)}
-    flatness = volume.shape[2] / volume.shape[4]
-    with figure(out, min(3, len(volume)), 3, 2.5, 2.5 * flatness + 0.2) as axes:
+    height = 2.5 * volume.shape[2] / volume.shape[4] + 0.2
+    with figure(out, min(3, len(volume)), 3, 2.5, height) as axes:
         for i, row in enumerate(axes):
             for ax, (title, volumes) in zip(row, pictures.items()):
-                _show(ax, _coronal(volumes[i]), title if i == 0 else "")
+                _show(ax, _coronal(volumes[i]), title)
 
 
 def plot_attention(network, item, volume, out):
-    """Where four sentences of a report look, on slices through their lesions if item.mask has them: volume
-    (1, D, H, W)"""
+    """Where four sentences of a report look in a volume (1, D, H, W), beside the lesions of item.mask"""
     sentences, maps = sentence_maps(network, volume, item.report)
-    lesions = {}
-    if item.mask:
-        places = data.lesions(item, volume.shape[1:])
-        stated = {i: places[findings(sentence)].any(0) for i, sentence in enumerate(sentences)}
-        lesions = {i: place for i, place in stated.items() if place.any()}
-    chosen = sorted(range(len(sentences)), key=lambda i: i not in lesions)[:4]  # lesions first
-    grid = [side // network.encoder.stride for side in volume.shape[1:]]
-    maps = F.interpolate(maps.unflatten(1, grid)[:, None], volume.shape[1:], mode="trilinear")
-    flatness = volume.shape[1] / volume.shape[3]
-    with figure(out, 1, len(chosen), 3.2, 3.2 * flatness + 0.3) as axes:
+    shape = volume.shape[1:]
+    places = data.lesions(item, shape) if item.mask else torch.zeros(len(data.LABELS), *shape)
+    lesions = [places[findings(sentence)].any(0) for sentence in sentences]         # (D, H, W) each
+    chosen = sorted(range(len(sentences)), key=lambda i: not lesions[i].any())[:4]  # lesions first
+    grid = [side // network.encoder.stride for side in shape]
+    maps = F.interpolate(maps.unflatten(1, grid)[:, None], shape, mode="trilinear")
+    with figure(out, 1, len(chosen), 3.2, 3.2 * shape[0] / shape[2] + 0.3) as axes:
         for ax, i in zip(axes[0], chosen):
-            lesion = lesions.get(i)
-            y = None if lesion is None else int(lesion.sum((0, 2)).argmax())
+            y = int(lesions[i].sum((0, 2)).argmax()) if lesions[i].any() else None
             _show(ax, _coronal(volume, y), textwrap.shorten(sentences[i], 45, placeholder=" …"))
             ax.imshow(_coronal(maps[i], y), cmap="inferno", alpha=0.45)
-            if lesion is not None:
-                ax.contour(_coronal(lesion[None], y), [0.5], colors="cyan", linewidths=1)
+            if lesions[i].any():
+                ax.contour(_coronal(lesions[i][None], y), [0.5], colors="cyan", linewidths=1)
 
 
 def plot_roc(scores, truth, classes, out):
-    """One ROC curve a class that has both kinds: scores (n, K), truth (n, K) of 0, 1 and NaN = unknown"""
-    colours = plt.get_cmap("tab20" if len(classes) > 10 else "tab10").colors
-    with figure(out, legend_outside=True) as [[ax]]:
-        ax.plot([0, 1], [0, 1], color="0.8", lw=1, label="chance 0.500")
-        for k, (name, colour) in enumerate(zip(classes, colours)):
-            known = ~np.isnan(truth[:, k])
-            score, label = scores[known, k], truth[known, k]
+    """The ROC curve of each class: scores (n, K), truth (n, K) of 0, 1 and NaN = unknown"""
+    with figure(out, 1, 1, 6.4) as [[ax]]:
+        ax.set_prop_cycle(color=plt.get_cmap("tab20").colors)
+        ax.plot([0, 1], [0, 1], color="0.8", label="chance 0.500")
+        for name, score, label in zip(classes, scores.T, truth.T):
+            known = ~np.isnan(label)
+            score, label = score[known], label[known]
             if 0 < label.sum() < len(label):
-                ax.plot(*roc(score, label), color=colour, label=f"{name} {auroc(score, label):.3f}")
-        ax.set(xlabel="false positive rate", ylabel="true positive rate", xlim=(0, 1), ylim=(0, 1.005),
-               aspect="equal")
-        ax.legend(title="AUC", loc="upper left", bbox_to_anchor=(1, 1))
-
-
-def plot_aucs(rows, out):
-    """Each AUC with its interval, the largest on top, the means below. rows: of `auc_table`"""
-    *others, mean, weighted = rows.items()
-    others.sort(key=lambda row: -row[1][1])
-    with figure(out, 1, 1, 5.6, 0.8 + 0.19 * len(rows)) as [[ax]]:
-        ax.axvline(0.5, color="tab:red", ls="--", lw=0.8)
-        for place, (_, (low, value, high)) in enumerate([*others, mean, weighted]):
-            colour = "tab:blue" if place < len(others) else "black"
-            ax.plot([low, high], [place, place], color=colour, lw=1.2)
-            ax.plot(value, place, marker="o", ms=4, color=colour)
-        ax.axhline(len(others) - 0.5, color="0.8", lw=0.8)
-        ax.set_yticks(range(len(rows)), [name for name, _ in [*others, mean, weighted]])
-        ax.set(xlabel="AUC and its 95 % interval; dashed: chance", ylim=(len(rows) - 0.4, -0.6))
+                ax.plot(*roc(score, label), label=f"{name} {auroc(score, label):.3f}")
+        ax.set(xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
+        ax.figure.legend(title="AUC", loc="outside right upper")
 
 
 def plot_recall(ranks, out):
-    """Recall@k over k with chance. ranks: {protocol: those of the reports, those of the volumes}"""
-    curves = {}  # protocols that have the same candidates share one
-    for name, both in ranks.items():
-        curves.setdefault(np.array(both).tobytes(), (both, []))[1].append(name)
-    titles = "reports look for volumes", "volumes look for reports"
-    with figure(out, 1, 2, 3.6, 3.4) as [axes]:
-        for side, (ax, title) in enumerate(zip(axes, titles)):
-            for both, names in curves.values():
-                n = len(both[side])
-                ks = np.arange(1, n + 1)
-                recall = np.searchsorted(np.sort(both[side]), ks, side="right") / n
-                [line] = ax.step(ks, recall, where="post", label=f"{', '.join(names)} (n = {n})")
-                ax.plot(ks, ks / n, color=line.get_color(), ls="--", lw=0.8)
-            ax.set(xscale="log", xlabel="k", title=title, xlim=(1, None), ylim=(0, 1.005))
-            ax.set_xticks([k for k in KS if k < n], [k for k in KS if k < n])
-        axes[0].set(ylabel="Recall@k; dashed: chance")
-        curves = axes[0].get_legend_handles_labels()
-        axes[0].figure.legend(*curves, loc="outside lower center", ncols=3)
+    """Recall@K over K of reports. ranks: {protocol: those of the reports, those of the volumes}"""
+    with figure(out) as [[ax]]:
+        for name, (found, _) in ranks.items():
+            ks = np.arange(1, len(found) + 1)
+            line = ax.ecdf(found, label=f"{name} (n = {len(found)})")
+            ax.plot(ks, ks / len(found), color=line.get_color(), ls="--", lw=0.8)
+        ax.set(xscale="log", xlabel="K", ylabel="Recall@K; dashed: chance", xlim=(1, None))
+        ax.legend()
 
 
 def plot_overlay(examples, out):
     """Scans and, below, what was marked (Fig. 7 of the paper): slices (y, x) in RAS.
-
-    examples: (title, image in [0, 1], pred, truth, Dice, height of a pixel in widths)
-    """
-    colours = {"correct": (0.1, 0.8, 0.2), "wrong": (0.95, 0.15, 0.1), "missing": (1, 0.85, 0)}
+    examples: (title, image in [0, 1], pred, truth, Dice, height of a pixel in widths)"""
+    paint = np.array([(0, 0, 0, 0), (0.1, 0.8, 0.2, 0.75), (0.95, 0.15, 0.1, 0.75), (1, 0.85, 0, 0.75)])
     with figure(out, 2, len(examples), 2.8, 3) as axes:
         for (top, bottom), (title, image, pred, truth, score, aspect) in zip(axes.T, examples):
-            rgb = np.repeat(np.clip(image, 0, 1)[..., None], 3, -1)
-            places = (pred == truth) & (truth > 0), (pred != truth) & (pred > 0), (pred == 0) & (truth > 0)
-            for where, colour in zip(places, colours.values()):
-                rgb[where] = 0.25 * rgb[where] + 0.75 * np.array(colour)
+            kind = np.select([(pred == truth) & (truth > 0), pred > 0, truth > 0], [1, 2, 3])
             options = {"origin": "lower", "aspect": aspect, "interpolation": "nearest"}
             _show(top, image[:, ::-1], title[-32:], **options)
-            _show(bottom, rgb[:, ::-1], f"Dice {score:.3f}", **options)
-        patches = [Patch(color=colour, label=name) for name, colour in colours.items()]
-        axes[0, 0].figure.legend(handles=patches, loc="outside lower center", ncols=3)
+            _show(bottom, image[:, ::-1], f"Dice {score:.3f}", **options)
+            bottom.imshow(paint[kind][:, ::-1], **options)
+        patches = [Patch(color=colour) for colour in paint[1:]]
+        names = "correct", "wrong", "missing"
+        axes[0, 0].figure.legend(patches, names, loc="outside lower center", ncols=3)
 
 
 def write_comparison(rows, path):
     """Generated beside true reports, a word a line. rows: dicts of id, generated, truth"""
-    tables = [difflib.HtmlDiff().make_table(row["generated"].split(), row["truth"].split(),
-                                              html.escape(row["id"]), "true") for row in rows]
-    style = "<meta charset='utf-8'><style>.diff_add, .diff_chg, .diff_sub { background: #fbb }</style>"
-    path.write_text("<hr>".join([style, *tables]), encoding="utf-8")
+    generated = " ".join(f"{row['id']} {row['generated']}" for row in rows)
+    truth = " ".join(f"{row['id']} {row['truth']}" for row in rows)
+    page = difflib.HtmlDiff().make_file(generated.split(), truth.split(), "generated", "true")
+    path.write_text(page, encoding="utf-8")
 
 
-def plot_radar(results, methods, out):
-    """One axis a task from chance (the centre) to the best value (the rim), one line a method (Fig. 8).
-
-    results: {task: {method: result of `evaluate`}}; a method without a task has a gap there.
-    """
-    labels, radii = [], []
-    for task, by_method in results.items():
-        values = np.array([by_method.get(method, {}).get("value", math.nan) for method in methods])
-        best, first = np.nanmax(values), next(iter(by_method.values()))
-        labels.append(f"{task}\n{first['metric']} {first['chance']:.3g} … {best:.3g}")
-        radii.append((values - first["chance"]) / max(best - first["chance"], 1e-9))
-    angles = np.linspace(0, 2 * math.pi, len(results) + 1)
-    with figure(out, 1, 1, 6.4, 5.6, legend_outside=True, projection="polar") as [[ax]]:
-        ax.set(theta_zero_location="N", theta_direction=-1, ylim=(0, 1))
-        ax.set_yticks([0.25, 0.5, 0.75, 1], [])
+def plot_radar(columns, methods, out):
+    """One axis a task from chance (centre) to the best value (rim), one line a method (Fig. 8).
+    columns: {task and metric: {method: result}}; where a value is missing there is a gap."""
+    values, chances = [], []
+    for by_method in columns.values():
+        values.append([by_method.get(method, {}).get("value") for method in methods])
+        chances.append([next(iter(by_method.values()))["chance"]])
+    values, chances = np.array(values, float), np.array(chances, float)     # None becomes NaN
+    best = np.nanmax(values, 1, keepdims=True)
+    radii = (values - chances) / np.maximum(best - chances, 1e-9)           # (tasks, methods)
+    labels = [f"{name}\n{low:.3g} … {high:.3g}" for name, [low], [high] in zip(columns, chances, best)]
+    angles = np.linspace(0, 2 * math.pi, len(columns) + 1)
+    with figure(out, 1, 1, 6.4, 5.6, projection="polar") as [[ax]]:
         ax.plot(angles, np.clip([*radii, radii[0]], 0, 1), marker="o", ms=3, label=methods)
+        ax.set(theta_zero_location="N", theta_direction=-1, ylim=(0, 1), yticklabels=[])
         ax.set_xticks(angles[:-1], labels)
-        for label, side in zip(ax.get_xticklabels(), np.sin(angles).round(3)):
-            label.set_horizontalalignment("center" if side == 0 else "left" if side > 0 else "right")
-        ax.legend(loc="upper left", bbox_to_anchor=(1.15, 1.1))
+        ax.tick_params(pad=24)
+        ax.figure.legend(loc="outside right upper")
 
 
 # -------------------------------- commands
@@ -1295,25 +1205,38 @@ def load_encoder(checkpoint, name=None, merging="auto"):
     return encoder, config
 
 
-def _encoder_of(args):
-    """The encoder of probe and embed on its device, its input size, source of HU, config of its run or {}"""
+def load_as_run(args):
+    """The encoder of any file of weights -> Run, whose task has the size and source of HU"""
     encoder, config = load_encoder(args.checkpoint, args.encoder, args.merging)
-    whole = "task" not in config or data.TASKS[config["task"]].view == "whole"  # else the size of a patch
-    size = args.size or whole and config.get("size") or data.SIZE
+    is_whole = "task" not in config or data.TASKS[config["task"]].view == "whole"   # no patch
+    size = args.size or is_whole and config.get("size") or data.SIZE
     for name, ours in (("crop", data.CROP), ("window", data.WINDOW)):
         if tuple(config.get(name, ours)) != ours:
-            log.warning("warning: %s was trained with the %s %s, here it is %s", args.checkpoint, name,
-                        config[name], ours)
-    return encoder.to(DEVICE), tuple(size), args.hu or config.get("hu", "auto"), config
+            log.warning("warning: %s was trained with the %s %s, here it is %s", args.checkpoint,
+                        name, config[name], ours)
+    task = PRETRAINING._replace(size=tuple(size), hu=args.hu or config.get("hu", "auto"))
+    return Run(encoder.to(DEVICE), task, config, args.cache, DEVICE)
+
+
+def load_pretrained(path, cache="cache", device="cpu"):
+    """last.pt of pretrain.py -> Run of an MG3D in eval mode. ValueError for any other file."""
+    checkpoint = model.read_checkpoint(path)
+    config = model.flags_of(checkpoint)
+    if "task" in config or "mlm_prob" not in config:
+        raise data.wrong(path, "no text side", "last.pt of pretrain.py")
+    network = model.build_network("pretrain", 0, config, model.local_file(path).parent)
+    model.restore(network, checkpoint, path)
+    task = PRETRAINING._replace(size=tuple(config["size"]), hu=config["hu"])
+    return Run(network.to(device).eval(), task, config, cache, device)
 
 
 def patients_of(path):
     """Hashes of the patients that a file of weights was trained on, as far as it tells"""
     state = model.read_checkpoint(path)
-    config = model.flags_of(state)
-    notes = model.notes_of(state)
-    noted = notes if config or notes is not state else {}       # not those of others
-    return {*noted.get("patients", ()), *config.get("pretrained_on", ()),
+    config, notes = model.flags_of(state), model.notes_of(state)
+    if notes is state and not config:           # a file of others
+        return set()
+    return {*notes.get("patients", ()), *config.get("pretrained_on", ()),
             *data.patient_hashes(config.get("patients", ()))}
 
 
@@ -1322,224 +1245,180 @@ def count_seen(items, hashes, source):
     patients = {item.patient for item in items}
     seen = data.patient_hashes(patients) & set(hashes)
     if seen:
-        log.warning("warning: %d of %d patients of the test part bear names of patients that %s was trained "
-                    "on: the number may be too good", len(seen), len(patients), source)
+        log.warning("warning: %d of %d patients of the test part bear names of patients that %s was "
+                    "trained on", len(seen), len(patients), source)
     return len(seen)
 
 
 def probe_command(args):
-    encoder, size, hu, config = _encoder_of(args)
-    items = data.load_items(args.data, args.cache)
-    features = probe_features(encoder, items, args.cache, size, hu, args.batch_size)
+    run, items = load_as_run(args), data.load_items(args.data, args.cache)
+    inputs = items, args.cache, run.task.size, run.task.hu, args.batch_size
+    features = probe_features(run.network, *inputs)
     left_out = len(items) - sum(map(len, features))
     if left_out:
         log.warning("%s: left out %d of %d volumes without all 18 labels", args.data, left_out, len(items))
     scores, truth = probe(features, items)
     value, interval = macro_auroc(scores, truth), bootstrap(macro_auroc, scores, truth)
     per_class = dict(zip(data.LABELS, auroc(scores, truth)))
-    print(f"{'finding':40s} positives   AUC")
-    for (name, auc), positives in zip(per_class.items(), truth.sum(0)):
-        print(f"{name:40s} {int(positives):9d}  {auc:.3f}")
+    print_classes("AUC", per_class, dict(zip(data.LABELS, truth.sum(0).astype(int))), {})
     print(f"macro AUC of {how_many(per_class.values())} {value:.3f} {span(interval)}, "
           f"n = {len(truth)}, chance 0.500")
-    result = {"macro_auc": value, "interval": interval, "n": len(truth), "chance": 0.5, "auc": per_class}
-    held_out, trained_on = split_labelled(items)[1], patients_of(args.checkpoint)
-    result["patients_seen_in_pretraining"] = count_seen(held_out, trained_on, args.checkpoint)
+    seen = count_seen(split_labelled(items)[1], patients_of(args.checkpoint), args.checkpoint)
+    result = {"macro_auc": value, "interval": interval, "n": len(truth), "chance": 0.5, "auc": per_class,
+              "patients_seen_in_pretraining": seen}
     if math.isnan(value):
-        result["reason"] = NO_VALUE["prompt"]
-    untrained = untrained_encoder(config) if "mlm_prob" in config else None     # of a run of pretrain.py
-    if untrained is not None:
-        before = probe_features(untrained.to(DEVICE), items, args.cache, size, hu, args.batch_size)
+        result["reason"] = KINDS["prompt"][2]
+    untrained = untrained_encoder(run.config) if "mlm_prob" in run.config else None
+    if untrained is not None:                   # of a run of pretrain.py
+        before = probe_features(untrained.to(DEVICE), *inputs)
         result["gain"] = compare_probes(before, features, items, args.few)
         print(say_probe(result["gain"]))
-    args.out.mkdir(parents=True, exist_ok=True)
     write_result(result, args.out / "probe.json")
 
 
-def load_pretrained(path, device="cpu"):
-    """last.pt of pretrain.py -> (MG3D in eval mode, its flags). ValueError for any other file."""
-    checkpoint = model.read_checkpoint(path)
-    config = model.flags_of(checkpoint)
-    if "task" in config or "mlm_prob" not in config:
-        raise ValueError(f"{path}: found no text side, expected last.pt of pretrain.py")
-    network = model.build_network("pretrain", 0, config, model.local_file(path).parent)
-    model.restore(network, checkpoint, path)
-    return network.to(device).eval(), config
-
-
-def load_towers(path, cache="cache", device="cpu"):
-    """last.pt of pretrain.py, or a checkpoint of a task with texts -> Run, and which loss taught its score,
-    in words. ValueError for a file without the projection of one side."""
-    config = model.flags_of(model.read_checkpoint(path))
-    if "task" in config:
-        run, teacher = load_checkpoint(path, cache, device), f"the loss of {config['task']}"
-    else:
-        network, config = load_pretrained(path, device)
-        task = data.TASKS["ct-rate-vocab"]._replace(size=tuple(config["size"]), hu=config["hu"])
-        run = Run(network, task, config, cache, device)
-        teacher = "--clip" if config.get("clip") else "nothing"
-    if getattr(run.network, "text_pool", None) is None:
-        raise data.wrong(path, "no projection of whole reports", "last.pt of pretrain.py with --clip, "
-                         "or a checkpoint of ct-rate-vocab or ct-rate-retrieval")
-    if teacher == "nothing":
-        log.warning("warning: %s was trained without --clip, the only loss that brings the pooled "
-                    "features of a volume and of its report together: expect chance", path)
-    return run, f"cosine of pooled features, taught by {teacher}"
-
-
 def tested_part(items, split, source):
-    """The items of a part: of test, if there are none of valid, or else all. ValueError if none is left."""
-    names = [split] if split else ["test", "valid"]
-    parts = [[item for item in items if item.split == name] for name in names]
-    chosen = next(filter(None, parts), [] if split else items)
-    if not chosen:
+    """The items of a part; without a name of test, or of valid, or all. ValueError if there are none."""
+    for name in [split] if split else ["test", "valid"]:
+        part = [item for item in items if item.split == name]
+        if part:
+            return part
+    if split:
         raise data.wrong(source, f"nothing for the part {split}", "another --split")
-    return chosen
+    return items
 
 
 def read_prompts(path):
     """A CSV name,positive,negative -> K names and 2K texts in the order of `data.prompts`"""
-    names, texts = [], []
+    pairs = {}
     for where, row in data.read_table(path, "name", "positive", "negative"):
-        name, *pair = row["name"], row["positive"], row["negative"]
-        is_pair = all(map(data.has_words, pair)) and pair[0] != pair[1]
-        if not name or name in names or not is_pair:
-            raise data.wrong(where, f"the name {name!r} and the texts {pair}",
+        pair = row["positive"], row["negative"]
+        if row["name"] in pairs or not all(map(data.has_words, pair)) or pair[0] == pair[1]:
+            raise data.wrong(where, f"the name {row['name']!r} and the texts {pair}",
                              "a name that is there once and two texts that differ")
-        names.append(name)
-        texts += pair
-    if not names:
-        raise data.wrong(path, "no row", "at least one of name,positive,negative")
-    return tuple(names), texts
+        pairs[row["name"]] = pair
+    return tuple(pairs), list(itertools.chain(*pairs.values()))
 
 
 def label_items(items, names, source):
-    """The items that have any of these labels: of the 18, or other columns of the manifest `source`"""
+    """The items that have any of these labels, of the 18 or of other columns of a manifest"""
     if set(names) <= set(data.LABELS):
         columns = [data.LABELS.index(name) for name in names]
         labels = {item.id: item.labels[columns] for item in items if item.labels is not None}
     elif Path(source).is_file():
         labels = data.read_labels(source, names)
     else:
-        others = [name for name in names if name not in data.LABELS]
-        raise data.wrong(source, f"no label columns {others}", "a manifest .csv that has them")
+        raise data.wrong(source, f"no columns {data.shorten(names)}", "a manifest with them")
     labelled = data.with_labels(items, labels, source)
     if not labelled:
-        raise data.wrong(source, f"no label of {data.shorten(names)} for {len(items)} volumes",
-                         "some, or --prompts that names other label columns")
+        raise data.wrong(source, f"no label of {data.shorten(names)}", "some, or other --prompts")
     return labelled
 
 
-def zeroshot_command(args):
-    names, texts = data.LABELS, data.demo_prompts() if args.data == "demo" else None
-    if args.prompts:
-        names, texts = read_prompts(args.prompts)
+def towers_command(args):
+    """zeroshot and retrieval: volumes against texts, by the features of a dual encoder"""
+    config = model.flags_of(model.read_checkpoint(args.checkpoint))
+    load = load_checkpoint if "task" in config else load_pretrained
+    run = load(args.checkpoint, args.cache, DEVICE)
+    if getattr(run.network, "text_pool", None) is None:
+        raise data.wrong(args.checkpoint, "no projection of whole reports", "last.pt of a run with --clip, "
+                         "or best.pt of ct-rate-vocab or ct-rate-retrieval")
+    teacher = config.get("task") or ("--clip" if config.get("clip") else "nothing")
+    if teacher == "nothing":
+        log.warning("warning: %s was trained without --clip, the only loss that compares the features "
+                    "of volumes and reports: expect chance", args.checkpoint)
     items = tested_part(data.load_items(args.data, args.cache), args.split, args.data)
-    items = label_items(items, names, args.data)
-    run, score = load_towers(args.checkpoint, args.cache, DEVICE)
-    prompts, tokenizer = texts or data.prompts(names), run.network.text_encoder.tokenizer
-    run.network.text_encoder.check_words(prompts, args.prompts or "the prompts")
-    unknown = [text for text in prompts if tokenizer.unk_token in tokenizer.tokenize(text)]
-    if unknown:
-        log.warning("warning: the text encoder lacks words of %d of %d prompts: %s", len(unknown),
-                    len(prompts), data.shorten(unknown))
-    task = run.task._replace(kind="prompt", metric="AUC", classes=names)
-    run = run._replace(task=task, config=run.config | {"task": "zeroshot", "prompts": texts})
-    evaluate_towers(run, items, args, score)
-
-
-def retrieval_command(args):
-    items = tested_part(data.load_items(args.data, args.cache), args.split, args.data)
-    run, score = load_towers(args.checkpoint, args.cache, DEVICE)
-    task = run.task._replace(kind="retrieve", metric="Recall@50")
-    run = run._replace(task=task, config=run.config | {"task": "retrieval"})
-    evaluate_towers(run, items, args, score)
-
-
-def evaluate_towers(run, items, args, score):
-    """Evaluate on items, print and write the result."""
+    task, texts = run.task._replace(kind="retrieve", metric="Recall@50"), None
+    if args.command == "zeroshot":
+        names, texts = data.LABELS, data.demo_prompts() if args.data == "demo" else None
+        if args.prompts:
+            names, texts = read_prompts(args.prompts)
+        items = label_items(items, names, args.data)
+        task = run.task._replace(kind="prompt", metric="AUC", classes=names)
+        prompts, tokenizer = texts or data.prompts(names), run.network.text_encoder.tokenizer
+        run.network.text_encoder.check_words(prompts, args.prompts or "the prompts")
+        lacking = [text for text in prompts if tokenizer.unk_token in tokenizer.tokenize(text)]
+        if lacking:
+            log.warning("warning: the text encoder lacks words of %d of %d prompts: %s",
+                        len(lacking), len(prompts), data.shorten(lacking))
+    run = run._replace(task=task, config=run.config | {"task": args.command, "prompts": texts})
     seen = count_seen(items, patients_of(args.checkpoint), args.checkpoint)
-    items = data.prepare_all(items, args.cache, run.config["workers"], run.task)
-    result = evaluate(run, items, args.out)
-    result["more"] |= {"score": score, "patients_seen_in_training": seen}
-    save_result(result, args.out)
+    save_evaluation(run, items, args.out, score=f"cosine of pooled features, taught by {teacher}",
+                    patients_seen_in_training=seen)
+
+
+def save_evaluation(run, items, out, train_items=(), **more):
+    """Evaluate on items, print and write the result with what is added to its `more`."""
+    items = data.prepare_all(items, run.cache, run.config["workers"], run.task)
+    result = evaluate(run, items, out, train_items=train_items)
+    result["more"] |= more
+    print_result(result)
+    write_result(result, out / "result.json")
+    print(f"wrote {out / 'result.json'}")
 
 
 def pairing_command(args):
-    network, config = load_pretrained(args.checkpoint, DEVICE)
+    network, task, config, *_ = load_pretrained(args.checkpoint, args.cache, DEVICE)
     held_out = [item for item in data.load_items(args.data, args.cache) if item.split != "train"]
-    data.check_prepared(held_out, config["size"], config["hu"])
-    items = list({item.patient: item for item in held_out}.values())    # a second scan has the same report
-    if len(items) < 2 or args.batch_size < 2:
-        raise ValueError(f"{args.data}: found {len(items)} held-out patients and --batch_size "
-                         f"{args.batch_size}, expected at least two of each")
+    data.check_prepared(held_out, task.size, task.hu)
+    items = list({item.patient: item for item in held_out}.values())    # one report a patient
+    size = min(args.batch_size, len(items))
+    if size < 2:
+        raise data.wrong(args.data, f"{len(items)} held-out patients", "at least two in a batch")
     count_seen(items, patients_of(args.checkpoint), args.checkpoint)
     tokenizer = network.text_encoder.tokenizer
+    settings = {name: config[name] for name in ("hu", "mask_size", "mask_ratio", "mlm_prob")}
     make = functools.partial(data.pretraining_example, tokenizer=tokenizer, cache=args.cache,
-                             **{name: config[name] for name in ("hu", "mask_size", "mask_ratio", "mlm_prob")},
-                             size=tuple(config["size"]))
-    examples, size = data.Examples(items, make, args.seed), min(args.batch_size, len(items))
-    batches = []
+                             size=task.size, **settings)
+    examples, batches = data.Examples(items, make, args.seed), []
     for shuffle in range(3):
         order = np.random.default_rng((args.seed, shuffle)).permutation(len(items))
         for i in range(0, len(order) - size + 1, size):                 # batches of equal size
             chosen = [examples[int(index), shuffle] for index in order[i:i + size]]
             batches.append(data.collate(chosen, tokenizer.pad_token_id))
-    if len(batches) < 8:
-        log.warning("%s: only %d batches of %d: too few for a verdict", args.data, len(batches), size)
     enabled = [name for name in model.LOSSES if name in network.losses]
     result = pairing(network, batches, enabled, config["temperature"])
     print(say_pairing(result))
     out = args.out or args.checkpoint.parent
-    out.mkdir(parents=True, exist_ok=True)
     write_result(result, out / "pairing.json")
     plot_pairing(result, out / "pairing.png")
     print(f"wrote {out / 'pairing.json'} and pairing.png")
 
 
 def find_scans(folder):
-    """What a folder holds at any depth: volume files, folders of DICOM, and folders of pictures that have no
-    volume beside them; if there is nothing of these, every folder of files that may be slices"""
-    scans, unknown, notes = [], [], re.compile(r".*\.(csv|json|txt)|DICOMDIR", re.IGNORECASE)
-    for root, _, files in data.walk(folder):
-        paths = [root / name for name in files if not notes.fullmatch(name)]
+    """The scans in a folder: volume files, folders of DICOM, folders of pictures alone; or itself"""
+    scans = []
+    for root, _, names in data.walk(folder):
+        paths = [root / name for name in names if name != "DICOMDIR"]
         volumes = [path for path in paths if data.ENDING.search(path.name)]
-        others = [path for path in paths if not data.ENDING.search(path.name)]
+        others = set(paths) - set(volumes)
         has_pictures = any(path.suffix.lower() in (".png", ".jpg", ".jpeg") for path in others)
         if any(map(data.is_dicom, others)) or (has_pictures and not volumes):
             scans.append(root)
-        if others:
-            unknown.append(root)
         scans += volumes
-    return sorted(scans or unknown)
+    return sorted(scans) or [folder]
 
 
 def embed_command(args):
     """Features of every scan of a folder; a scan that cannot be read is named and left out."""
-    if args.out.suffix != ".npz":
-        raise ValueError(f"--out {args.out}: expected a name that ends in .npz")
-    encoder, size, hu, _ = _encoder_of(args)
-    is_folder = args.input.is_dir()
-    scans = find_scans(args.input) if is_folder else [args.input]
-    ids, rows, failures = [], [], []
+    run = load_as_run(args)
+    source = args.input.absolute()              # . has a name then
+    scans = find_scans(source)
+    ids, rows = [], []
     for scan in tqdm(scans, desc="embed", unit="scan", disable=None):
-        is_below = is_folder and scan != args.input
-        name = scan.relative_to(args.input).as_posix() if is_below else scan.name or scan.resolve().name
-        item = _scan_item(scan, name)
+        name = scan.name if scan == source else scan.relative_to(source).as_posix()
         try:
-            rows.append(global_features(encoder, [item], args.cache, size, hu)[0])
-            ids.append(item.id)
+            item = data.Item(name, scan, "", None, name)
+            rows.append(global_features(run.network, [item], run.cache, run.task.size, run.task.hu))
+            ids.append(name)
         except ValueError as error:
-            failures.append(error)
-    for failure in failures:  # after the bar
-        log.warning("left out %s", failure)
+            log.warning("left out %s", error)
     if not ids:
-        raise ValueError(f"{args.input}: found no scan that can be read, expected a scan or a folder of them")
-    features = np.array(rows, np.float32)
+        raise data.wrong(args.input, "no scan that can be read", "a scan or a folder of them")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with open(args.out, "wb") as file:  # given a name, numpy would add .npz to it
+    features = np.concatenate(rows).astype(np.float32)
+    with data.written_whole(args.out) as file:
         np.savez(file, ids=np.array(ids), features=features)
-    print(f"wrote {args.out}: features {features.shape}; {len(failures)} scans left out")
+    print(f"wrote {args.out}: features {features.shape}; {len(scans) - len(ids)} scans left out")
 
 
 class ImageFeature(torch.nn.Module):
@@ -1550,181 +1429,114 @@ class ImageFeature(torch.nn.Module):
         self.encoder, self.image_proj = network.encoder, network.image_proj
 
     def forward(self, volume):
-        return F.normalize(model.MG3D.encode_image(self, volume).mean(1), dim=-1)
-
-
-def load_for_export(args):
-    """The network of a task, else an encoder; what it gives, and what its user must know"""
-    config = model.flags_of(model.read_checkpoint(args.checkpoint))
-    if "task" not in config:
-        encoder, size, hu, _ = _encoder_of(args)
-        return encoder, "maps", {"task": None, "kind": "encode", "view": "whole", "size": size,
-                                 "window": data.WINDOW, "spacing": None, "hu": hu}
-    if args.encoder or args.hu or args.merging != "auto":
-        raise ValueError(f"{args.checkpoint}: found --encoder, --merging or --hu, expected none of them: a "
-                         f"checkpoint of the task {config['task']} has its own")
-    run = load_checkpoint(args.checkpoint)
-    notes = {"task": config["task"], **run.task.settings()}
-    notes |= {"size": args.size or notes["size"], "vocabulary": config["vocabulary"]}
-    if run.task.kind == "prompt":  # log odds: (yes - no) / temperature, cosines of a feature and two texts
-        texts = text_features(run.network, data.prompts(run.task.classes))
-        notes |= {"texts": texts.tolist(), "temperature": config["temperature"]}
-    if run.task.kind in ("prompt", "retrieve"):
-        return ImageFeature(run.network), "feature", notes
-    return run.network, "logits", notes
+        tokens = self.image_proj(self.encoder(volume)[-1].flatten(2).mT)            # (B, N, E)
+        return F.normalize(tokens.mean(1), dim=-1)
 
 
 @torch.no_grad()
 def export_command(args):
-    """A graph for one volume on a CPU. It replaces --out when, read again, it gives our numbers."""
-    if args.out.suffix != ".pt2":
-        raise ValueError(f"--out {args.out}: expected a name that ends in .pt2")
-    network, name, notes = load_for_export(args)
-    network, size = network.cpu().eval(), notes["size"]
+    """A graph for one volume on a CPU. It is written if, read again, it gives our numbers."""
+    config = model.flags_of(model.read_checkpoint(args.checkpoint))
+    run = load_checkpoint(args.checkpoint) if "task" in config else load_as_run(args)
+    network, kind, size = run.network.cpu().eval(), run.task.kind, args.size or run.task.size
     stride = getattr(network, "encoder", network).stride
     if any(side % stride for side in size):
         raise ValueError(f"found the size {tuple(size)}, expected multiples of {stride}")
-    inputs = {"volume": torch.rand(1, 1, *size)}
-    if notes["kind"] == "report":  # shorter reports end in padding, which no word before it sees
+    notes = {**run.task.settings(), "task": config.get("task"), "size": size, "crop": data.CROP,
+             "vocabulary": config.get("vocabulary"), "axes": "z, y, x of a scan in RAS",
+             "values": "HU, window to [0, 1]" if run.task.window else "z-score of all voxels but 0"}
+    inputs, name = {"volume": torch.rand(1, 1, *size)}, "maps" if kind == "encode" else "logits"
+    if kind == "report":  # shorter reports end in padding, which no word before it sees
         inputs["tokens"] = torch.randint(len(notes["vocabulary"]), (1, network.max_length + 1))
+    if kind == "prompt":  # log odds: (yes - no) / temperature, cosines of a feature and two texts
+        texts = text_features(network, data.prompts(run.task.classes))
+        notes |= {"texts": texts.tolist(), "temperature": config["temperature"]}
+    if kind in ("prompt", "retrieve"):
+        network, name = ImageFeature(network), "feature"
     expected = network(*inputs.values())
-    expected = expected if name == "maps" else [expected]
-    notes |= {"inputs": {key: list(tensor.shape) for key, tensor in inputs.items()},
-              "outputs": {name: [list(tensor.shape) for tensor in expected]},
-              "values": "HU, window to [0, 1]" if notes["window"] else "z-score of all voxels but 0",
-              "axes": "z, y, x of a scan in RAS", "view": VIEWS[notes["view"]]}
-    for key in ("inputs", "outputs", "axes", "values", "window", "hu", "spacing", "view"):
-        print(f"{key:8s} {notes[key]}")
-    print("traced, written and read again, which takes minutes for Swin-B in full size …", flush=True)
+    tensors = expected if name == "maps" else [expected]
+    notes["inputs"] = {key: list(tensor.shape) for key, tensor in inputs.items()}
+    notes["outputs"] = {name: [list(tensor.shape) for tensor in tensors]}
+    print("traced, written and read again: minutes for Swin-B in full size", flush=True)
     program = torch.export.export(network, tuple(inputs.values()), strict=False)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    part = args.out.with_suffix(".part.pt2")
-    try:
-        torch.export.save(program, part, extra_files={"mg3d.json": json.dumps(notes)})
-        found = torch.export.load(part).module()(*inputs.values())
-        gap = max((a - b).abs().max().item() for a, b in zip(found if name == "maps" else [found], expected))
-        if not gap <= 1e-5:
-            raise ValueError(f"{part}: found outputs that differ by {gap:.1e}, expected at most 1e-5")
-        part.replace(args.out)
-    finally:
-        part.unlink(missing_ok=True)
-    print(f"wrote {args.out}: {args.out.stat().st_size / 1e6:.1f} MB; read again, it differs by {gap:.1e}")
-
-
-def comparison_table(results, methods):
-    """Markdown like the paper's tables: a row a method, mean±std in percent"""
-    metrics = [next(iter(by_method.values()))["metric"] for by_method in results.values()]
-    rows = [["method", *map(" ".join, zip(results, metrics))], ["---"] * (1 + len(results))]
-    for method in methods:
-        rows.append([method])
-        for task, by_method in results.items():
-            scale = 1 if data.TASKS[task].kind == "report" else 100  # BLEU comes in percent
-            result = by_method.get(method, {})
-            numbers = [result[name] for name in ("value", "std") if result.get(name) is not None]
-            numbers = [f"{number * scale:.2f}" for number in numbers]
-            rows[-1].append("±".join(numbers))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def check_column(task, by_method):
-    """Results that stand in one column: ValueError for different metrics, a warning for different tests."""
-    (first, reference), *others = by_method.items()
-    for method, result in others:
-        different = [f"{key} {str(reference[key])[:60]} and {str(result[key])[:60]}"
-                     for key in ("metric", "split", "n", "ids_sha1", "protocol")
-                     if key in reference and key in result and reference[key] != result[key]]
-        found = f"{task}: found {'; '.join(different)} of the methods {first} and {method}"
-        if reference["metric"] != result["metric"]:
-            raise ValueError(f"{found}, expected one metric")
-        if different:
-            log.warning("warning: %s: these numbers cannot be compared", found)
+    with data.written_whole(args.out) as file:
+        torch.export.save(program, file, extra_files={"mg3d.json": json.dumps(notes)})
+        file.flush()
+        found = torch.export.load(file.name).module()(*inputs.values())
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    print(f"wrote {args.out}: from {notes['inputs']} to {notes['outputs']}")
 
 
 def radar_command(args):
-    results, methods = {task: {} for task in data.TASKS}, {}
+    """A table like the paper's, a row a method, and a chart"""
+    columns = {}                                # {task and metric: {method: result}}
     for path in args.results:
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
-            task = result["task"]
-            if result["value"] is None:
-                log.warning("%s: left out, its value is null: %s", path, result.get("reason", "unknown why"))
-                continue
-            float(result["value"]) + float(result["chance"]) + len(result["metric"])
+            task, metric, *_ = (result[key] for key in ("task", "metric", "value", "chance"))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: found {error!r}, expected a result.json with task, metric, value and "
-                             "chance") from None
+            raise data.wrong(path, repr(error), "a result.json of a task") from None
         folder = path.resolve().parent
-        method = result.get("method") or (folder.parent if folder.name == task else folder).name
-        if task not in results or method in results[task]:
-            raise ValueError(f"{path}: found the task {task} of the method {method}, expected each of "
-                             f"{', '.join(data.TASKS)} at most once for a method")
-        results[task][method] = result
-        methods.setdefault(method)
-    results = {task: by_method for task, by_method in results.items() if by_method}
-    if not results:
-        raise ValueError("found no result with a value, expected one at least")
-    for task, by_method in results.items():
-        check_column(task, by_method)
-    print(comparison_table(results, methods))
+        method = (folder.parent if folder.name == task else folder).name
+        by_method = columns.setdefault(f"{task} {metric}", {})
+        if method in by_method:
+            raise data.wrong(path, f"a second result of {method} for {task}", "one")
+        by_method[method] = result
+        other, first = next(iter(by_method.items()))
+        for key in ("split", "n", "ids_sha1", "protocol"):
+            if key in result and key in first and result[key] != first[key]:
+                log.warning("warning: %s cannot be compared with %s: another %s", path, other, key)
+    methods = list(dict.fromkeys(itertools.chain(*columns.values())))
+    print(f"| method | {' | '.join(columns)} |\n|{' --- |' * (1 + len(columns))}")
+    for method in methods:
+        row = [method]
+        for column, by_method in columns.items():
+            scale = 1 if "BLEU" in column else 100                      # BLEU comes in percent
+            result = by_method.get(method, {})
+            numbers = [result[name] for name in ("value", "std") if result.get(name) is not None]
+            row.append("±".join(f"{scale * number:.2f}" for number in numbers))
+        print(f"| {' | '.join(row)} |")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    plot_radar(results, list(methods), args.out)
+    plot_radar(columns, methods, args.out)
     print(f"wrote {args.out}: {len(methods)} methods")
 
 
-def _scan_item(path, name, centre=None):
-    return data.Item(name, path, "", split=None, patient=name, labels=None, rescale=None, centre=centre)
-
-
 def task_command(args):
-    if args.task not in data.TASKS:
-        raise ValueError(f"found --task {args.task}, expected one of {', '.join(data.TASKS)}, or a command: "
-                         f"{', '.join(filter(None, COMMANDS))}")
-    if not args.checkpoint or not (args.data or args.input):
-        raise ValueError("expected --checkpoint, and --data or --input")
+    if not (args.task and args.checkpoint and (args.data or args.input)):
+        raise ValueError("expected --task, --checkpoint, and --data or --input; see --help")
     run = load_checkpoint(args.checkpoint, args.cache, DEVICE)
-    config = run.config
-    out = args.out or args.checkpoint.parent / "eval"
+    config, out = run.config, args.out or args.checkpoint.parent / "eval"
     if config["task"] != args.task:
-        raise ValueError(f"{args.checkpoint}: found a checkpoint of the task {config['task']}, "
-                         f"expected {args.task}")
-    items = []
+        raise data.wrong(args.checkpoint, f"the task {config['task']}", f"--task {args.task}")
+    items, chosen = [], []
     if args.data:
         fold = config["fold"] if args.fold is None else args.fold
         items = data.load_task(args.task, args.data, fold, config["seed"], cache=args.cache)
         classes = data.with_classes(run.task, items).classes
         if run.task.kind == "classify" and classes != run.task.classes:
-            raise ValueError(f"{args.data}: found the labels {', '.join(classes)}, expected those of "
-                             f"{args.checkpoint}: {', '.join(run.task.classes)}")
-    chosen = [item for item in items if item.split == args.split]
+            raise data.wrong(args.data, f"the labels {classes}", f"{run.task.classes} as in training")
+        chosen = tested_part(items, args.split, args.data)
     if args.input:
         centre = args.centre
         if (centre is not None) != (run.task.view == "cube"):
-            raise ValueError(f"--task {args.task}: expected {'no --centre' if centre else '--centre X Y Z'}")
+            raise ValueError(f"{args.task}: expected {'no --centre' if centre else '--centre X Y Z'}")
         if run.task.kind == "retrieve" and not chosen:
-            raise ValueError(f"--task {args.task}: expected --data, whose reports are those to search")
+            raise ValueError(f"{args.task}: expected --data with the reports to search")
         if centre and ".nii" not in args.input.name.lower():  # LPS to RAS
             centre = [-centre[0], -centre[1], centre[2]]
-        return predict_scan(run, _scan_item(args.input, args.input.name, centre), out, chosen)
-    if not chosen:
-        raise ValueError(f"{args.data}: found nothing for the part {args.split}, expected another --split")
+        name = args.input.name
+        item = data.Item(name, args.input, "", None, name, centre=centre)
+        return predict_scan(run, item, out, chosen)
     tested = chosen if args.split == "test" else []
     seen = count_seen(tested, data.patient_hashes(config["patients"]), args.checkpoint)
     seen_before = count_seen(tested, config.get("pretrained_on", ()), config.get("init"))
-    chosen = data.prepare_all(chosen, args.cache, config["workers"], task=run.task)
     train_items = [item for item in items if item.split == "train"]
-    result = evaluate(run, chosen, out, train_items=train_items)
-    result["more"]["patients_seen_in_training"] = seen
-    result["more"]["patients_seen_in_pretraining"] = seen_before
-    save_result(result, out)
+    save_evaluation(run, chosen, out, train_items, patients_seen_in_training=seen,
+                    patients_seen_in_pretraining=seen_before)
 
 
-def save_result(result, out):
-    print_result(result)
-    write_result(result, out / "result.json")
-    print(f"wrote {out / 'result.json'}")
-
-
-COMMANDS = {None: task_command, "zeroshot": zeroshot_command, "retrieval": retrieval_command,
+COMMANDS = {None: task_command, "zeroshot": towers_command, "retrieval": towers_command,
             "probe": probe_command, "pairing": pairing_command, "embed": embed_command,
             "export": export_command, "radar": radar_command}
 

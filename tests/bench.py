@@ -382,13 +382,13 @@ def loader_bench(args):
         rows = []
         for workers in (1, 2):
             start = time.perf_counter()
-            subprocess.run([sys.executable, ROOT / "data.py", "cache", "--data", manifest, "--cache", folder / f"cache{workers}",
+            subprocess.run([sys.executable, ROOT / "data.py", "cache", "--data", manifest, "--out", folder / f"cache{workers}",
                             "--workers", str(workers), "--size", *map(str, size)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             rows.append([f"data.py cache --workers {workers}, 8 such scans", time.perf_counter() - start])
-        items = data.load_items(str(manifest), folder)
+        items = data.load_items(folder / "cache2")
         phantoms.make_demo_text_encoder(folder / "text", [item.report for item in items])
         tokenizer = model.TextEncoder(str(folder / "text")).tokenizer
-        make = functools.partial(data.pretraining_example, tokenizer=tokenizer, cache=folder / "cache2", size=size)
+        make = functools.partial(data.pretraining_example, tokenizer=tokenizer, size=size)
         dataset = data.Examples(items, make)
         loader = torch.utils.data.DataLoader(dataset, batch_sampler=data.Batches(len(items), 4), num_workers=2,
                                              collate_fn=functools.partial(data.collate, pad_id=tokenizer.pad_token_id))
@@ -473,7 +473,7 @@ def write_cache(folder, volumes, size):
         with open(table, newline="", encoding="utf-8") as file:
             said = [json.dumps({"split": "train", "labels": [float(row.get(name) or 0) for name in names], "report": row[column]})[1:]
                     for row in csv.DictReader(file)]
-    data.begin_cache(folder, size, "auto")
+    data.begin_cache(folder, size, "auto", volumes)
     rng = np.random.default_rng(0)
     for k in range(FILES):
         with open(folder / f"{k}.real", "wb") as file:
@@ -484,7 +484,7 @@ def write_cache(folder, volumes, size):
         for i, patient in enumerate(tqdm(patients.tolist(), desc="write", disable=None)):
             name = f"train_{patient}_a_{i}"
             os.link(folder / f"{i % FILES}.real", folder / data.cache_name(name))
-            files[data._number_of(name) >> 28].write(
+            files[data.shard_of(name, 16) - 1].write(
                 f'{{"id": "{name}", "patient": "train_{patient}", "source": {{"path": "/gone/train/train_{patient}/{name}.nii.gz", '
                 f'"size": 250000000, "mtime_ns": 1700000000000000000, "sha256": "{i:064x}"}}, {said[patient % len(said)]}\n')
 

@@ -12,6 +12,7 @@ intervals (Student's t over seeds).
 """
 import argparse
 import csv
+import functools
 import json
 import math
 import multiprocessing
@@ -105,7 +106,7 @@ def measure(folder, manifest, seed):
     untrained = evaluation.untrained_encoder({"encoder": pretrain.DEMO["encoder"], "seed": seed, "init": None})
     network, encoder, row = None, untrained, {}
     if (folder / "last.pt").exists():
-        network, _ = evaluation.load_pretrained(folder / "last.pt", evaluation.DEVICE)
+        network = evaluation.load_pretrained(folder / "last.pt", device=evaluation.DEVICE).network
         encoder = network.encoder
     before, after = (evaluation.probe_features(net.to(evaluation.DEVICE), items, cache, size, batch_size=24)
                      for net in (untrained, encoder))
@@ -224,7 +225,9 @@ def main():
     import pretrain
     for seed in args.seeds:
         manifest = phantoms.write_demo(args.out / f"phantoms_{seed}", args.n, seed)
-        data.prepare_all(data.load_items(manifest), args.out / "cache", args.jobs, size=pretrain.DEMO["size"])
+        load = functools.partial(data.load_volume, cache=args.out / "cache", size=pretrain.DEMO["size"])
+        for _ in data.in_processes(load, data.load_items(manifest), args.jobs, "prepare"):
+            pass
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         jobs = [pool.submit(run, args.out, arm, seed, args.steps, args.text_encoder)
                 for arm in args.arms for seed in args.seeds]

@@ -562,7 +562,7 @@ def test_every_scan_has_a_mask_of_its_own(scans):
     evaluation.evaluate(network, renamed, folder / "names")
     assert sorted(path.name for path in (folder / "names" / "masks").iterdir()) == sorted(f"{name}.nii.gz" for name in names.values())
     twice = [items[0]._replace(id="a.nii.gz"), items[1]._replace(id="a.mha")]
-    with pytest.raises(ValueError, match="scan0.nii.gz and .*scan1.nii.gz for the mask a, expected"):
+    with pytest.raises(ValueError, match="the same name for masks of .*scan0.nii.gz, .*scan1.nii.gz"):
         evaluation.evaluate(network, twice, folder / "twice")
     assert not (folder / "twice" / "masks").exists()
 
@@ -577,11 +577,11 @@ def test_scans_of_one_name_do_not_overwrite_each_other(scans):
         scan = data.Item("ct.nii.gz", folder / place / "ct.nii.gz", "", None, "x")
         evaluation.predict_scan(network, scan, folder / "one")
         found[place] = json.loads((folder / "one" / "inputs.json").read_text())
-    assert found["A"] == {"ct_mask.nii.gz": str(folder / "A" / "ct.nii.gz"), "B_ct_mask.nii.gz": str(folder / "B" / "ct.nii.gz"),
-                          "2_ct_mask.nii.gz": str(folder / "x" / "B" / "ct.nii.gz")}
-    assert found["x/B"] == found["A"] and len(list((folder / "one").glob("*mask*"))) == 3
-    for name, label in (("ct", 1), ("B_ct", 2)):
-        assert nib.load(folder / "one" / f"{name}_mask.nii.gz").get_fdata().max() == label
+    assert found["x/B"] == found["A"] and sorted(found["A"]) == sorted(path.name for path in (folder / "one").glob("*mask*"))
+    assert list(found["A"].values()) == [str(folder / place / "ct.nii.gz") for place in ("A", "B", "x/B")]
+    assert next(iter(found["A"])) == "ct_mask.nii.gz"
+    for name, label in zip(found["A"], (1, 2)):
+        assert nib.load(folder / "one" / name).get_fdata().max() == label
 
 
 def test_scans_without_any_truth_have_no_dice(scans):
@@ -892,8 +892,6 @@ def test_embed(tmp_path, encoder):
         assert np.allclose(found["features"], expected, atol=1e-5)
     done = here("embed", "--checkpoint", "last.pt", "--input", "scans/broken.nii.gz", cwd=tmp_path)
     assert done.returncode == 1 and "broken.nii.gz" in done.stderr
-    done = here("embed", "--checkpoint", "last.pt", "--input", "scans", "--out", "emb.csv", cwd=tmp_path)
-    assert done.returncode == 1 and "--out emb.csv: expected a name that ends in .npz" in done.stderr
 
 
 def test_what_a_mixed_folder_holds(tmp_path):
@@ -944,11 +942,11 @@ def test_radar(tmp_path):
     done = here("radar", *files, "--out", "radar.png", cwd=tmp_path)
     assert done.returncode == 0 and "2 methods" in done.stdout, done.stderr
     assert done.stdout.splitlines()[:4] == [
-        "| method | cc-ccii ACC | acdc Dice | ctrg BLEU-4 |", "| --- | --- | --- | --- |",
-        "| ours | 90.00 | 70.00±1.23 | 30.00 |", "| scratch | 80.00 | 60.00±1.23 |  |"]
+        "| method | acdc Dice | cc-ccii ACC | ctrg BLEU-4 |", "| --- | --- | --- | --- |",
+        "| ours | 70.00±1.23 | 90.00 | 30.00 |", "| scratch | 60.00±1.23 | 80.00 |  |"]
     drawn(tmp_path / "radar.png")
     done = here("radar", *files, files[0], cwd=tmp_path)
-    assert done.returncode == 1 and "at most once" in done.stderr
+    assert done.returncode == 1 and "a second result of ours for acdc" in done.stderr
     (tmp_path / "other.json").write_text("[1]")
     done = here("radar", "other.json", cwd=tmp_path)
     assert done.returncode == 1 and "other.json" in done.stderr
@@ -970,13 +968,12 @@ def test_radar_tells_what_cannot_be_compared(tmp_path, caplog):
     done = radar("ours", "same", "older")
     assert done.returncode == 0 and "warning" not in caplog.text
     done = radar("ours", "fold")
-    assert "| fold | 40.00 |" in done.stdout and "n 20 and 21; ids_sha1 a and b of the methods ours and fold" in caplog.text
-    assert "these numbers cannot be compared" in caplog.text
-    done = radar("ours", "metric")
-    assert done.returncode == 1 and "metric Recall@5 and Recall@50" in done.stderr and "expected one metric" in done.stderr
-    done = radar("ours", "null")
-    assert done.returncode == 0 and "null" not in done.stdout and "its value is null: no report" in caplog.text
-    assert radar("null").returncode == 1
+    assert "| fold | 40.00 |" in done.stdout
+    for key in ("n", "ids_sha1"):
+        assert f"fold/result.json cannot be compared with ours: another {key}\n" in caplog.text
+    done = radar("ours", "metric")                              # another column
+    assert "| ours | 50.00 |  |" in done.stdout and "| metric |  | 40.00 |" in done.stdout and "warning" not in caplog.text
+    assert "| null |  |" in radar("ours", "null").stdout
 
 
 # ------------------------------------------------------------------------------- checkpoints and the command lines
@@ -1039,7 +1036,7 @@ def test_a_network_of_a_task_is_exported(tmp_path, monkeypatch, task):
     network = save_checkpoint(tmp_path / "best.pt", task, size=[16, 16, 16])
     done = here("export", "--checkpoint", "best.pt", "--out", "new/net.pt2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "wrote new/net.pt2: " in done.stdout and [path.name for path in (tmp_path / "new").iterdir()] == ["net.pt2"]
+    assert "wrote new/net.pt2: from " in done.stdout and [path.name for path in (tmp_path / "new").iterdir()] == ["net.pt2"]
     graph, notes = read_graph(tmp_path / "new" / "net.pt2")
     assert notes["task"] == task and notes["classes"] == list(data.TASKS[task].classes)
     assert notes["inputs"]["volume"] == [1, 1, 16, 16, 16] and notes["window"] == list(data.TASKS[task].window)
@@ -1091,7 +1088,7 @@ def test_an_exported_encoder_needs_nothing_of_the_project(tmp_path, encoder):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     notes = read_graph(tmp_path / "net.pt2")[1]
     assert (notes["task"], notes["hu"], notes["window"]) == (None, "header", [-1000, 1000])
-    assert "(0.88, 0.66, 0.88)" in notes["view"]
+    assert (notes["view"], notes["crop"]) == ("whole", [0.88, 0.66, 0.88])
 
 
 def test_what_cannot_be_exported_is_named(tmp_path, monkeypatch, encoder):
@@ -1103,16 +1100,13 @@ def test_what_cannot_be_exported_is_named(tmp_path, monkeypatch, encoder):
                          (["encoder.pt", "--encoder", "unet"], "does not fill the encoder"),
                          (["encoder.pt", "--encoder", "swin_t", "--size", 32, 32, 36], r"(32, 32, 36), expected multiples of 8"),
                          (["best.pt", "--size", 20, 16, 16], "(20, 16, 16), expected multiples of 8"),
-                         (["best.pt", "--merging", "v0.9"], "best.pt: found --encoder, --merging or --hu, expected none"),
                          (["absent.pt"], "absent.pt: found no such file")):
         done = export("--checkpoint", *flags)
         assert done.returncode == 1 and words in done.stderr
-    done = export("--checkpoint", "best.pt", "--out", "net.onnx")
-    assert done.returncode == 1 and "--out net.onnx: expected a name that ends in .pt2" in done.stderr
     load_graph = torch.export.load
     monkeypatch.setattr(torch.export, "load", lambda path: SimpleNamespace(module=lambda: lambda x: 1 + load_graph(path).module()(x)))
-    done = export("--checkpoint", "best.pt", "--size", 16, 16, 16)
-    assert done.returncode == 1 and "found outputs that differ by 1.0e+00, expected at most 1e-5" in done.stderr
+    with pytest.raises(AssertionError, match="not close"):
+        export("--checkpoint", "best.pt", "--size", 16, 16, 16)
     assert (tmp_path / "old.pt2").read_text() == "a graph"
     assert {path.name for path in tmp_path.iterdir()} == {"encoder.pt", "best.pt", "old.pt2"}
 
@@ -1206,7 +1200,7 @@ def test_wrong_requests_are_named(stoic):
     (stoic / "notes.txt").write_text("no scan")
     nib.save(nib.Nifti1Image(np.eye(32, dtype=np.uint8)[..., None].repeat(8, 2), np.eye(4)), stoic / "a_mask.nii.gz")
     scan = "set/data/mha/0.mha"
-    for flags, *words in ((["--task", "acdc", "--input", scan], "task stoic", "acdc"), (["--task", "lung", "--input", scan], "lung", "luna16"),
+    for flags, *words in ((["--task", "acdc", "--input", scan], "task stoic", "acdc"), (["--task", "lung", "--input", scan], "task stoic", "lung"),
                           (["--task", "stoic"], "--data or --input"), (["--task", "stoic", "--input", "notes.txt"], "notes.txt", "unknown kind"),
                           (["--task", "stoic", "--input", "absent.nii"], "absent.nii"), (["--task", "stoic", "--input", "a_mask.nii.gz"], "a_mask", "Hounsfield"),
                           (["--task", "stoic", "--input", scan, "--centre", 1, 2, 3], "no --centre"), (["--task", "stoic", "--data", "nowhere"], "nowhere")):
@@ -1334,8 +1328,6 @@ def test_three_protocols_of_retrieval_in_both_directions(constant_inputs, text_e
     assert result["metric"] == "Recall@5" and result["value"] == unique["Recall@5"] and result["n"] == 12
     assert result["chance"] == 5 / 12 and result["protocol"].startswith("unique findings: a report finds")
     assert result["ids_sha1"] == hashlib.sha1("\n".join(sorted(ids)).encode()).hexdigest()
-    table = evaluation.say_protocols(result["more"]["protocols"]).splitlines()
-    assert len(table) == 10 and f"{unique['mean_rank']:.1f}" in table[7] and table[9].split()[-1] == "6.5"
     assert evaluation.evaluate(run_of(towers, "ct-rate-retrieval"), items)["n"] == 24     # the task counts volumes
     drawn(tmp_path / "recall.png")
 
@@ -1438,7 +1430,7 @@ def test_zeroshot_of_own_prompts(towers, caplog):
     assert f"zeroshot: AUC {result['value']:.3f} [" in done.stdout and "n = 20 (test), chance 0.500" in done.stdout
     assert f"coin {result['positives']['coin']:45d}" in done.stdout and evaluation.span(result["more"]["intervals"]["coin"]) in done.stdout
     assert data.volume_file(items[0], folder / "cache", (32, 32, 32), "header").exists()        # as in pre-training
-    drawn(folder / "zero" / "auc.png")
+    drawn(folder / "zero" / "roc.png")
 
 
 def test_zeroshot_of_the_findings_and_its_parts(towers, caplog):
@@ -1463,7 +1455,7 @@ def test_retrieval_from_the_command_line(towers, caplog):
     cml = model.MG3D(network.encoder, network.text_encoder, ["cml"], embed_dim=24)
     save_pretrained(folder / "cml.pt", cml, config | {"clip": False, "cml": True})
     save_checkpoint(folder / "task" / "best.pt", "ct-rate-retrieval")
-    for name, taught in (("cml.pt", "nothing"), ("task/best.pt", "the loss of ct-rate-retrieval")):
+    for name, taught in (("cml.pt", "nothing"), ("task/best.pt", "ct-rate-retrieval")):
         caplog.clear()
         done = here("retrieval", "--checkpoint", name, "--data", "m.csv", "--out", "found", cwd=folder)
         assert done.returncode == 0, done.stderr
@@ -1472,7 +1464,7 @@ def test_retrieval_from_the_command_line(towers, caplog):
         assert result["value"] == result["more"]["protocols"]["unique findings"]["Recall@5"]
         assert result["more"]["score"] == f"cosine of pooled features, taught by {taught}"
         assert ("cml.pt was trained without --clip" in caplog.text) == (name == "cml.pt")
-        assert "unique findings  volume to report" in done.stdout
+        assert "protocols unique findings: " in done.stdout and '"volume to report": ' in done.stdout
     drawn(folder / "found" / "recall.png")
 
 
@@ -1487,7 +1479,7 @@ def test_what_cannot_be_compared_with_texts_is_refused(towers, encoder):
         for task in ("zeroshot", "retrieval"):
             done = here(task, "--checkpoint", name, "--data", "m.csv", "--out", "refused", cwd=folder)
             assert done.returncode == 1 and all(word in done.stderr for word in words), done.stderr
-    for name, text, *words in (("columns", "name,text\nx,y\n", "the columns", "positive"), ("none", "name,positive,negative\n", "no row"),
+    for name, text, *words in (("columns", "name,text\nx,y\n", "the columns", "positive"), ("none", "name,positive,negative\n", "no label", "--prompts"),
                                ("same", "name,positive,negative\nCoin,a.,a.\n", "line 2", "two texts that differ"),
                                ("empty", "name,positive,negative\nCoin,a coin,\n", "line 2", "two texts that differ"),
                                ("twice", "name,positive,negative\nCoin,a,b\nCoin,b,c\n", "line 3", "'Coin'"),
@@ -1499,9 +1491,9 @@ def test_what_cannot_be_compared_with_texts_is_refused(towers, encoder):
         assert done.returncode == 1 and all(word in done.stderr for word in words), done.stderr
     assert not (folder / "refused").exists()
     items = data.load_items(folder / "m.csv")
-    with pytest.raises(ValueError, match=r"found no label columns \['Coin'\], expected a manifest"):
+    with pytest.raises(ValueError, match="found no columns Cardiomegaly, Coin, expected a manifest"):
         evaluation.label_items(items, ("Cardiomegaly", "Coin"), folder)
-    with pytest.raises(ValueError, match="found no label of Cardiomegaly for 30 volumes, expected .* --prompts"):
+    with pytest.raises(ValueError, match="found no label of Cardiomegaly, expected .* --prompts"):
         evaluation.label_items([item._replace(labels=None) for item in items], ("Cardiomegaly",), "m.csv")
 
 

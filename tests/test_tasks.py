@@ -129,7 +129,7 @@ def ct_rate(folder, n=10, columns=LABELS):
 def labels(folder, n=10):
     for i in range(n):
         scan(folder / "ct" / f"{i}.nii.gz")
-    write_csv(folder / "my.csv", "volume,age,big heart,Lung_Nodule", [[f"ct/{i}.nii.gz", 50 + i, i % 2, (0, "TRUE", "")[i % 3]]
+    write_csv(folder / "manifest.csv", "volume,age,big heart,Lung_Nodule", [[f"ct/{i}.nii.gz", 50 + i, i % 2, (0, "TRUE", "")[i % 3]]
                                                                       for i in range(n)])
 
 
@@ -138,7 +138,7 @@ def segment(folder, n=10, values=(1, 2)):
     for i, (volume, name) in enumerate(rows):
         scan(folder / volume)
         mask(folder / name, values[i % len(values)])
-    write_csv(folder / "my.csv", "volume,mask", rows)
+    write_csv(folder / "manifest.csv", "volume,mask", rows)
 
 
 WRITE = {"cc-ccii": cc_ccii, "luna16": luna16, "msd-lung": msd_lung, "covid-19-20": covid, "acdc": acdc,
@@ -202,20 +202,13 @@ def test_every_set_loads_and_is_checked(name, tmp_path, command):
 def test_an_empty_folder_is_told_the_layout(name, tmp_path, command):
     for folder in (tmp_path, tmp_path / "none"):
         code, text = command("data.py", "check", "--task", name, "--data", folder)
-        assert code == 1 and str(folder) in text and TASKS[name].layout in text
-    assert "found nothing there" in text
-
-
-def test_unknown_task(tmp_path):
-    with pytest.raises(ValueError, match="'x', expected one of cc-ccii, luna16"):
-        load_task("x", tmp_path)
+        assert code == 1 and str(folder) in text and TASKS[name].layout in text and "Traceback" not in text
 
 
 @pytest.mark.parametrize("name", ONE_SPLIT)
 def test_a_set_without_folds_refuses_one(name, tmp_path):
     WRITE[name](tmp_path)
-    message = "found --fold 3, but one split of its own and no folds, expected no --fold"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="found --fold 3, but no folds, expected no --fold"):
         load_task(name, tmp_path, fold=3)
 
 
@@ -235,7 +228,7 @@ def test_drawn_folds_are_fifths_that_share_no_patient(n, tmp_path):
     stoic(tmp_path, n)
     tests = [patients(load_task("stoic", tmp_path, fold=fold))["test"] for fold in range(5)]
     assert set.union(*tests) == {str(i) for i in range(n)} and sum(map(len, tests)) == n
-    with pytest.raises(ValueError, match="no folds of its own and --fold 5, expected 0 to 4"):
+    with pytest.raises(ValueError, match="--fold 5, but no folds, expected 0 to 4"):
         load_task("stoic", tmp_path, fold=5)
 
 
@@ -252,13 +245,11 @@ def test_missing_scans(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("name", ["luna16", "msd-lung", "stoic", "ctrg"])
-def test_cache_command(name, tmp_path, command, monkeypatch):
+def test_scans_are_prepared_once(name, tmp_path, monkeypatch, caplog):
     folder, cache, task = tmp_path / "set", tmp_path / "cache", TASKS[name]
     WRITE[name](folder)
     items = load_task(name, folder)
-    flags = ("data.py", "cache", "--task", name, "--data", folder, "--cache", cache, "--workers", 1)
-    code, text = command(*flags)
-    assert code == 0 and f"{len(items)} of {len(items)} items are ready in {cache}" in text
+    assert data.prepare_all(items, cache, 1, task) == items
     scans = {item.volume for item in items}
     dtypes = {"": np.float16}
     if task.view != "whole":
@@ -269,7 +260,7 @@ def test_cache_command(name, tmp_path, command, monkeypatch):
     assert len(written) == len(scans) * len(dtypes)
     assert {Path(file.stem).suffix: np.load(file).dtype for file in written} == dtypes
     times = [file.stat().st_mtime_ns for file in written]
-    assert command(*flags)[0] == 0                          # all is there: nothing is written
+    assert data.prepare_all(items, cache, 1, task) == items     # all is there: nothing is written
     assert [file.stat().st_mtime_ns for file in sorted(cache.iterdir())] == times
     with monkeypatch.context() as patch:                    # a network's input is read from there alone
         patch.delattr(data, "read_stored")
@@ -278,15 +269,13 @@ def test_cache_command(name, tmp_path, command, monkeypatch):
 
     item = items[-1]
     item.volume.write_bytes(b"broken")
-    code, text = command(*flags)
     if len(scans) == 20:                                    # one of 20 may be wrong, one of 10 may not
-        assert code == 0 and f"left out {item.volume}: " in text and "19 of 20 items are ready" in text
+        good = [one for one in items if one.volume != item.volume]
+        assert data.prepare_all(items, cache, 1, task) == good and len(good) == 19
+        assert re.search(f"left out {item.volume}: .*expected", caplog.text)
     else:
-        assert code == 1 and "1 of 10 scans are wrong, more than 5 %" in text and f"{item.volume}: " in text
-    assert "expected" in text
-    (tmp_path / "empty").mkdir()
-    code, text = command(*flags, "--data", tmp_path / "empty")
-    assert code == 1 and re.search(f"{tmp_path / 'empty'}: found .* expected", text)
+        with pytest.raises(ValueError, match=f"1 of 10 scans are wrong, more than 5 %:\n.*{item.volume}: .*expected"):
+            data.prepare_all(items, cache, 1, task)
 
 
 # ------------------------------------------------------------------------------------ each of them
@@ -297,7 +286,7 @@ def test_cc_ccii(tmp_path):
     assert patients(items)["test"] == {str(112 + i) for i in range(8)}     # the valid part of the fold file
     item = next(item for item in items if item.id == "101/1003")
     assert item.volume == tmp_path / "CP" / "101" / "1003" and item.labels.tolist() == [0, 1, 0]
-    message = r"files \['CC_CCII_fold0_train.csv', .*expected also \*fold1\*train"
+    message = r"found \['CC_CCII_fold0_train.csv', .*expected also \*fold1\*train"
     with pytest.raises(ValueError, match=message):
         load_task("cc-ccii", tmp_path, fold=1)
     shutil.move(tmp_path / "CP", tmp_path / "unzipped" / "CP-20" / "CP")    # as a zip gives it
@@ -306,19 +295,13 @@ def test_cc_ccii(tmp_path):
     with pytest.raises(ValueError, match="no file for 14 of 40 volumes"):
         load_task("cc-ccii", tmp_path)
     shutil.rmtree(tmp_path / "folds")
-    with pytest.raises(ValueError, match="found 0 of .* with the class normal"):
+    with pytest.raises(ValueError, match="found none or all of the part train with normal"):
         load_task("cc-ccii", tmp_path)
 
 
 def test_cc_ccii_without_folds_and_with_bad_ones(tmp_path):
     cc_ccii(tmp_path, 30, csvs=False)
     assert numbers(load_task("cc-ccii", tmp_path)) == (18, 6, 6)
-    rows = [["0", "CP", 101, 1002]]
-    for part in ("train", "valid"):
-        write_csv(tmp_path / f"fold0_{part}.csv", "target,label,patient_id,scan_id", rows)
-    message = "fold0_train.csv, line 2: found target '0' and label 'CP', expected 0 Normal"
-    with pytest.raises(ValueError, match=message):
-        load_task("cc-ccii", tmp_path)
     for part in ("train", "valid"):
         write_csv(tmp_path / f"fold0_{part}.csv", "target,label,patient_id", [["1", "CP", 101]])
     with pytest.raises(ValueError, match=r"expected also \['scan_id'\]"):
@@ -331,7 +314,7 @@ def test_cc_ccii_patient_in_two_parts(tmp_path):
     columns, *rows = list(csv.reader(train.read_text().splitlines()))
     write_csv(train, columns, rows + [["x", 1, "CP", 107, 1014]])
     write_csv(valid, columns, [["x", 1, "CP", 107, 1015]])
-    with pytest.raises(ValueError, match="the patient 107 in train and in test, expected it in one"):
+    with pytest.raises(ValueError, match="the patient 107 in train and in valid, expected it in one"):
         load_task("cc-ccii", tmp_path)
     write_csv(valid, columns, [["x", 1, "CP", 107, 1014]])
     with pytest.raises(ValueError, match=r"found 107/1014 \(.*CP/107/1014\) twice, expected it once"):
@@ -344,7 +327,7 @@ def test_cc_ccii_npy(tmp_path):
         grey = np.random.default_rng(i).integers(0, 256, (8, 16, 20), np.uint8)     # slices, rows, columns
         np.save(tmp_path / f"p{i}-s{i + 50}.npy", grey)
         rows.append([i % 3, ("Normal", "CP", "NCP")[i % 3], i, i + 50])
-    with pytest.raises(ValueError, match=r"p\d+-s\d+.npy: found no \*fold0\*train"):
+    with pytest.raises(ValueError, match=r"found \[\], expected also \*fold0\*train"):
         load_task("cc-ccii", tmp_path)
     write_csv(tmp_path / "fold0_train.csv", "target,label,patient_id,scan_id", rows[:9])
     write_csv(tmp_path / "fold0_valid.csv", "target,label,patient_id,scan_id", rows[9:])
@@ -391,15 +374,7 @@ def test_luna16(tmp_path):
 def test_luna16_with_some_subsets(tmp_path, caplog):
     luna16(tmp_path, subsets=(0, 1, 2, 8))
     assert numbers(load_task("luna16", tmp_path)) == (2, 1, 1)
-    assert "no .mhd for 6 of 10 series" in caplog.text
-    assert "in the subsets [3, 4, 5, 6, 7, 9]" in caplog.text
-    (tmp_path / "subset8" / "1.2.8.mhd").rename(tmp_path / "subset8" / "other.mhd")
-    message = "candidates_V2.csv: found no .mhd for 7 of 10 series: 1.2.3, 1.2.4, 1.2.5.*at most 5 %"
-    with pytest.raises(ValueError, match=message):
-        load_task("luna16", tmp_path)
-    shutil.rmtree(tmp_path / "subset8")
-    with pytest.raises(ValueError, match="none for the part test"):
-        load_task("luna16", tmp_path)
+    assert "left out 6 series without .mhd: 1.2.3, 1.2.4, 1.2.5" in caplog.text
 
 
 def test_luna16_series_without_its_raw_file(tmp_path, command):
@@ -411,16 +386,15 @@ def test_luna16_series_without_its_raw_file(tmp_path, command):
     assert "10 volumes read, 1 of them with a problem" in text
 
 
-def test_luna16_to_test_on(tmp_path, caplog):
+def test_luna16_to_test_on(tmp_path):
     luna16(tmp_path, subsets=(7, 9))
     assert {item.split for item in load_task("luna16", tmp_path)} == {"test"}
-    assert "can only be tested on" in caplog.text
 
 
 @pytest.mark.parametrize("old, new, message", [
     ("5.5,6,3,0", "5.5,six,3,0", "candidates_V2.csv, line 2: found coordY 'six', expected a number"),
     ("6,3,1", "6,3,2", "candidates_V2.csv, line 3: found class '2', expected one of 0, 1"),
-    ("6,3,1", "6,3,0", "found 0 of 10 items of the part train with the class nodule"),
+    ("6,3,1", "6,3,0", "found none or all of the part train with nodule"),
     ("class", "label", r"candidates_V2.csv: .*expected also \['class'\]")])
 def test_luna16_bad_candidates(tmp_path, old, new, message):
     luna16(tmp_path)
@@ -490,27 +464,27 @@ def test_msd_lung(tmp_path):
     with pytest.raises(ValueError, match=r"mine.json: found the folds \[0, 1, 2, 3, 4\], expected fold 5"):
         load_task("msd-lung", tmp_path, fold=5)
     (tmp_path / "more.json").write_text(json.dumps(folds))
-    with pytest.raises(ValueError, match="mine.json, .*more.json, expected one"):
+    with pytest.raises(ValueError, match="mine.json: found also .*more.json for a list of cases, expected one"):
         load_task("msd-lung", tmp_path)
 
 
 def test_msd_lung_bad_input(tmp_path, command):
     rows = msd_lung(tmp_path)
     (tmp_path / rows[4]["label"]).unlink()
-    with pytest.raises(ValueError, match="no mask for 1 of 10 cases: .*labelsTr/lung_004.nii.gz"):
+    with pytest.raises(ValueError, match="1 cases without mask: .*labelsTr/lung_004.nii.gz"):
         load_task("msd-lung", tmp_path)
     mask(tmp_path / rows[4]["label"])
     mask(tmp_path / rows[5]["label"], label=7)
     check = ("data.py", "check", "--task", "msd-lung", "--data", tmp_path)
     code, text = command(*check)
-    problem = "lung_005.nii.gz: found the label values [7.0], expected 0 to 1 (background, lung cancer)"
+    problem = "lung_005.nii.gz: found the label values [7.0], expected 0 to 1"
     assert code == 1 and problem in text
     assert "10 volumes read, 1 of them" in text and "0: 2000, 1: 48" in text
     mask(tmp_path / rows[5]["label"], affine=np.eye(4))
     code, text = command(*check)
     assert code == 1 and re.search("lung_005.nii.gz: found a mask of .* expected the grid of", text)
     for content, message in (('{"training": [', "dataset.json: found JSONDecodeError"),
-                             ('{"training": [{"image": "a"}]}', "dataset.json: .*no label in {'image': 'a'}"),
+                             ('{"training": [{"image": "a"}]}', "dataset.json: found KeyError: 'label'"),
                              ('{"training": ["a"]}', "dataset.json: found"),
                              ("[]", "found nothing of msd-lung"),
                              (json.dumps({"training": rows + rows[:1]}), r"found lung_000 \(.*lung_000.nii.gz\) twice")):
@@ -524,9 +498,9 @@ def test_covid(tmp_path, caplog):
     items = load_task("covid-19-20", tmp_path)
     assert len(items) == 10 and items[3].patient == "0003"
     assert items[3].mask.name == "volume-covid19-A-0003_seg.nii.gz"
-    assert re.search(r"left out, as they have no masks: the scans in .*Validation \(1\)", caplog.text)
+    assert "Validation: left out 1 scans: none has a mask" in caplog.text
     (tmp_path / "Train" / "volume-covid19-A-0005_seg.nii.gz").unlink()
-    with pytest.raises(ValueError, match="no mask for 1 of 10 cases: .*A-0005_seg"):
+    with pytest.raises(ValueError, match="1 cases without mask: .*A-0005_seg"):
         load_task("covid-19-20", tmp_path)
 
 
@@ -557,7 +531,7 @@ def test_acdc(tmp_path):
     acdc(tmp_path / "testing", first=101, n=2)
     assert patients(load_task("acdc", tmp_path))["test"] == {"patient101", "patient102"}
     (tmp_path / "training" / "patient003" / "patient003_frame01_gt.nii.gz").unlink()
-    with pytest.raises(ValueError, match="no mask for 1 of 24 cases: .*patient003_frame01_gt"):
+    with pytest.raises(ValueError, match="1 cases without mask: .*patient003_frame01_gt"):
         load_task("acdc", tmp_path)
 
 
@@ -570,7 +544,7 @@ def test_acdc_real_list_is_split_by_patient(tmp_path, caplog):
         touch(tmp_path / row["label"])
     items = load_task("acdc", tmp_path)
     assert numbers(items) == (64, 16, 20)
-    assert len(items) == 200 and "30 of 100 patients have scans on both sides" in caplog.text
+    assert len(items) == 200 and "patients on both sides" in caplog.text
     rows = content["training"]
     content["validation"] = [row for row in rows if "patient001" in row["image"]]
     content["training"] = [row for row in rows if "patient001" not in row["image"]]
@@ -589,7 +563,7 @@ def test_stoic_bad_reference(tmp_path):
             ("PatientID,probCOVID,probSevere", [[1, 0.5, 0]],
              "reference.csv, line 2: found probCOVID '0.5', expected one of 0, 1"),
             ("PatientID,probCOVID,probSevere", [[i, 1, i % 2] for i in range(20)],
-             "found 12 of 12 items of the part train with the class COVID-19"),
+             "found none or all of the part train with COVID-19"),
             ("PatientID,probCOVID", [[1, 0]], r"reference.csv: .*expected also \['probSevere'\]")):
         write_csv(path, columns, rows)
         with pytest.raises(ValueError, match=message):
@@ -610,12 +584,12 @@ def test_ctrg(tmp_path, caplog):
     with pytest.raises(ValueError, match="CTRG.json: .*no report in the entry 3.nii.gz of train"):
         load_task("ctrg", tmp_path)
     ctrg(tmp_path, name="other.json")
-    with pytest.raises(ValueError, match=r"found \['CTRG.json', 'other.json'\], expected one"):
+    with pytest.raises(ValueError, match="CTRG.json: found also .*other.json for the reports, expected one"):
         load_task("ctrg", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["ct-rate-vocab", "ct-rate-retrieval"])
-def test_ct_rate(name, tmp_path, caplog):
+def test_ct_rate(name, tmp_path):
     ct_rate(tmp_path)
     items = load_task(name, tmp_path)
     assert patients(items)["test"] == {"valid_7", "valid_8", "valid_9"}
@@ -625,17 +599,16 @@ def test_ct_rate(name, tmp_path, caplog):
     assert load_task(name, tmp_path)[0].labels.tolist() == [k % 2 for k in range(18)]
     shutil.rmtree(tmp_path / "train")
     assert {item.split for item in load_task(name, tmp_path)} == {"test"}
-    assert "can only be tested on" in caplog.text
 
 
 def test_vocab_needs_labels_and_draws_training_volumes(tmp_path, monkeypatch):
     ct_rate(tmp_path, columns=LABELS[:17])
     assert len(load_task("ct-rate-retrieval", tmp_path)) == 10
-    message = "no label of train_0_a_1 for Interlobular septal thickening, expected 0 or 1"
+    message = "unknown labels of train_0_a_1, train_1_a_1, train_2_a_1 …, expected 0 or 1 for all 18"
     with pytest.raises(ValueError, match=message):
         load_task("ct-rate-vocab", tmp_path)
     (tmp_path / "labels.csv").unlink()
-    with pytest.raises(ValueError, match="no label of train_0_a_1 for Medical material, Arterial"):
+    with pytest.raises(ValueError, match=message):
         load_task("ct-rate-vocab", tmp_path)
     ct_rate(tmp_path)
     monkeypatch.setattr(data, "FEW_SHOT_VOLUMES", 4)
@@ -678,7 +651,7 @@ def test_columns_of_labels(tmp_path, caplog):
     path = own(tmp_path, "patient,one,two,age,scanner,empty,rare,lung_nodule,report", rows)
     items = load_task("labels", path)
     assert items[0].classes == ("one", "two", "rare", "Lung nodule")
-    assert "labels one, two, rare, Lung nodule; no labels age, scanner, empty" in caplog.text
+    assert "labels one, two, rare, Lung nodule\n" in caplog.text
     assert [item.id for item in items] == [f"{i}.nii.gz" for i in range(40) if i != 7]
     assert "left out 1 of 40 items without a label: 7.nii.gz" in caplog.text
     for item in items:
@@ -688,9 +661,7 @@ def test_columns_of_labels(tmp_path, caplog):
         assert np.array_equal(item.labels, np.float32(expected), equal_nan=True) and item.patient == f"P{i // 2}"
     assert all(patients(items).values())
     assert len({tuple(sorted(patients(load_task("labels", path, fold))["test"])) for fold in range(5)}) == 5
-    [*warnings] = re.findall("found 0 of .* with the class (.*): it cannot be (.*)", caplog.text)
-    assert {name for name, _ in warnings} == {"rare"}           # one patient has it: it lacks in two parts
-    assert len(load_task("labels", tmp_path)) == 39             # the folder of the only .csv
+    assert {*re.findall("none or all of the part .* have (.*)", caplog.text)} == {"rare"}      # of one patient
 
 
 def test_a_fifth_is_drawn_of_each_label(tmp_path):
@@ -704,7 +675,7 @@ def test_the_split_of_a_manifest_counts(tmp_path):
     path = own(tmp_path, "ill,split", [[int(i % 8 < 4), parts[i % 4]] for i in range(40)])
     assert numbers(load_task("labels", path)) == (20, 10, 10)
     assert [item.split for item in load_task("labels", path)][:4] == ["train", "valid", "test", "train"]
-    with pytest.raises(ValueError, match="my.csv: found --fold 1, but a column split, expected no --fold"):
+    with pytest.raises(ValueError, match="my.csv: found --fold 1, but no folds, expected no --fold"):
         load_task("labels", path, fold=1)
     path = own(tmp_path, "ill,split", [[int(i % 8 < 4), "val" if i % 4 == 1 else "train"] for i in range(40)])
     assert numbers(load_task("labels", path)) == (24, 6, 10)    # that of validation is the one to report on
@@ -726,14 +697,12 @@ def test_a_cell_that_is_no_label_is_named(tmp_path, columns, cell, message):
 
 def test_bad_sets_of_labels(tmp_path):
     path = own(tmp_path, "age", [[i] for i in range(10, 30)])
-    with pytest.raises(ValueError, match=r"my.csv: found no label column \(but \['age'\]\), expected one at least"):
+    with pytest.raises(ValueError, match="my.csv: found no label column, expected one at least"):
         load_task("labels", path)
     path = own(tmp_path, "ill", [[1] for i in range(20)])
-    with pytest.raises(ValueError, match="found 12 of 12 items of the part train with the class ill, expected some with and"):
+    with pytest.raises(ValueError, match="found none or all of the part train with ill, expected some of both"):
         load_task("labels", path)
     write_csv(tmp_path / "other.csv", "volume,ill", [])
-    with pytest.raises(ValueError, match=r"found \['my.csv', 'other.csv'\], expected one manifest .csv"):
-        load_task("labels", tmp_path)
     with pytest.raises(ValueError, match="no label column"):
         load_task("labels", tmp_path / "other.csv")
 
@@ -762,19 +731,19 @@ def test_masks_are_nothing_to_a_task_of_labels(tmp_path, command):
 
 def test_bad_masks_of_ones_own(tmp_path):
     segment(tmp_path, values=(255,))
-    with pytest.raises(ValueError, match=r"found the values \[0.0, 255.0\] in all masks, expected 0 \(background\), 1"):
+    with pytest.raises(ValueError, match=r"found the values \[0.0, 255.0\] in all masks, expected 0 \(background\) to K"):
         load_task("segment", tmp_path, cache=tmp_path)
     segment(tmp_path, values=(0,))
     with pytest.raises(ValueError, match=r"found the values \[0.0\] in all masks"):
         load_task("segment", tmp_path, cache=tmp_path)
     segment(tmp_path)
     (tmp_path / "masks" / "3.nii.gz").unlink()
-    with pytest.raises(ValueError, match="found no mask for 1 of 10 cases: .*3.nii.gz, expected one for each"):
+    with pytest.raises(ValueError, match="found 1 cases without mask: .*3.nii.gz, expected none"):
         load_task("segment", tmp_path, cache=tmp_path)
-    write_csv(tmp_path / "my.csv", "volume,mask", [["ct/0.nii.gz", "masks/0.nii.gz"], ["ct/1.nii.gz", ""]])
-    with pytest.raises(ValueError, match="found no mask for 1 of 2 cases: ct/1.nii.gz"):
+    write_csv(tmp_path / "manifest.csv", "volume,mask", [["ct/0.nii.gz", "masks/0.nii.gz"], ["ct/1.nii.gz", ""]])
+    with pytest.raises(ValueError, match="found 1 cases without mask: ct/1.nii.gz"):
         load_task("segment", tmp_path, cache=tmp_path)
-    write_csv(tmp_path / "my.csv", "volume,report", [["ct/0.nii.gz", "Fine."]])
+    write_csv(tmp_path / "manifest.csv", "volume,report", [["ct/0.nii.gz", "Fine."]])
     with pytest.raises(ValueError, match=r"expected also \['mask'\]"):
         load_task("segment", tmp_path, cache=tmp_path)
 
@@ -884,7 +853,7 @@ def test_nnunet_names_its_channels(name, tmp_path, caplog):
     items = load_task(name, tmp_path)
     assert numbers(items) == (8, 2, 2) and items[3].mask.name == cases[name].format(3) + ".nii.gz"
     shutil.rmtree(tmp_path / "labelsTs")
-    assert numbers(load_task(name, tmp_path)) == (6, 2, 2) and "they have no masks" in caplog.text
+    assert numbers(load_task(name, tmp_path)) == (6, 2, 2) and "none has a mask" in caplog.text
     rows = [{"image": f"./imagesTr/{cases[name].format(i)}.nii.gz", "label": f"./labelsTr/{cases[name].format(i)}.nii.gz"} for i in range(10)]
     (tmp_path / "dataset.json").write_text(json.dumps({"training": rows}))
     listed = load_task(name, tmp_path)
@@ -981,7 +950,6 @@ def test_spellings_of_classes(tmp_path):
     ("luna16", "candidates_V2.csv", "5.5,6,3,0", "inf,6,3,0", "line 2: found coordX 'inf', expected a number"),
     ("luna16", "candidates_V2.csv", "5.5,6,3,0", ",6,3,0", "line 2: found coordX '', expected a number"),
     ("stoic", "metadata/reference.csv", "0,1,1", "0,1,-1", "line 2: found probSevere '-1', expected one of 0, 1"),
-    ("cc-ccii", "folds/CC_CCII_fold0_train.csv", "x.zip,1,CP", "x.zip,-1,CP", "line 4: found target '-1', expected one of 0, 1, 2"),
     ("cc-ccii", "folds/CC_CCII_fold0_train.csv", "x.zip,1,CP", "x.zip,1,COVID", "line 4: found label 'COVID', expected one of Normal")])
 def test_classes_are_closed_sets(name, table, old, new, message, tmp_path):
     WRITE[name](tmp_path)
@@ -995,7 +963,7 @@ def test_vocab_refuses_an_uncertain_label(tmp_path, caplog):
     ct_rate(tmp_path)
     path = tmp_path / "labels.csv"
     path.write_text(path.read_text().replace("valid_8_a_1.nii.gz,0", "valid_8_a_1.nii.gz,-1"))
-    with pytest.raises(ValueError, match="no label of valid_8_a_1 for Medical material, expected 0 or 1"):
+    with pytest.raises(ValueError, match="unknown labels of valid_8_a_1, expected 0 or 1"):
         load_task("ct-rate-vocab", tmp_path)
     assert "labels.csv, line 10: 1 labels are -1, taken as unknown" in caplog.text
     assert len(load_task("ct-rate-retrieval", tmp_path)) == 10
