@@ -96,7 +96,6 @@ from matplotlib.patches import Patch
 from sacrebleu.metrics import BLEU
 from scipy.special import expit, logsumexp
 from scipy.stats import rankdata
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
@@ -117,29 +116,19 @@ PRETRAINING = data.TASKS["ct-rate-vocab"]._replace(kind="encode", classes=())   
 # --------------------------------- metrics
 
 def auroc(score, label):
-    """Area under the ROC curve (Mann-Whitney U): (n,), (n,) of 0 and 1, all else is unknown and left out;
-    nan where one class is absent"""
-    return aurocs(np.asarray(score)[:, None], np.asarray(label)[:, None])[0]
-
-
-def aurocs(scores, labels):
-    """(n, K), (n, K) -> K floats"""
-    positive, negative = labels == 1, labels == 0
-    ranks = rankdata(np.where(positive | negative, scores, np.inf), axis=0)     # the unknown come last
+    """Area under the ROC curve: (n,), (n,) -> float; (n, K), (n, K) -> K floats. Labels other than 0
+    and 1 are left out; nan where one class is absent."""
+    score, label = np.asarray(score), np.asarray(label)
+    positive, negative = label == 1, label == 0
+    ranks = rankdata(np.where(positive | negative, score, np.inf), axis=0)  # the unknown come last
     n_pos, n_neg = positive.sum(0), negative.sum(0)
-    wins = (ranks * positive).sum(0) - n_pos * (n_pos + 1) / 2
-    return np.divide(wins, n_pos * n_neg, np.full(len(wins), math.nan), where=n_pos * n_neg > 0).tolist()
+    wins = (ranks * positive).sum(0) - n_pos * (n_pos + 1) / 2  # Mann-Whitney U
+    return (wins / np.where(n_pos * n_neg, n_pos * n_neg, math.nan)).tolist()
 
 
 def macro_auroc(scores, labels):
     """Mean of the AUCs of the columns that have both classes"""
-    return _mean(aurocs(scores, labels))
-
-
-def weighted_auroc(aucs, labels):
-    """Mean of the AUCs (K,) that are not nan, weighted by the positives of their columns (n, K)"""
-    weights = np.where(np.isnan(aucs), 0, (labels == 1).sum(0))
-    return float(np.nansum(weights * aucs) / weights.sum()) if weights.any() else math.nan
+    return _mean(auroc(scores, labels))
 
 
 def how_many(aucs):
@@ -161,37 +150,32 @@ def accuracy(pred, label):
 
 def roc(score, label):
     """False and true positive rates at each distinct score"""
-    order = np.argsort(-score, kind="stable")
-    last = np.r_[np.flatnonzero(np.diff(score[order])), len(score) - 1]  # of each run of ties
-    true = np.cumsum(label[order])[last]
-    false = last + 1 - true
-    return np.r_[0, false / false[-1]], np.r_[0, true / true[-1]]
+    cuts = np.r_[np.inf, np.unique(score)[::-1]]
+    negatives, positives = (np.sort(score[label == k]) for k in (0, 1))
+    return [1 - np.searchsorted(group, cuts) / len(group) for group in (negatives, positives)]
 
 
 def dice(pred, truth, num_classes):
-    """Dice of every class but 0 -> (num_classes - 1,), nan where the truth has none of it, as in MONAI"""
+    """Dice of the classes 1, … -> (num_classes - 1,), nan where the truth has none, as in MONAI"""
     pred, truth = np.asarray(pred), np.asarray(truth)
     if pred.shape != truth.shape:
-        raise ValueError(f"found a prediction of shape {pred.shape}, expected {truth.shape} as the truth has")
-    scores = []
+        raise ValueError(f"found the shapes {pred.shape} and {truth.shape}, expected the same")
+    scores = np.full(num_classes - 1, math.nan)
     for k in range(1, num_classes):
         marked, true = pred == k, truth == k
-        sizes = marked.sum() + true.sum()
-        scores.append(2 * (marked & true).sum() / sizes if true.any() else math.nan)
-    return np.array(scores, float)
+        if true.any():
+            scores[k - 1] = 2 * (marked & true).sum() / (marked.sum() + true.sum())
+    return scores
 
 
 def bleu(hypotheses, references):
-    """[BLEU-1, …, BLEU-4] in percent: of the corpus, cumulative, with brevity penalty, without smoothing,
-    words between blanks and Chinese characters, one reference each, as the COCO caption tool has it"""
-    if len(hypotheses) != len(references):
-        raise ValueError(f"found {len(hypotheses)} hypotheses and {len(references)} references, "
-                         "expected as many")
-    return _bleu([_bleu_counts(*pair) for pair in zip(hypotheses, references)])
+    """[BLEU-1, …, BLEU-4] of a corpus in percent, as of the COCO caption tool: cumulative, without
+    smoothing; words stand between blanks, each Chinese character is one"""
+    return _bleu([_bleu_counts(*pair) for pair in zip(hypotheses, references, strict=True)])
 
 
 def _bleu_counts(hypothesis, reference):
-    """(10,): n-grams that match and those of the hypothesis, n = 1 to 4; words of both texts"""
+    """(10,): n-grams that match, those of the hypothesis, n = 1 to 4 each; words of both texts"""
     score = SACREBLEU.sentence_score(data.space_out(hypothesis), [data.space_out(reference)])
     return np.array([*score.counts, *score.totals, score.sys_len, score.ref_len], float)
 
@@ -199,28 +183,24 @@ def _bleu_counts(hypothesis, reference):
 def _bleu(counts):
     """Counts (n, 10) of n reports -> [BLEU-1, …, BLEU-4]"""
     counts = np.sum(counts, axis=0)
-    words, reference_words = counts[8:]
-    if words == 0:
-        return [0.0] * 4
-    brevity = math.exp(min(0, 1 - reference_words / words))
-    with np.errstate(divide="ignore"):  # no match: log 0 = -inf makes BLEU 0
+    with np.errstate(divide="ignore", invalid="ignore"):  # no word or no match: log 0 makes BLEU 0
+        brevity = math.exp(min(0, 1 - counts[9] / counts[8]))
         logs = np.log(counts[:4] / np.maximum(counts[4:8], 1))
     return [float(100 * brevity * np.exp(logs[:n].mean())) for n in range(1, 5)]
 
 
 def rouge_l(hypothesis, reference):
-    """ROUGE-L in percent, of words as in `bleu`: F of the longest common subsequence, recall weighted by
-    β = 1.2 as in the COCO caption tool"""
-    hypothesis, reference = (np.array(data.space_out(text).split(), str) for text in (hypothesis, reference))
-    longest = np.zeros(1 + len(reference), int)  # common to the words so far and the first j of the reference
-    for word in hypothesis:
-        with_word = longest[:-1] + (reference == word)
+    """ROUGE-L in percent, of words as in `bleu`: F of the longest common subsequence, β = 1.2"""
+    words, others = (data.space_out(text).split() for text in (hypothesis, reference))
+    others = np.array(others, str)
+    longest = np.zeros(1 + len(others), int)  # common to the words so far and the first j others
+    for word in words:
+        with_word = longest[:-1] + (others == word)
         longest[1:] = np.maximum.accumulate(np.maximum(longest[1:], with_word))
-    weight = 1.2 ** 2
-    return float(100 * (1 + weight) * longest[-1] / (len(hypothesis) + weight * len(reference)))
+    return float(100 * (1 + 1.2 ** 2) * longest[-1] / (len(words) + 1.2 ** 2 * len(others)))
 
 
-# How English reports state the findings of data.LABELS. As in CT-RATE's labels any lymph node counts, and
+# How English reports state the findings. As in CT-RATE's labels any lymph node counts, and
 # "fibroatelectatic" is fibrosis alone.
 ELSEWHERE = r"^(?!.*(thyroid|adrenal|kidney|renal|liver|hepatic|spleen|breast|rib\b|fracture|humer)).*"
 PLAQUE = r"(calcif|atheroscl|atherom|plaque)"
@@ -250,41 +230,35 @@ VERB = re.compile(r"\b(is|are|was|were|has|have|detected|observed|seen)\b", re.I
 
 
 def findings(text):
-    """Which findings of data.LABELS an English report states, and does not deny: bool (18,)"""
+    """Which of data.LABELS an English report states, and does not deny: bool (18,)"""
     found, goes_on = np.zeros(len(data.LABELS), bool), False
     for clause in data.split_sentences(text):
-        is_denied = goes_on or bool(DENIAL.search(clause))
-        goes_on = is_denied and clause.endswith(",") and not VERB.search(clause)    # "No nodule, mass or …"
+        is_denied = goes_on or DENIAL.search(clause)
+        goes_on = is_denied and clause.endswith(",") and not VERB.search(clause)  # "No mass, …"
         if not is_denied:
             found |= [bool(re.search(FINDERS[name], clause, re.IGNORECASE)) for name in data.LABELS]
     return found
 
 
 def agreement(named, truth):
-    """Findings that n reports name, bool (n, 18), against labels (n, 18) of 0, 1 and NaN = unknown.
-
-    Returns {micro, macro: {precision, recall, F1}, correct_wrong_missing: {finding: three counts}}; macro is
-    the mean over findings that somebody has. 0 of 0 is 0: the precision of one that is never named.
-    """
+    """Findings that n reports name, bool (n, 18), against labels (n, 18) of 0, 1 and NaN = unknown;
+    macro: the mean over findings that somebody has"""
     there = truth == 1
-    counts = np.array([named & there, named & (truth == 0), ~named & there]).sum(1)   # (3, 18)
+    counts = np.array([named & there, named & (truth == 0), ~named & there]).sum(1)  # (3, 18)
 
-    def shares(counts):
-        correct, wrong, missing = counts
+    def shares(correct, wrong, missing):
         ratios = {"precision": correct / np.maximum(1, correct + wrong),
                   "recall": correct / np.maximum(1, correct + missing),
                   "F1": 2 * correct / np.maximum(1, 2 * correct + wrong + missing)}
         return {name: float(np.mean(ratio)) for name, ratio in ratios.items()}
-    return {"micro": shares(counts.sum(1)), "macro": shares(counts[:, there.any(0)]),
+    return {"micro": shares(*counts.sum(1)), "macro": shares(*counts[:, there.any(0)]),
             "correct_wrong_missing": dict(zip(data.LABELS, counts.T.tolist()))}
 
 
 def retrieval_ranks(similarity):
-    """(n, n), row i a query whose match is column i -> ranks (n,) from 1. Ties count against the query:
-    a constant similarity gives the worst rank."""
+    """(n, n), row i a query whose match is column i -> ranks (n,) from 1; ties count against it"""
     similarity = np.asarray(similarity)
-    bad = (~np.isfinite(similarity)).sum()
-    if bad:
+    if bad := (~np.isfinite(similarity)).sum():
         raise ValueError(f"found {bad} similarities that are not finite, expected none")
     return (similarity >= similarity.diagonal()[:, None]).sum(1)
 
@@ -296,10 +270,9 @@ def recall_at_k(similarity, ks):
 
 
 def bootstrap(metric, *arrays, times=1000, seed=0):
-    """95 % percentile interval of metric(*arrays) over resampled items (dim 0) -> (low, high), nan for fewer
-    than two items, which cannot differ. A metric of several numbers has lists of low and high."""
-    rng = np.random.default_rng(seed)
-    n = len(arrays[0])
+    """95 % percentile interval of metric(*arrays) over resampled items (dim 0): (low, high), lists for
+    a metric of several numbers; nan for fewer than two items"""
+    rng, n = np.random.default_rng(seed), len(arrays[0])
     if n < 2:
         return math.nan, math.nan
     samples = (rng.integers(0, n, n) for _ in range(times))
@@ -308,9 +281,8 @@ def bootstrap(metric, *arrays, times=1000, seed=0):
 
 
 def span(interval, sign=""):
-    """[low, high] in words; sign: "+" where it is an interval of a difference"""
-    low, high = interval
-    return f"[{low:{sign}.3f}, {high:{sign}.3f}]"
+    """[low, high] in words; sign: "+" for an interval of a difference"""
+    return "[{:{sign}.3f}, {:{sign}.3f}]".format(*interval, sign=sign)
 
 
 # ---------------------------- linear probe
@@ -318,27 +290,13 @@ def span(interval, sign=""):
 @torch.no_grad()
 def global_features(encoder, items, cache, size, hu="auto", batch_size=8):
     """The average of the encoder's last map for every volume: (n, C) float64 numpy"""
-    encoder.eval()
-    rows = []
-    for volumes in _volumes(encoder, items, cache, size, hu, batch_size):
-        rows.append(encoder(volumes)[-1].float().mean((2, 3, 4)).cpu())     # of (B, C, d, h, w)
-    return torch.cat(rows).double().numpy()
-
-
-def _volumes(network, items, cache, size, hu, batch_size):
-    """Batches (B, 1, D, H, W) on the network's device, in the order of the items"""
-    device = next(network.parameters()).device
-    for i in _bar(range(0, len(items), batch_size), "features", len(items) > 1):
-        volumes = [data.load_volume(item, cache, size, hu) for item in items[i:i + batch_size]]
-        yield torch.stack(volumes).to(device)
-
-
-def _bar(steps, text, shown):
-    return tqdm(steps, desc=text, leave=False, disable=None if shown else True)
+    run = _run_on_volumes(encoder.eval(), cache, size, hu, batch_size)
+    rows = [encoder(volumes)[-1].float().mean((2, 3, 4)) for volumes in _batches(run, items)]
+    return torch.cat(rows).cpu().double().numpy()
 
 
 def ridge(x, y, x_new, penalties=PENALTIES):
-    """Ridge regression, the penalty with the least leave-one-out error: (n, C), (n, k), (m, C) -> (m, k)"""
+    """Ridge regression, its penalty by leave-one-out error: (n, C), (n, k), (m, C) -> (m, k)"""
     mean, std = x.mean(0), x.std(0) + 1e-8
     x, x_new = (x - mean) / std, (x_new - mean) / std
     u, s, vt = np.linalg.svd(x, full_matrices=False)
@@ -360,111 +318,109 @@ def split_labelled(items):
     fit = [item for item in labelled if item.split == "train"]
     held_out = [item for item in labelled if item.split != "train"]
     if not fit or not held_out:
-        raise ValueError("a probe needs labelled volumes of the split train and of another: found "
-                         f"{len(fit)} and {len(held_out)}; a manifest has a column `split` and the columns "
-                         f"{', '.join(data.LABELS[:2])}, …")
+        raise ValueError(f"labelled volumes of the split train and others: found {len(fit)} and "
+                         f"{len(held_out)}, expected some of both")
     return fit, held_out
 
 
 def probe_features(encoder, items, cache, size, hu="auto", batch_size=8):
-    """Features of the labelled items, of those to fit on and of those held out: (n, C), (m, C)"""
-    return [global_features(encoder, group, cache, size, hu, batch_size) for group in split_labelled(items)]
+    """Features of the labelled items to fit on (n, C) and of those held out (m, C)"""
+    groups = split_labelled(items)
+    return [global_features(encoder, group, cache, size, hu, batch_size) for group in groups]
 
 
-def fit_probe(x, y, x_new):
-    """`ridge`, with scores of nan for a finding that none or all have: there is nothing to fit"""
-    return np.where(y.min(0) < y.max(0), ridge(x, y, x_new), math.nan)
-
-
-def probe(features, items):
-    """Scores (m, 18) of a linear probe and labels (m, 18) of the held-out items"""
-    y, truth = (np.stack([item.labels for item in group]).astype(float) for group in split_labelled(items))
-    return fit_probe(features[0], y, features[1]), truth
+def probe(features, items, rows=slice(None)):
+    """Scores of a linear probe, fitted on some rows, and labels of the held-out items: (m, 18) each.
+    Scores are nan for a finding that none or all have."""
+    y, truth = (np.array([item.labels for item in group], float) for group in split_labelled(items))
+    x, y = features[0][rows], y[rows]
+    return np.where(y.min(0) < y.max(0), ridge(x, y, features[1]), math.nan), truth
 
 
 def untrained_encoder(config):
-    """The encoder as a run of pretrain.py began with it, by its flags; None if --init's file is gone"""
-    try:
-        is_gone = config["init"] and not model.local_file(config["init"]).exists()
-    except ValueError:                          # the hub has it no more, or there is no network
-        is_gone = True
-    if is_gone:
-        return None
+    """The encoder as a run of pretrain.py with these flags began; None if --init cannot be read"""
     torch.manual_seed(config["seed"])
     encoder = model.build_encoder(config["encoder"])
-    if config["init"]:
-        model.load_weights(encoder, config["init"], config.get("merging", "auto"))
-    return encoder
+    try:
+        if config["init"]:
+            model.load_weights(encoder, config["init"], config.get("merging", "auto"))
+        return encoder
+    except ValueError as error:
+        log.warning("no untrained encoder to compare with: %s", error)
 
 
 def compare_probes(untrained, pretrained, items, few=0):
-    """Linear probes on `probe_features` of two encoders, and the paired difference on the held-out items.
-
-    Returns {untrained, pretrained, difference: [low, value, high], n}; with `few` also {few: the
-    same two AUCs as means of 10 draws of that many labelled training items}.
-    """
-    (before, truth), (after, _) = probe(untrained, items), probe(pretrained, items)
-
+    """Linear probes on `probe_features` of two encoders: macro AUCs, their paired difference [low,
+    value, high] and, with `few`, those with that many training items, means of 10 draws"""
     def gain(before, after, truth):
         return macro_auroc(after, truth) - macro_auroc(before, truth)
+    (before, truth), (after, _) = probe(untrained, items), probe(pretrained, items)
     low, high = bootstrap(gain, before, after, truth)
-    result = {"untrained": macro_auroc(before, truth), "pretrained": macro_auroc(after, truth),
+    aucs = auroc(after, truth)
+    result = {"untrained": macro_auroc(before, truth), "pretrained": _mean(aucs),
               "difference": [low, gain(before, after, truth), high], "n": len(truth),
-              "findings": how_many(aurocs(after, truth))}
-    y = np.stack([item.labels for item in split_labelled(items)[0]]).astype(float)
-    if 1 < few < len(y):
+              "findings": how_many(aucs)}
+    n = len(untrained[0])
+    if 1 < few < n:
         rng = np.random.default_rng(0)
-        draws = [rng.choice(len(y), few, replace=False) for _ in range(10)]
-        aucs = [_mean([macro_auroc(fit_probe(x[rows], y[rows], x_new), truth) for rows in draws])
-                for x, x_new in (untrained, pretrained)]
-        result["few"] = {"labels": few, "untrained": aucs[0], "pretrained": aucs[1]}
+        draws = [rng.choice(n, few, replace=False) for _ in range(10)]
+        result["few"] = {"labels": few}
+        for name, features in (("untrained", untrained), ("pretrained", pretrained)):
+            aucs = [macro_auroc(*probe(features, items, rows)) for rows in draws]
+            result["few"][name] = _mean(aucs)
     return result
 
 
 def say_probe(result):
     low, value, high = result["difference"]
-    text = (f"linear probe of {result['findings']}, macro AUC on {result['n']} held-out volumes: "
-            f"untrained encoder {result['untrained']:.3f}, pre-trained {result['pretrained']:.3f}, "
-            f"difference {value:+.3f} {span([low, high], '+')}")
+    text = ("linear probe of {findings}, macro AUC on {n} held-out volumes: untrained encoder "
+            "{untrained:.3f}, pre-trained {pretrained:.3f}, difference ").format(**result)
+    text += f"{value:+.3f} {span([low, high], '+')}"
     if "few" in result:
         text += "; with {labels} labels {untrained:.3f} and {pretrained:.3f}".format(**result["few"])
     return text
 
 
 # ---------------- what a loss learns
+BY_PATIENT = ("mim", "mlm", "sfr")  # losses that each patient has alone
+
+
+def _on_device(batch, network):
+    device = next(network.parameters()).device
+    return {key: value.to(device) for key, value in batch.items() if torch.is_tensor(value)}
+
 
 @torch.no_grad()
 def know_nothing(network, batches, enabled, global_batch):
     """{loss: its value for a model that knows nothing of the patient}: the mean volume, frequencies
-    of words, the mean sentence, the best constant cosine, a random choice among `global_batch`."""
-    device = next(network.parameters()).device
+    of words, the mean sentence, the best constant cosine, a random choice among `global_batch`"""
+    batches = [_on_device(batch, network) for batch in batches]
     contrast = math.log(global_batch)
     levels = {"cml": 2 * contrast, "dfa": contrast, "clip": contrast}
     if "mim" in enabled:
-        volumes, masks = (torch.cat([batch[key] for batch in batches]) for key in ("volume", "volume_mask"))
+        volumes = torch.cat([batch["volume"] for batch in batches])
+        masks = torch.cat([batch["volume_mask"] for batch in batches])
         levels["mim"] = (volumes - volumes.mean(0)).square()[masks].mean().item()
     if "mlm" in enabled:
         words = torch.cat([batch["input_ids"][batch["sentence_ids"] >= 0] for batch in batches])
         masked = torch.cat([batch["mlm_labels"][batch["mlm_labels"] != -100] for batch in batches])
-        share = torch.bincount(words, minlength=network.text_encoder.vocab_size) / len(words)
-        levels["mlm"] = -share[masked].log().mean().item()
+        levels["mlm"] = -(words.bincount() / len(words))[masked].log().mean().item()
     if "sfr" in enabled:
-        rows = []
+        rows, patients = [], 0
         for batch in batches:
-            ids, words, sentences, mask = (batch[key].to(device) for key in (
-                "input_ids", "attention_mask", "sentence_ids", "sentence_mask"))
-            features = model.sentence_mean(network.encode_words(ids, words), sentences, mask.shape[1])
-            rows.append(F.normalize(features[mask].float(), dim=-1))        # (ΣS, E)
-        rows = torch.cat(rows)
-        patients = sum(len(batch["sentence_mask"]) for batch in batches)
+            mask = batch["sentence_mask"]  # (B, S)
+            words = network.encode_words(batch["input_ids"], batch["attention_mask"])
+            sentences = model.sentence_mean(words, batch["sentence_ids"], mask.shape[1])
+            rows.append(F.normalize(sentences[mask].float(), dim=-1))
+            patients += len(mask)
+        rows = torch.cat(rows)  # (ΣS, E)
         levels["sfr"] = (1 - rows @ F.normalize(rows.mean(0), dim=0)).sum().item() / patients
     if "ssm" in enabled:
         gaps = []
         for batch in batches:
-            patient = batch["sentence_mask"].nonzero()[:, 0]                # of each sentence
-            rows = network.text_encoder.encode_sentences(batch["single_ids"].to(device),
-                                                         batch["single_mask"].to(device))
-            rows = F.normalize(rows.float(), dim=-1).cpu()
+            patient = batch["sentence_mask"].nonzero()[:, 0]  # of each sentence
+            rows = network.text_encoder.encode_sentences(batch["single_ids"], batch["single_mask"])
+            rows = F.normalize(rows.float(), dim=-1)
             cosines = (rows @ rows.T)[patient[:, None] < patient]
             gaps.append((cosines - cosines.median()).abs().mean().item() if len(cosines) else 0.0)
         levels["ssm"] = float(np.mean(gaps))
@@ -472,177 +428,163 @@ def know_nothing(network, batches, enabled, global_batch):
 
 
 def levels(rows, nothing):
-    """{loss: {nothing, first, last, learned}}: means of the first and the last tenth of log.jsonl's rows
-
-    A loss has learned if its last values lie below `nothing` by more than two standard errors; None for
-    fewer than 20 rows, or a last value that is missing: that cannot be told.
-    """
+    """{loss: {nothing, first, last, learned}}: means of the first and the last tenth of the rows of
+    log.jsonl. Learned: the last lie below `nothing` by more than two standard errors."""
     tenth = max(1, len(rows) // 10)
     result = {}
     for name, level in nothing.items():
-        first, last = ([math.nan if row[name] is None else row[name] for row in part]
-                       for part in (rows[:tenth], rows[-tenth:]))
-        error = np.std(last, ddof=1) / math.sqrt(tenth) if tenth > 1 else math.nan
-        most = np.mean(last) + 2 * error
-        result[name] = {"nothing": level, "first": float(np.mean(first)), "last": float(np.mean(last)),
-                        "learned": None if math.isnan(most) else bool(most < level)}
+        values = np.array([row[name] for row in rows], float)  # None becomes nan
+        first, last = values[:tenth], values[-tenth:]
+        error = last.std(ddof=1) / math.sqrt(tenth) if tenth > 1 else math.nan
+        most = last.mean() + 2 * error
+        result[name] = {"nothing": level, "first": float(first.mean()), "last": float(last.mean()),
+                        "learned": bool(most < level)}
         if math.isnan(most):
-            result[name]["reason"] = "fewer than 20 rows" if tenth == 1 else "a value that is not finite"
+            reason = "fewer than 20 rows" if tenth == 1 else "a value that is not finite"
+            result[name] |= {"learned": None, "reason": reason}
     return result
 
 
 def retrieve_reports(network, items, cache, size, hu="auto", batch_size=24):
     """Recall of the volume of each report, by the cosine of global features"""
-    volumes = image_features(network, _volumes(network, items, cache, size, hu, batch_size))
-    ranks = retrieval_ranks((text_features(network, [item.report for item in items]) @ volumes.T).numpy())
+    volumes = predict_features(_run_on_volumes(network, cache, size, hu, batch_size), items, True)
+    reports = text_features(network, [item.report for item in items])
     k = max(1, min(50, len(items) // 10))
-    hits = (ranks <= k).astype(float) if k < len(items) else np.array([math.nan])
+    hits = (retrieval_ranks(reports @ volumes.T) <= k).astype(float)
     return {"k": k, "value": float(hits.mean()), "interval": list(bootstrap(np.mean, hits)),
             "chance": k / len(items), "n": len(items)}
 
 
 def say_retrieval(result):
-    return (f"retrieval of {result['n']} held-out volumes by their reports: Recall@{result['k']} "
-            f"{result['value']:.3f} {span(result['interval'])}, chance {result['chance']:.3f}")
+    return ("retrieval of {n} held-out volumes by their reports: Recall@{k} {value:.3f} {span}, "
+            "chance {chance:.3f}").format(**result, span=span(result["interval"]))
 
 
 @torch.no_grad()
 def sentence_maps(network, volume, report):
-    """Where the sentences of a report look in its volume (1, D, H, W): the S sentences, and the attention
-    of Eq. (11) on the N tokens, mean of the heads: (S, N) on the CPU, its rows sum to 1"""
-    device = next(network.parameters()).device
-    report = data.tokenize_report(network.text_encoder.tokenizer, data.split_sentences(report))
-    words = network.text_encoder.tokenizer.pad({"input_ids": report["single_ids"]}, return_tensors="pt")
-    queries = network.text_encoder.encode_sentences(*(words[name].to(device) for name in (
-        "input_ids", "attention_mask")))
-    tokens = network.encode_image(volume[None].to(device))
-    maps = network.sentence_attention.maps(queries[None], tokens)               # (1, heads, S, N)
+    """Where the sentences of a report look in its volume (1, D, H, W): the S sentences, and the
+    attention of Eq. (11) on the N tokens, mean of the heads, (S, N) on the CPU"""
+    tokenizer = network.text_encoder.tokenizer
+    report = data.tokenize_report(tokenizer, data.split_sentences(report))
+    words = tokenizer.pad({"input_ids": report["single_ids"]}, return_tensors="pt")
+    batch = _on_device({**words, "volume": volume[None]}, network)
+    queries = network.text_encoder.encode_sentences(batch["input_ids"], batch["attention_mask"])
+    tokens = network.encode_image(batch["volume"])
+    maps = network.sentence_attention.maps(queries[None], tokens)  # (1, heads, S, N)
     return report["sentences"], maps[0].float().mean(0).cpu()
 
 
 def lesion_attention(network, items, cache, size, hu="auto"):
-    """Do sentences look at the lesion that they state? Share of their attention in the tokens it touches.
-
-    `item.mask` has its place. Returns {inside, random, others, interval, interval_to_others, n}: means
-    over n patients, and intervals of inside less the control. `random`: all places alike; `others`:
-    the report's other sentences.
-    """
+    """Share of a sentence's attention in the tokens that its lesion in `item.mask` touches, mean over
+    patients, and two controls with intervals of the difference: a random place, other sentences"""
     grid, patients = [side // network.encoder.stride for side in size], []
     for item in _bar(items, "attention", True):
-        sentences, maps = sentence_maps(network, data.load_volume(item, cache, size, hu), item.report)
-        places, rows = data.lesions(item, grid).flatten(1), []                  # (18, N)
+        volume = data.load_volume(item, cache, size, hu)
+        sentences, maps = sentence_maps(network, volume, item.report)
+        places, rows = data.lesions(item, grid).flatten(1), []  # (18, N)
         for i, sentence in enumerate(sentences):
-            place = places[findings(sentence)].any(0)
+            place = places[findings(sentence)].any(0).float()  # (N,)
             if place.any():
-                inside = maps @ place.float()                                   # (S,)
+                inside = maps @ place  # (S,)
                 others = (inside.sum() - inside[i]) / max(1, len(inside) - 1)
-                rows.append([inside[i].item(), place.float().mean().item(), others.item()])
+                rows.append([inside[i].item(), place.mean().item(), others.item()])
         if rows:
             patients.append(np.mean(rows, 0))
     inside, random, others = np.transpose(patients)
-    return {"inside": float(inside.mean()), "random": float(random.mean()), "others": float(others.mean()),
-            "interval": list(bootstrap(np.mean, inside - random)),
+    means = {"inside": inside.mean(), "random": random.mean(), "others": others.mean()}
+    return {**means, "interval": list(bootstrap(np.mean, inside - random)),
             "interval_to_others": list(bootstrap(np.mean, inside - others)), "n": len(patients)}
 
 
 def say_lesion_attention(result):
-    difference = result["inside"] - result["random"]
-    return (f"attention of sentences inside their lesion {result['inside']:.3f}, at a random place "
-            f"{result['random']:.3f}, difference {difference:+.3f} {span(result['interval'], '+')}; of the "
-            f"report's other sentences {result['others']:.3f} {span(result['interval_to_others'], '+')}")
+    spans = [span(result[name], "+") for name in ("interval", "interval_to_others")]
+    gap = result["inside"] - result["random"]
+    return ("attention of sentences inside their lesion {inside:.3f}, at a random place {random:.3f}, "
+            "difference {gap:+.3f} {spans[0]}; of the report's other sentences {others:.3f} {spans[1]}"
+            ).format(**result, gap=gap, spans=spans)
 
 
-def _losses_of_patients(name, outputs, batch):
-    """MIM, MLM or SFR of every patient of a batch, one by one: (B,) numpy"""
+def _of_patients(name, outputs, batch):
+    """MIM, MLM or SFR of every patient of a batch, one by one: B floats"""
     masked_rows = (batch["mlm_labels"] != -100).nonzero()[:, 0]
     values = []
     for i in range(len(batch["volume"])):
-        o = {key: outputs[key][masked_rows == i] if key in ("logits", "mlm_labels") else outputs[key][i:i + 1]
-             for key in outputs}
+        o = {key: value[masked_rows == i] if key in ("logits", "mlm_labels") else value[i:i + 1]
+             for key, value in outputs.items()}
         part = {key: batch[key][i:i + 1] for key in ("volume", "volume_mask", "sentence_mask")}
         values.append(losses.compute(o, part, [name])[name].item())
-    return np.array(values)
+    return values
 
 
 def pairing(network, batches, enabled, temperature=0.1, gradients=3):
-    """Does a loss use which report belongs to which volume? Each is computed twice: for true pairs, and
-    with the volumes of a batch handed on by one, so that everybody has another patient's report.
-
-    Returns {loss: {own, other, interval of other - own, gradient_cosine, uses_report}}. Units are
-    patients for mim, mlm and sfr, batches for the others. The cosine is that of the gradients on the
-    encoder, mean of the first `gradients` batches; 1 = the loss asks the same with any report.
-    """
+    """Does a loss use which report belongs to which volume? {loss: {own, other, interval of other - own,
+    …}}: for true pairs, and with the volumes of a batch handed on by one; over patients or batches.
+    gradient_cosine: of the two gradients on the encoder, mean of the first `gradients` batches."""
     network.eval()
-    device = next(network.parameters()).device
     weights = [p for p in network.encoder.parameters() if p.requires_grad]
     units = {name: ([], []) for name in enabled}
-    patients = np.concatenate([batch["ids"] for batch in batches])
     cosines = {name: [] for name in enabled}
     for number, batch in enumerate(_bar(batches, "pairing", True)):
-        own = {key: value.to(device) for key, value in batch.items() if torch.is_tensor(value)}
+        own = _on_device(batch, network)
         other = own | {key: own[key].roll(1, 0) for key in ("volume", "volume_mask")}
-        gradient = {name: [] for name in enabled}
+        slopes = defaultdict(list)
         for arm, pairs in enumerate((own, other)):
             with torch.set_grad_enabled(number < gradients):
                 outputs = network(pairs)
-                values = losses.compute(outputs, pairs, enabled, temperature)
-            for name, value in values.items():
-                if name in ("mim", "mlm", "sfr"):
-                    by_patient = _losses_of_patients(name, outputs, pairs)
-                    if name == "mim" and arm == 1:      # the volumes have moved, not the reports
-                        by_patient = np.roll(by_patient, -1)
-                    units[name][arm].extend(by_patient)
-                else:
-                    units[name][arm].append(value.item())
+                totals = losses.compute(outputs, pairs, enabled, temperature)
+            for name, total in totals.items():
+                values = [total.item()]
+                if name in BY_PATIENT:
+                    values = _of_patients(name, outputs, pairs)
+                if name == "mim" and arm == 1:  # the volumes have moved, not the reports
+                    values = np.roll(values, -1)
+                units[name][arm].extend(values)
                 if number < gradients:
-                    grads = torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)
-                    gradient[name].append(torch.cat([
-                        (torch.zeros_like(p) if grad is None else grad).flatten()
-                        for p, grad in zip(weights, grads)]))
-        if number < gradients:
-            for name, (a, b) in gradient.items():
-                both = a.any() and b.any()      # without a gradient there is no angle
-                cosines[name].append(F.cosine_similarity(a, b, dim=0).item() if both else math.nan)
+                    grads = torch.autograd.grad(total, weights, retain_graph=True,
+                                                materialize_grads=True)
+                    slopes[name].append(torch.cat([grad.flatten() for grad in grads]))
+        for name, (a, b) in slopes.items():
+            both = a.any() and b.any()  # without a gradient there is no angle
+            cosines[name].append(F.cosine_similarity(a, b, dim=0).item() if both else math.nan)
+    _, place = np.unique(np.concatenate([batch["ids"] for batch in batches]), return_inverse=True)
     result = {}
     for name, (own, other) in units.items():
-        difference = np.array(other) - np.array(own)
-        if name in ("mim", "mlm", "sfr"):  # a patient counts once, however often it was seen
-            _, place = np.unique(patients, return_inverse=True)
+        difference = np.subtract(other, own)
+        if name in BY_PATIENT:  # a patient counts once, however often it was seen
             difference = np.bincount(place, difference) / np.bincount(place)
         low, high = bootstrap(np.mean, difference)
-        known = len(batches) >= 8
-        result[name] = {"own": float(np.mean(own)), "other": float(np.mean(other)), "interval": [low, high],
-                        "gradient_cosine": _mean(cosines[name]),
-                        "uses_report": bool(low > 0) if known else None,
-                        **({} if known else {"reason": f"{len(batches)} batches, fewer than 8"})}
+        result[name] = {"own": float(np.mean(own)), "other": float(np.mean(other)),
+                        "interval": [low, high], "gradient_cosine": _mean(cosines[name]),
+                        "uses_report": bool(low > 0)}
+        if len(batches) < 8:
+            result[name] |= {"uses_report": None, "reason": f"{len(batches)} batches, fewer than 8"}
     return result
 
 
 def say_pairing(result):
-    """The table of `pairing`, a sentence for each loss"""
     lines = [f"{'loss':5s} {'own report':>10s} {'another':>10s}  {'difference':24s} gradients' cosine"]
     for name, row in result.items():
-        low, high = row["interval"]
-        share = (row["other"] - row["own"]) / max(abs(row["own"]), 1e-9)
-        verdict = {True: f"uses the report, for {share:.1%} of its value", False: "does not use the report",
-                   None: "too few batches to say"}
-        difference = f"{row['other'] - row['own']:+.4f} [{low:+.4f}, {high:+.4f}]"
-        lines.append(f"{name:5s} {row['own']:10.4f} {row['other']:10.4f}  {difference:24s} "
-                     f"{row['gradient_cosine']:+.3f}  {verdict[row['uses_report']]}")
+        own, other, (low, high) = row["own"], row["other"], row["interval"]
+        difference = f"{other - own:+.4f} [{low:+.4f}, {high:+.4f}]"
+        verdict = "does not use the report"
+        if row["uses_report"]:
+            verdict = f"uses the report, for {(other - own) / abs(own):.1%} of its value"
+        elif row["uses_report"] is None:
+            verdict = "too few batches to say"
+        lines.append(f"{name:5s} {own:10.4f} {other:10.4f}  {difference:24s} "
+                     f"{row['gradient_cosine']:+.3f}  {verdict}")
     return "\n".join(lines)
 
 
 def plot_pairing(result, out):
     """How much worse each loss is with another patient's report, in percent of its value"""
     with figure(out, 1, 1, 4.6, 3) as [[ax]]:
-        for place, row in enumerate(result.values()):
-            unit = 100 / max(abs(row["own"]), 1e-9)
-            low, high = (unit * end for end in row["interval"])
+        for name, row in result.items():
+            percent = 100 / abs(row["own"])
             colour = "tab:blue" if row["uses_report"] else "0.6"
-            ax.bar(place, unit * (row["other"] - row["own"]), color=colour)
-            ax.plot([place, place], [low, high], color="black")
+            ax.bar(name, percent * (row["other"] - row["own"]), color=colour)
+            ax.plot([name, name], percent * np.array(row["interval"]), color="black")
         ax.axhline(0, color="black", lw=0.8)
-        ax.set_xticks(range(len(result)), list(result))
         ax.set(title="with another patient's report (blue: the loss uses the report)", ylabel="worse by %")
 
 
@@ -651,7 +593,7 @@ def plot_pairing(result, out):
 class Run(NamedTuple):
     network: torch.nn.Module
     task: data.Task  # with the size and spacing of the training
-    config: dict     # flags of the training, its vocabulary, its patients
+    config: dict  # flags of the training, its vocabulary, its patients
     cache: str
     device: str
 
@@ -662,43 +604,43 @@ def load_checkpoint(path, cache="cache", device="cpu"):
     checkpoint = model.read_checkpoint(path)
     config = model.flags_of(checkpoint)
     if config.get("task") not in data.TASKS:
-        kind = config.get("task") or ("a checkpoint of pre-training" if config else "weights alone")
-        raise ValueError(f"{path}: found {kind}, expected best.pt of finetune.py for one of the tasks "
-                         f"{', '.join(data.TASKS)}")
-    # The task of the training, whatever TASKS says today. Older files hold two fields of it.
-    fields = checkpoint.get("task", {"size": config["size"], "spacing": config["spacing"]})
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-    task = data.TASKS[config["task"]]._replace(**fields)
+        raise ValueError(f"{path}: found the task {config.get('task')}, expected best.pt of "
+                         f"finetune.py for one of {', '.join(data.TASKS)}")
+    task = data.TASKS[config["task"]]._replace(**checkpoint["task"])  # of the training
     network = model.build_network(task.kind, len(task.classes), config, path.parent)
     model.restore(network, checkpoint, path)
     return Run(network.to(device).eval(), task, config, cache, device)
 
 
-def _stack_inputs(items, task, cache):
-    return torch.stack([data.network_input(item, task, cache) for item in items])
+def _run_on_volumes(network, cache, size, hu, batch_size):
+    """A run that sees the volumes of pre-training"""
+    task = data.TASKS["ct-rate-vocab"]._replace(size=tuple(size), hu=hu)
+    return Run(network, task, {"batch_size": batch_size}, cache, next(network.parameters()).device)
 
 
-def _batches(run, items, progress):
+def _bar(steps, text, shown):
+    return tqdm(steps, desc=text, leave=False, disable=None if shown else True)
+
+
+def _batches(run, items, progress=True):
     """The network's inputs (B, 1, D, H, W), in the order of the items"""
-    workers = run.config["workers"] if len(items) > 1 else 0
-    collate = functools.partial(_stack_inputs, task=run.task, cache=run.cache)
-    loader = DataLoader(items, run.config["batch_size"], num_workers=workers, collate_fn=collate,
-                        generator=torch.Generator())  # its own: that of a training stays
-    for volume in _bar(loader, "predict", progress):
-        yield volume.to(run.device, non_blocking=True)
+    size = run.config["batch_size"]
+    for i in _bar(range(0, len(items), size), "predict", progress and len(items) > 1):
+        inputs = [data.network_input(item, run.task, run.cache) for item in items[i:i + size]]
+        yield torch.stack(inputs).to(run.device)
 
 
 @torch.no_grad()
 def predict_log_odds(run, items, progress=False):
-    """log(p / (1 - p)) of every class, which still ranks items whose p is rounded to 1: (n, K) float64 numpy.
-    The p of a prompt is that of "{name}." against "not {name}.", or of the two texts that config has."""
+    """log(p / (1 - p)) of every class, which ranks items whose p is rounded to 1, too: (n, K) float64.
+    The p of a prompt is that of "{name}." against "not {name}.", or of two texts in config."""
     if run.task.kind == "prompt":
         prompts = run.config.get("prompts") or data.prompts(run.task.classes)
-        texts = text_features(run.network, prompts)                             # (2K, E)
+        texts = text_features(run.network, prompts)  # (2K, E)
         cosines = (predict_features(run, items, progress) @ texts.T).double().numpy()
         return (cosines[:, ::2] - cosines[:, 1::2]) / run.config["temperature"]
-    logits = torch.cat([run.network(volume).cpu() for volume in _batches(run, items, progress)])
-    logits = logits.double().numpy()
+    logits = torch.cat([run.network(inputs) for inputs in _batches(run, items, progress)])
+    logits = logits.cpu().double().numpy()
     if run.task.exclusive:
         others = [logsumexp(np.delete(logits, k, 1), 1) for k in range(logits.shape[1])]
         logits = logits - np.stack(others, 1)
@@ -711,28 +653,22 @@ def predict_classes(run, items, progress=False):
 
 
 @torch.no_grad()
-def image_features(network, batches):
-    """Global features of length 1 of batches of volumes (B, 1, D, H, W) -> (n, E) on the CPU"""
-    rows = [network.encode_image(volumes).mean(1).float() for volumes in batches]
-    return torch.cat([F.normalize(row, dim=-1).cpu() for row in rows])
-
-
 def predict_features(run, items, progress=False):
     """Global volume features of length 1: (n, E) on the CPU"""
-    return image_features(run.network, _batches(run, items, progress))
+    rows = [run.network.encode_image(inputs).mean(1) for inputs in _batches(run, items, progress)]
+    return F.normalize(torch.cat(rows).float(), dim=-1).cpu()
 
 
 @torch.no_grad()
 def text_features(network, texts):
-    """Global features of length 1 of reports or prompts: n str -> (n, E) on the CPU. Equal texts have equal
-    ones, which tie in a retrieval: the padding of two batches would tell them apart."""
-    device, rows, different = next(network.parameters()).device, [], list(dict.fromkeys(texts))
+    """Global features of length 1 of reports or prompts: n str -> (n, E) on the CPU"""
+    rows, different = [], list(dict.fromkeys(texts))  # padding would tell equal texts apart
     for i in range(0, len(different), 32):
         batch = data.text_batch(network.text_encoder.tokenizer, different[i:i + 32])
-        row = network.encode_text(**{name: tensor.to(device) for name, tensor in batch.items()})
-        rows.append(F.normalize(row.float(), dim=-1).cpu())
+        rows.append(network.encode_text(**_on_device(batch, network)))
+    features = F.normalize(torch.cat(rows).float(), dim=-1).cpu()
     place = {text: i for i, text in enumerate(different)}
-    return torch.cat(rows)[[place[text] for text in texts]]
+    return features[[place[text] for text in texts]]
 
 
 @torch.no_grad()
@@ -740,125 +676,124 @@ def predict_reports(run, items, progress=False):
     """n str, words between blanks"""
     words = run.config["vocabulary"]
     return [" ".join(words[token] for token in tokens)
-            for volume in _batches(run, items, progress) for tokens in run.network.generate(volume)]
+            for inputs in _batches(run, items, progress) for tokens in run.network.generate(inputs)]
 
 
 @torch.no_grad()
 def predict_masks(run, items, progress=False):
     """Yields the label map of each scan as the scan is stored: uint8 (x, y, z), affine 4×4"""
     for item in _bar(items, "predict", progress):
-        volume = np.array(data.prepare(item, run.task, run.cache)[0], dtype=np.float32)
-        probabilities = sliding_window(run.network, torch.from_numpy(volume)[None], run.task.size,
-                                       run.task.overlap, device=run.device, progress=progress)
+        volume = torch.from_numpy(np.array(data.prepare(item, run.task, run.cache)[0], np.float32))
+        probabilities = sliding_window(run.network, volume[None], run.task.size, run.task.overlap,
+                                       device=run.device, progress=progress)
         yield data.to_own_grid(probabilities, item)
 
 
 @torch.no_grad()
 def sliding_window(network, volume, size, overlap, batch_size=2, device="cpu", progress=False):
     """Class probabilities of a volume of any size: (1, D, H, W) -> (K, D, H, W) float32 on the CPU.
-
-    The logits of overlapping windows are averaged with Gaussian weights, σ an eighth of a side. A smaller
-    volume is padded with 0, as in training. The device holds one batch of windows at a time.
-    """
+    Logits of overlapping windows are averaged with Gaussian weights."""
     shape = volume.shape[1:]
-    pad = [max(0, side - n) for side, n in zip(size, shape)]
-    volume = F.pad(volume, [n for both in pad[::-1] for n in (both // 2, both - both // 2)])
+    padded = np.maximum(shape, size)
+    volume = torch.from_numpy(data.cut(volume[0].numpy(), (0, 0, 0), padded))
     starts, weight = [], torch.ones(())
-    for n, side in zip(volume.shape[1:], size):
+    for n, side in zip(padded, size):
         count = math.ceil((n - side) / max(1, int(side * (1 - overlap)))) + 1
-        starts.append(np.linspace(0, n - side, count).round().astype(int).tolist())
-        place = (torch.arange(side) - (side - 1) / 2) / (side / 8)
+        starts.append(np.linspace(0, n - side, count).round().astype(int))
+        place = (torch.arange(side) - (side - 1) / 2) / (side / 8)  # in σ
         weight = weight[..., None] * torch.exp(-0.5 * place ** 2)
     weight = weight.clamp(min=1e-3)  # a corner of the volume lies in one window alone
-    windows = [(..., *(slice(start, start + side) for start, side in zip(corner, size)))
+    windows = [(..., *map(slice, corner, np.add(corner, size)))
                for corner in itertools.product(*starts)]
     total, weights = 0, torch.zeros_like(volume)
     for i in _bar(range(0, len(windows), batch_size), "windows", progress):
         batch = windows[i:i + batch_size]
-        logits = network(torch.stack([volume[window] for window in batch]).to(device)).cpu().float()
+        inputs = torch.stack([volume[None][window] for window in batch])
+        logits = network(inputs.to(device)).cpu().float()  # (B, K, *size)
         if i == 0:
-            total = torch.zeros(logits.shape[1], *volume.shape[1:])
+            total = torch.zeros(logits.shape[1], *volume.shape)
         for window, window_logits in zip(batch, logits):
             total[window] += weight * window_logits
             weights[window] += weight
-    inside = [slice(n // 2, n // 2 + side) for n, side in zip(pad, shape)]
+    inside = [slice(k // 2, k // 2 + n) for k, n in zip(padded - shape, shape)]
     return (total / weights).softmax(0)[(..., *inside)]
 
 
 # ---------------------------------- scores
-# Each gives the part of the result that differs by kind, and the metric with the arrays it is taken of.
+# Each gives the part of the result that differs by kind, a metric and the arrays it is taken of.
 
 def score_classes(run, items, scores, out, train_items):
     """Accuracy of exclusive classes, AUC of a single class or of the last one `among` another,
     otherwise the mean AUC. scores: log odds (n, K)"""
-    task = run.task
+    task, names = run.task, run.task.classes
     truth = np.stack([item.labels for item in items]).astype(float)  # (n, K), NaN = unknown
-    per_class = dict(zip(task.classes, aurocs(scores, truth)))
-    positives = dict(zip(task.classes, np.nansum(truth, 0).astype(int).tolist()))
-    result = {"chance": 0.5, "per_class": per_class, "positives": positives, "more": {}}
+    aucs = dict(zip(names, auroc(scores, truth)))
+    positives = dict(zip(names, np.nansum(truth, 0).astype(int).tolist()))
+    result = {"chance": 0.5, "per_class": aucs, "positives": positives, "more": {}}
     if out:
-        columns = [*task.classes, *(f"true {name}" for name in task.classes)]
-        rows = [[item.id, *row] for item, row in zip(items, np.hstack([expit(scores), truth]).tolist())]
-        _write_csv(out / "predictions.csv", ["id", *columns], rows)
-        plot_roc(scores, truth, task.classes, out / "roc.png")
+        rows = np.hstack([expit(scores), truth]).tolist()
+        _write_csv(out / "predictions.csv", ["id", *names, *(f"true {name}" for name in names)],
+                   [[item.id, *row] for item, row in zip(items, rows)])
+        plot_roc(scores, truth, names, out / "roc.png")
     if task.exclusive:
         pred, label = scores.argmax(1), truth.argmax(1)
-        recalls = {name: _mean(pred[label == k] == k) for k, name in enumerate(task.classes)}
-        result |= {"chance": float(np.bincount(label).max() / len(label)), "per_class": recalls,
-                   "protocol": "all items; chance: the commonest class", "more": {"auc": per_class}}
+        result |= {"chance": float(np.bincount(label).max() / len(label)),
+                   "per_class": {name: _mean(pred[label == k] == k) for k, name in enumerate(names)},
+                   "protocol": "all items; chance: the commonest class", "more": {"auc": aucs}}
         return result, accuracy, pred, label
-    if len(task.classes) > 1 and not task.among:
-        one, other, *_ = run.config.get("prompts") or ("{name}.", "not {name}.")
-        against = f", '{one}' against '{other}' and so on" if task.kind == "prompt" else ""
-        result["protocol"] = f"all items, mean of {how_many(per_class.values())}{against}"
+    if len(names) > 1 and not task.among:
+        result["protocol"] = f"all items, mean of {how_many(aucs.values())}"
+        if task.kind == "prompt":
+            one, other, *_ = run.config.get("prompts") or ("{name}.", "not {name}.")
+            result["protocol"] += f", '{one}' against '{other}' and so on"
         if out:
-            rows = auc_table(scores, truth, task.classes)
-            spans = {name: [low, high] for name, (low, _, high) in rows.items() if name in per_class}
+            rows = auc_table(scores, truth, names)
+            spans = {name: [low, high] for name, (low, _, high) in rows.items() if name in aucs}
             result["more"] = {"weighted_auc": rows[WEIGHTED], "intervals": spans}
         return result, macro_auroc, scores, truth
-    name = task.classes[-1]
     counted = ~np.isnan(truth[:, -1])
     if task.among:  # as STOIC asks: severe among COVID-19
-        counted &= truth[:, task.classes.index(task.among)] == 1
-        result["more"] = {"auc_all_items": per_class[name], "n_all_items": len(items)}
-    result |= {"n": int(counted.sum()), "protocol": f"{name} among {task.among or 'all items'}"}
+        counted &= truth[:, names.index(task.among)] == 1
+        result["more"] = {"auc_all_items": aucs[names[-1]], "n_all_items": len(items)}
+    result["n"] = int(counted.sum())
+    result["protocol"] = f"{names[-1]} among {task.among or 'all items'}"
     return result, auroc, scores[counted, -1], truth[counted, -1]
 
 
 def auc_table(scores, truth, classes):
-    """{name: [low, AUC, high]} of the classes (K,) that have both kinds, and of two means of these"""
+    """{name: [low, AUC, high]} of the classes (K,) that have both kinds, their mean, and their mean
+    weighted by positives"""
     def metric(scores, truth):
-        aucs = np.array(aurocs(scores, truth))
-        return np.array([*aucs, _mean(aucs), weighted_auroc(aucs, truth)])
-    known = ~np.isnan(aurocs(scores, truth))
+        aucs = np.array(auroc(scores, truth))
+        weights = np.where(np.isnan(aucs), 0, (truth == 1).sum(0))
+        weighted = np.nansum(weights * aucs) / (weights.sum() or math.nan)
+        return np.array([*aucs, _mean(aucs), weighted])
+    known = np.flatnonzero(~np.isnan(auroc(scores, truth)))
     scores, truth = scores[:, known], truth[:, known]
-    values, names = metric(scores, truth), [*np.compress(known, classes).tolist(), "mean", WEIGHTED]
+    names = [*(classes[k] for k in known), "mean", WEIGHTED]
     low, high = (np.broadcast_to(end, len(names)) for end in bootstrap(metric, scores, truth))
-    return dict(zip(names, np.transpose([low, values, high]).tolist()))
+    return dict(zip(names, np.transpose([low, metric(scores, truth), high]).tolist()))
 
 
 def score_masks(run, items, masks, out, train_items):
-    """Dice of scans in their own grid. masks: (labels, affine) of each, which may come one at a time"""
-    names = run.task.classes
+    """Dice of scans in their own grid. masks: (labels, affine) of each, one at a time"""
+    names, values = run.task.classes, range(1, 1 + len(run.task.classes))
     scores, constant, false_alarms, examples = [], [], 0, []
     for (labels, affine), item, file_name in zip(masks, items, _file_names(items)):
         pred = nib.apply_orientation(labels, nib.io_orientation(affine)).T  # (z, y, x), RAS
         truth = data.read_volume(item.mask, is_mask=True)[0]
         scores.append(dice(pred, truth, 1 + len(names)))
-        voxels = np.array([(truth == k).sum() for k in range(1, 1 + len(names))])
-        constant.append(np.where(voxels, 2 * voxels / (voxels + truth.size), math.nan))
-        false_alarms += sum(bool((pred == k).any()) for k, n in enumerate(voxels, 1) if n == 0)
+        constant.append([dice(np.full_like(truth, k), truth, 1 + k)[-1] for k in values])
+        false_alarms += sum(k in pred and k not in truth for k in values)
         if out:
             (out / "masks").mkdir(exist_ok=True)
             nib.save(nib.Nifti1Image(labels, affine), out / "masks" / f"{file_name}.nii.gz")
-            if len(examples) < 4 and truth.any():
-                z = (truth > 0).sum((1, 2)).argmax()
-                image, spacing, _ = data.read_volume(item.volume)
-                if run.task.window:
-                    image, _ = data.to_hounsfield(image, item.volume, "auto", item.rescale)
-                low, high = run.task.window or np.percentile(image[z], (1, 99))
-                examples.append((item.id, (image[z] - low) / (high - low), pred[z], truth[z],
-                                 np.nanmean(scores[-1]), spacing[1] / spacing[2]))
+        if out and len(examples) < 4 and truth.any():
+            z = (truth > 0).sum((1, 2)).argmax()
+            image, spacing, _ = data.read_volume(item.volume)
+            low, high = np.percentile(image[z], (1, 99))
+            examples.append((item.id, (image[z] - low) / (high - low), pred[z], truth[z],
+                             np.nanmean(scores[-1]), spacing[1] / spacing[2]))
     scores, constant = np.array(scores), np.array(constant)  # (n, K)
     if out:
         rows = [[item.id, *row] for item, row in zip(items, scores.tolist())]
@@ -871,119 +806,125 @@ def score_masks(run, items, masks, out, train_items):
     result = {"n": len(cases), "chance": _mean(np.nanmean(constant[counted], 1)),
               "per_class": {name: _mean(column) for name, column in zip(names, scores.T)},
               "positives": dict(zip(names, known.sum(0).tolist())),
-              "protocol": "mean over scans in their own grid, scans and classes without truth left out; "
-                          "chance: all voxels marked",
+              "protocol": "mean over scans in their own grid, scans and classes without truth left "
+                          "out; chance: all voxels marked",
               "more": {"chance_of_an_empty_mask": 0.0, "without_truth": int((~known).sum()),
                        "marked_without_truth": false_alarms}}
     return result, _mean, cases
 
 
 def score_findings(items, reports, constant, vocabulary):
-    """Do reports name the findings of the labels or, where no item has any, those of the true reports? Beside
-    them how well the true reports do, the most that can be told, and a constant report. None with a reason
-    where that cannot be told."""
+    """Do reports name the findings of the labels or, where no item has any, of the true reports? Beside
+    them the true reports, the most that can be told, and a constant report"""
     if not vocabulary & {".", "。"}:
-        return {"generated": None, "reason": "the generator has no full stop: where does a denial end?"}
-    named = {"generated": reports, "true report": [item.report for item in items],
+        reason = "the generator has no full stop: where does a denial end?"
+        return {"generated": None, "reason": reason}
+    texts = {"generated": reports, "true report": [item.report for item in items],
              "constant report": [constant] * len(items)}
-    named = {name: np.stack(list(map(findings, texts))) for name, texts in named.items()}
+    named = {name: np.array([findings(text) for text in some]) for name, some in texts.items()}
+    if not named["true report"].any():
+        reason = "the true reports name no finding: only English ones are read"
+        return {"generated": None, "reason": reason}
     unknown = np.full(len(data.LABELS), math.nan)
     truth = np.stack([unknown if item.labels is None else item.labels for item in items])
-    labelled = ~np.isnan(truth).all(1)
-    if not named["true report"].any():
-        return {"generated": None, "reason": "the true reports name no finding: only English ones are read"}
-    against = "labels"
+    against, labelled = "labels", ~np.isnan(truth).all(1)
     if not labelled.any():
         against, labelled, truth = "true report", labelled | True, named.pop("true report")
     results = {name: agreement(rows[labelled], truth[labelled]) for name, rows in named.items()}
     return {"against": against, "n": int(labelled.sum()), **results}
 
 
+def _words_of(report, with_stops=False):
+    return " ".join(data.report_words(report, with_stops))
+
+
+def constant_report(reports):
+    """Of 100 reports the one that fits 200 best, by BLEU-4"""
+    rng = np.random.default_rng(0)
+    some, sample = ([reports[i] for i in rng.permutation(len(reports))[:n]] for n in (100, 200))
+    sample = list(map(_words_of, sample))
+
+    def fit(report):
+        return bleu([_words_of(report)] * len(sample), sample)[3]
+    return max(sorted(set(some)), key=fit)
+
+
 def score_reports(run, items, reports, out, train_items):
-    """BLEU, ROUGE-L and findings of the reports and, to compare with, of the best constant report"""
-    def words_of(report):
-        return " ".join(data.report_words(report))
-    truth = [words_of(item.report) for item in items]
+    """BLEU, ROUGE-L and findings of the reports and, to compare, of the best constant report"""
+    truth = [_words_of(item.report) for item in items]
     if out:
-        rows = [{"id": item.id, "generated": report, "truth": " ".join(data.report_words(item.report, True))}
+        rows = [{"id": item.id, "generated": report, "truth": _words_of(item.report, True)}
                 for item, report in zip(items, reports)]
         write_result(rows, out / "reports.json")
         write_comparison(rows[:3], out / "reports.html")
-    written, reports = reports, [" ".join(filter(data.has_words, report.split())) for report in reports]
+    best = constant_report([item.report for item in train_items or items])
+    same = [_words_of(best)] * len(truth)
+    constant = bleu(same, truth)
     # The released protocol cuts references to 150 words and replaces unknown words, which flatters.
     known = set(run.config["vocabulary"])
-    released = [" ".join(word if word in known else "<unk>" for word in text.split()[:150]) for text in truth]
-    # The constant report: of 100 training reports, else true ones, the one that fits 200 best.
-    pool = [item.report for item in train_items or items]
-    rng = np.random.default_rng(0)
-    candidates, sample = ([pool[i] for i in rng.permutation(len(pool))[:n]] for n in (100, 200))
-    sample = list(map(words_of, sample))
-    best = max(sorted(set(candidates)), key=lambda report: bleu([words_of(report)] * len(sample), sample)[3])
-    same = [words_of(best)] * len(truth)
-    constant = bleu(same, truth)
-    counts = np.stack([_bleu_counts(*pair) for pair in zip(reports, truth)])  # (n, 10)
+    released = [" ".join(word if word in known else "<unk>" for word in text.split()[:150])
+                for text in truth]
+    said = [" ".join(filter(data.has_words, report.split())) for report in reports]  # no full stops
+    counts = np.stack([_bleu_counts(*pair) for pair in zip(said, truth)])  # (n, 10)
     source = "training" if train_items else "same"
     words = "Chinese characters" if any(map(data.CHARACTER.search, truth)) else "words"
-    per_class = {f"BLEU-{n}": score for n, score in enumerate(_bleu(counts), 1)}
-    result = {"chance": constant[3], "per_class": per_class,
-              "protocol": f"{words} of whole references; chance: a constant report of the {source} part",
-              "more": {"bleu_released": bleu(reports, released), "bleu_constant": constant,
-                       "ROUGE-L": float(np.mean(list(map(rouge_l, reports, truth)))),
+    result = {"chance": constant[3],
+              "per_class": {f"BLEU-{n}": score for n, score in enumerate(_bleu(counts), 1)},
+              "protocol": f"{words} of whole references; chance: a constant report of the {source} "
+                          "part",
+              "more": {"bleu_released": bleu(said, released), "bleu_constant": constant,
+                       "ROUGE-L": float(np.mean(list(map(rouge_l, said, truth)))),
                        "ROUGE-L_constant": float(np.mean(list(map(rouge_l, same, truth)))),
-                       "findings": score_findings(items, written, best, known),
-                       "distinct_reports": len(set(reports)) / len(reports),
+                       "findings": score_findings(items, reports, best, known),
+                       "distinct_reports": len(set(said)) / len(said),
                        "distinct_true_reports": len(set(truth)) / len(truth)}}
     return result, lambda drawn: _bleu(drawn)[3], counts
 
 
 def candidates(items):
-    """What counts as one candidate of a retrieval: {protocol: groups of places in items}. Of the
-    reconstructions of a scan, CT-RATE's train_1_a_1, train_1_a_2, …, "scans" takes the first; volumes
-    with other names are scans of their own. "unique findings" groups the volumes of one report."""
+    """What counts as one candidate of a retrieval: {protocol: groups of places in items}. "scans" takes
+    the first of CT-RATE's train_1_a_1, train_1_a_2, …; "unique findings" has all of one report."""
     scans, by_report = {}, defaultdict(list)
     for i in sorted(range(len(items)), key=lambda i: items[i].id):
-        name = data.ENDING.sub("", items[i].id)
-        scans.setdefault(re.sub(r"((train|valid)_\d+_[a-z]+)_\d+$", r"\1", name), [i])
+        scan = re.sub(r"((train|valid)_\d+_[a-z]+)_\d+(\.\w+)*$", r"\1", items[i].id)
+        scans.setdefault(scan, [i])
         by_report[items[i].report].append(i)
     return {"volumes": [[i] for i in range(len(items))], "scans": sorted(scans.values()),
             "unique findings": sorted(by_report.values())}
 
 
 def _recalls(ranks):
-    n, shares = len(ranks), {k: float((ranks <= k).mean()) for k in KS}
-    return {**{f"Recall@{k}": share if k < n else math.nan for k, share in shares.items()},
-            "mean_rank": float(ranks.mean()), "median_rank": float(np.median(ranks))}
+    shares = {f"Recall@{k}": float((ranks <= k).mean()) if k < len(ranks) else math.nan for k in KS}
+    return {**shares, "mean_rank": float(ranks.mean()), "median_rank": float(np.median(ranks))}
 
 
 def score_retrieval(run, items, volumes, out, train_items):
-    """Recall@K of reports that look for their volume, and of volumes that look for their report, by the
-    protocols of `candidates`; the most similar volume of a candidate counts. volumes: features (n, E)"""
+    """Recall@K of reports that look for their volume and back, by the protocols of `candidates`; the
+    most similar volume of a candidate counts. volumes: features (n, E)"""
     reports = text_features(run.network, [item.report for item in items])
-    similarity = (reports @ volumes.T).numpy()          # rows: reports
+    similarity = (reports @ volumes.T).numpy()  # rows: reports
     protocols, ranks = {}, {}
     for name, groups in candidates(items).items():
         first, n = [group[0] for group in groups], len(groups)
         rows = similarity[first]
-        best = np.stack([rows[:, group].max(1) for group in groups], 1)         # (n, n)
+        best = np.stack([rows[:, group].max(1) for group in groups], 1)  # (n, n)
         ranks[name] = retrieval_ranks(best), retrieval_ranks(best.T)
         forth, back = map(_recalls, ranks[name])
         protocols[name] = {"n": n, "ids_sha1": _hash(items[i] for i in first), **forth,
                            **{f"chance of Recall@{k}": min(1.0, k / n) for k in KS},
                            "chance of mean_rank": (n + 1) / 2, "volume to report": back}
     if out:
-        nearest = (-similarity).argsort(1, kind="stable")[:, :5]
-        rows = [[items[i].id, rank, *(items[j].id for j in nearest[i])]
-                for i, rank in enumerate(ranks["volumes"][0])]
-        columns = [f"volume {k}" for k in range(1, 1 + nearest.shape[1])]
-        _write_csv(out / "ranks.csv", ["id", "rank", *columns], rows)
+        rows = [[item.id, rank] for item, rank in zip(items, ranks["volumes"][0])]
+        _write_csv(out / "ranks.csv", ["id", "rank"], rows)
         plot_recall(ranks, out / "recall.png")
     counted = "unique findings" if run.config["task"] == "retrieval" else "volumes"
-    n, ranks = protocols[counted]["n"], ranks[counted][0]
-    # With few volumes Recall@50 is trivial: report the largest K up to n / 10; 5, or 1 for fewer than 10.
+    found, ranks = protocols[counted], ranks[counted][0]
+    # With few volumes Recall@50 is trivial: the largest K up to n / 10; 5, or 1 for fewer than 10.
+    n = len(ranks)
     largest = max(5, min(n / 10, int(run.task.metric.split("@")[1])))
     k = max((k for k in KS if k <= largest and 2 * k <= n), default=1)
     result = {"metric": f"Recall@{k}", "chance": min(1.0, k / n), "n": n,
-              "per_class": {f"Recall@{k}": protocols[counted][f"Recall@{k}"] for k in KS},
+              "per_class": {f"Recall@{k}": found[f"Recall@{k}"] for k in KS},
               "protocol": f"{counted}: a report finds its own among all; ties count against it",
               "more": {"protocols": protocols}}
     return result, lambda drawn: float((drawn <= k).mean()) if k < n else math.nan, ranks
@@ -1318,7 +1259,7 @@ def probe_command(args):
         log.warning("%s: left out %d of %d volumes without all 18 labels", args.data, left_out, len(items))
     scores, truth = probe(features, items)
     value, interval = macro_auroc(scores, truth), bootstrap(macro_auroc, scores, truth)
-    per_class = dict(zip(data.LABELS, aurocs(scores, truth)))
+    per_class = dict(zip(data.LABELS, auroc(scores, truth)))
     print_classes("AUC", per_class, dict(zip(data.LABELS, truth.sum(0).astype(int))), {})
     print(f"macro AUC of {how_many(per_class.values())} {value:.3f} {span(interval)}, "
           f"n = {len(truth)}, chance 0.500")

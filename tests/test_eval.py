@@ -231,7 +231,7 @@ def test_a_finding_that_none_has_is_not_fitted():
     items = [data.Item(str(i), "x", "", "train" if i < 40 else "test", str(i), labels[i]) for i in range(60)]
     features = [rng.normal(size=(40, 4)), rng.normal(size=(20, 4))]
     scores, truth = evaluation.probe(features, items)
-    found = evaluation.aurocs(scores, truth)
+    found = evaluation.auroc(scores, truth)
     assert [k for k, auc in enumerate(found) if np.isnan(auc)] == [3, 5]
     others = [k for k in range(18) if k not in (3, 5)]
     expected = evaluation.ridge(features[0], labels[:40].astype(float), features[1])[:, others]

@@ -163,7 +163,7 @@ def test_bleu_by_hand():
     found = evaluation.bleu(["a b x c"], ["a b c d e"])
     assert found == pytest.approx([100 * math.exp(-0.25) * 3 / 4, 100 * math.exp(-0.25) * math.sqrt(3 / 4 / 3), 0, 0])
     assert evaluation.bleu(["the the the"], ["the lung"])[0] == pytest.approx(100 / 3)      # a word matches once
-    with pytest.raises(ValueError, match="2 hypotheses and 1"):
+    with pytest.raises(ValueError):
         evaluation.bleu(["a", "b"], ["a"])
 
 
@@ -985,7 +985,7 @@ def save_checkpoint(path, task, **more):
     if data.TASKS[task].kind in ("prompt", "retrieve") and not (path.parent / "text_encoder").exists():
         phantoms.make_demo_text_encoder(path.parent / "text_encoder", [f"not {name}." for name in data.LABELS])
     torch.manual_seed(0)
-    row = data.TASKS[task]._replace(size=config["size"], spacing=config["spacing"])
+    row = data.TASKS[task]._replace(size=tuple(config["size"]), spacing=config["spacing"] and tuple(config["spacing"]))
     if task in ("labels", "segment"):
         row = row._replace(classes=("one", "two"))              # its data told them
     network = model.build_network(row.kind, len(row.classes), config, path.parent).eval()
@@ -1012,7 +1012,8 @@ def test_what_is_no_checkpoint_of_a_task_is_refused(tmp_path, encoder):
     torch.save(model.export_encoder(encoder), tmp_path / "encoder.pt")
     torch.save({"model": {}, "config": {"encoder": "swin_t", "steps": 9}}, tmp_path / "last.pt")
     (tmp_path / "text.pt").write_text("no weights")
-    for name, found in (("encoder.pt", "weights alone"), ("last.pt", "pre-training"), ("text.pt", "read"), ("absent.pt", "")):
+    for name, found in (("encoder.pt", "best.pt of finetune.py"), ("last.pt", "best.pt of finetune.py"), ("text.pt", "read"),
+                        ("absent.pt", "")):
         with pytest.raises(ValueError, match=f"{name}.*{found}"):
             evaluation.load_checkpoint(tmp_path / name)
     save_checkpoint(tmp_path / "best.pt", "stoic")
@@ -1272,8 +1273,9 @@ def test_a_bootstrap_of_several_numbers_is_that_of_each():
     assert table["mean"][1] == pytest.approx(np.mean(aucs)) == pytest.approx(evaluation.macro_auroc(scores, truth))
     assert (table["mean"][0], table["mean"][2]) == pytest.approx(evaluation.bootstrap(evaluation.macro_auroc, scores, truth))
     assert table[evaluation.WEIGHTED][1] == pytest.approx(np.dot(aucs, positives) / sum(positives))
-    assert math.isnan(evaluation.weighted_auroc(np.array([math.nan]), np.ones((2, 1))))
-    assert list(evaluation.auc_table(scores[:1], truth[:1], "abcd")) == ["mean", evaluation.WEIGHTED]
+    for n in (1, 2):
+        empty = evaluation.auc_table(scores[:n], np.ones((n, 4)), "abcd")
+        assert list(empty) == ["mean", evaluation.WEIGHTED] and np.isnan(list(empty.values())).all()
 
 
 def retrieval_by_loops(similarity, ids, reports):
