@@ -295,7 +295,8 @@ def read_stored(path):
         return read(path)
     except Exception as error:  # the libraries raise a dozen kinds for a broken file
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise wrong(path, reason, "a whole volume, an .mhd with its .raw") from error
+        raise ValueError(f"{path}: cannot be read: {reason}; expected a whole volume (an .mhd with its "
+                         ".raw)") from error
 
 
 def to_ras(path, xyz, affine, is_mask=False):
@@ -475,23 +476,28 @@ def split_sentences(text):
 
 def tokenize_report(tokenizer, sentences, max_sentences=32, max_tokens=250):
     """Tokenise the sentences of a report in a row with a fast Hugging Face tokenizer. Whole sentences are
-    kept as long as they fit; only a first one that is too long alone is cut itself. Returns input_ids,
-    sentence_ids, word_ids (L,) int64, the latter two -1 at special tokens; sentences, the S kept ones;
-    single_ids, S arrays, each sentence tokenised alone."""
-    for n in range(min(len(sentences), max_sentences), 0, -1):
-        text = " ".join(sentences[:n])
-        encoding = tokenizer(text, truncation=n == 1, max_length=max_tokens, return_offsets_mapping=True)
-        if len(encoding["input_ids"]) <= max_tokens:
-            break
-    ends = np.array(encoding["offset_mapping"])[:, 1]
-    kept = sentences[:n] if n > 1 else [text[:ends.max()]]
+    kept as long as they fit; only a first one that is too long alone is cut. Returns input_ids, sentence_ids,
+    word_ids (L,) int64, the latter two -1 at special tokens; sentences, the S kept ones; single_ids, S
+    arrays, each sentence tokenised alone."""
+    kept = sentences[:max_sentences]
+    text = " ".join(kept)
+    encoding = tokenizer(text, return_offsets_mapping=True, verbose=False)
+    input_ids = np.array(encoding["input_ids"])  # (L,)
     word_ids = np.array([-1 if word is None else word for word in encoding.word_ids()])
     # A RoBERTa token may begin at the blank before its word: its last letter tells the sentence.
+    last_letter = np.array(encoding["offset_mapping"])[:, 1] - 1
     starts = np.cumsum([0] + [len(sentence) + 1 for sentence in kept[:-1]])  # (S,)
-    sentence_ids = np.searchsorted(starts, (ends - 1).clip(0), side="right") - 1
+    sentence_ids = np.searchsorted(starts, last_letter.clip(0), side="right") - 1
     sentence_ids[word_ids < 0] = -1
+    is_word = word_ids >= 0
+    capacity = max_tokens - (~is_word).sum()
+    if is_word.sum() > capacity:
+        too_many = sentence_ids[is_word][capacity]  # the first sentence that does not fit
+        fits = ~is_word | (sentence_ids < max(1, too_many)) & (is_word.cumsum() <= capacity)
+        input_ids, word_ids, sentence_ids = input_ids[fits], word_ids[fits], sentence_ids[fits]
+        kept = kept[:too_many] or [text[:last_letter[fits].max() + 1]]
     single_ids = tokenizer(kept, truncation=True, max_length=max_tokens)["input_ids"]
-    return {"input_ids": np.array(encoding["input_ids"]), "sentence_ids": sentence_ids, "word_ids": word_ids,
+    return {"input_ids": input_ids, "sentence_ids": sentence_ids, "word_ids": word_ids,
             "sentences": kept, "single_ids": [np.array(ids) for ids in single_ids]}
 
 
@@ -657,7 +663,8 @@ def read_table(path, *needed, labels=(), **choices):
         for name, values in choices.items():
             text = _plain(row[name])
             if text not in values:
-                raise wrong(where, f"{name} {row[name]!r}", f"one of {', '.join(values)}")
+                fitting = ", ".join(map(str, dict.fromkeys(values.values())))
+                raise wrong(where, f"{name} {row[name]!r}", f"one of {fitting}")
             row[name] = values[text]
             uncertain += [where] * (text == "-1")
         try:
