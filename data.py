@@ -58,12 +58,7 @@ except ImportError:             # Windows
 log = logging.getLogger("mg3d")
 _warn_once = functools.cache(log.warning)
 
-# The columns of CT-RATE's label files, in their order
-LABELS = ("Medical material", "Arterial wall calcification", "Cardiomegaly", "Pericardial effusion",
-          "Coronary artery wall calcification", "Hiatal hernia", "Lymphadenopathy", "Emphysema",
-          "Atelectasis", "Lung nodule", "Lung opacity", "Pulmonary fibrotic sequela", "Pleural effusion",
-          "Mosaic attenuation pattern", "Peribronchial thickening", "Consolidation", "Bronchiectasis",
-          "Interlobular septal thickening")
+LABELS = tuple(phantoms.FINDINGS)  # the 18 columns of CT-RATE's label files, in their order
 SIZE = (128, 96, 128)           # voxels (z, y, x) that the network sees
 CROP = (0.88, 0.66, 0.88)       # part of the scan (z, y, x) that the centre crop keeps
 WINDOW = (-1000., 1000.)        # HU that become 0 and 1. NOTE(paper): not given
@@ -151,31 +146,25 @@ def _read_grey(path):
     return hu, np.diag([-1., -1., 1., 1.])
 
 
-def _nifti_affine(path, image):
-    """The affine 4×4 to RAS mm. Where its lengths are not those of pixdim, the sform is wrong: there are
-    files in which it says 1 mm."""
-    header, affine = image.header, image.header.get_best_affine()
+def _read_nifti(path):
+    image = nib.load(path)
+    header, stored = image.header, image.dataobj
+    xyz = stored.get_unscaled()
+    if (stored.slope, stored.inter) != (1, 0):  # nibabel itself would use float64
+        xyz = xyz.astype(np.float32) * np.float32(stored.slope) + np.float32(stored.inter)
     with image.file_map["image"].get_prepare_fileobj("rb") as file:  # nibabel mends what is 0 or below
         pixdim = abs(type(header).from_fileobj(file, check=False)["pixdim"][1:4])
-    lengths, qform = np.linalg.norm(affine[:3, :3], axis=0), header.get_qform(coded=True)[0]
+    affine, qform = header.get_best_affine(), header.get_qform(coded=True)[0]
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
     is_set = np.isfinite(pixdim).all() and (pixdim * lengths).all()
     is_set &= qform is not None or (pixdim != 1).any()
-    if is_set and not np.allclose(lengths, pixdim, rtol=0.01, atol=0):
+    if is_set and not np.allclose(lengths, pixdim, rtol=0.01, atol=0):  # some say 1 mm and are wrong
         _warn_once(f"{path}: its sform has voxels of {lengths} mm, its pixdim of {pixdim}: took pixdim, "
                    "and the qform if it has one")
         affine = affine if qform is None else qform
         affine[:3, :3] *= pixdim / np.linalg.norm(affine[:3, :3], axis=0)
     affine[:3] *= {1: 1000, 3: 0.001}.get(int(header["xyzt_units"]) % 8, 1)  # metres, microns
-    return affine
-
-
-def _read_nifti(path):
-    image = nib.load(path)
-    stored = image.dataobj
-    xyz = stored.get_unscaled()
-    if (stored.slope, stored.inter) != (1, 0):  # nibabel itself would use float64
-        xyz = xyz.astype(np.float32) * np.float32(stored.slope) + np.float32(stored.inter)
-    return xyz, _nifti_affine(path, image)
+    return xyz, affine
 
 
 def _header_text(path):
@@ -219,11 +208,10 @@ def _dicom_slices(file):
     pixels = sitk.GetArrayFromImage(sitk.ReadImage(str(file), sitk.sitkFloat32))
     for frame, own in zip(pixels, frames, strict=True):
         tags = {tag.keyword: tag.value for group in (*shared, own) for tag in group.iterall()}
-        axes, (row, column), position = (np.array(tags[name], float) for name in names)
-        right, down = axes.reshape(2, 3)
-        right, down = right / np.linalg.norm(right), down / np.linalg.norm(down)  # they may be rounded
-        slices.append(Slice(header.SeriesInstanceUID, np.c_[right * column, down * row, position], frame,
-                            file.name))
+        axes, spacing, position = (np.array(tags[name], float) for name in names)
+        axes = axes.reshape(2, 3) / np.linalg.norm(axes.reshape(2, 3), axis=1, keepdims=True)
+        place = np.c_[(axes * spacing[::-1, None]).T, position]  # spacing: of rows, of columns
+        slices.append(Slice(header.SeriesInstanceUID, place, frame, file.name))
     return slices
 
 
@@ -408,8 +396,7 @@ def cut(array, corner, size):
 def resize(array, size, mode="trilinear"):
     """An array (z, y, x) -> float32 of another size, on voxel centres, without smoothing"""
     array = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))[None, None]
-    corners = False if mode == "trilinear" else None
-    return F.interpolate(array, tuple(size), mode=mode, align_corners=corners)[0, 0].numpy()
+    return F.interpolate(array, tuple(size), mode=mode)[0, 0].numpy()
 
 
 def centre_crop(array, crop=CROP):
@@ -451,21 +438,20 @@ def split_sentences(text):
     # NOTE(paper): it only says "when separating a report using punctuation"; the rules are ours.
     def is_long(clause):
         return sum(map(has_words, clause.split())) >= 3
-    inside = {place for whole in WHOLE.finditer(text) for place in range(*whole.span())}
-    ends = [end.end() for end in SENTENCE_END.finditer(text) if end.start() not in inside]
+    whole = {place for match in WHOLE.finditer(text) for place in range(*match.span())}
+    ends, commas = ({match.end() for match in pattern.finditer(text) if match.start() not in whole}
+                    for pattern in (SENTENCE_END, COMMA))
+    starts = sorted({0, *ends, *commas, len(text)})
+    clauses = [text[start:end] for start, end in itertools.pairwise(starts)]
     pieces = []
-    for start, end in itertools.pairwise([0, *ends, len(text)]):
-        commas = [comma.end() for comma in COMMA.finditer(text, start, end) if comma.start() not in inside]
-        clauses = [text[a:b] for a, b in itertools.pairwise([start, *commas, end])]
-        pieces.append(clauses[0])
-        for previous, clause in itertools.pairwise(clauses):
-            if is_long(previous) and is_long(clause):
-                pieces.append(clause)
-            else:
-                pieces[-1] += clause
+    for start, previous, clause in zip(starts, ["", *clauses], clauses):
+        if start in commas and not (is_long(previous) and is_long(clause)):
+            pieces[-1] += clause
+        else:
+            pieces.append(clause)
     sentences = [""]
     for piece in pieces:
-        if any(map(str.isalpha, sentences[-1])) and has_words(piece):
+        if has_words(piece) and any(map(str.isalpha, sentences[-1])):
             sentences.append(piece)
         else:  # behind a heading such as "2."
             sentences[-1] += piece
@@ -525,9 +511,7 @@ def mask_volume(size, mask_size, mask_ratio, generator):
 
 
 # ------------------------------------------------------------------------------------------ sets
-LAYOUTS = ("a manifest .csv (volume,report[,split][,patient][,label columns]), a CT-RATE folder "
-           "(train/…/*.nii.gz or .npz; reports, labels and metadata CSVs), a CTRG-Chest .json or a "
-           "folder of `data.py cache --out`")
+LAYOUTS = "a manifest .csv, a CT-RATE folder, a CTRG-Chest .json or a folder of `data.py cache --out`"
 NUMBERS = ("RescaleSlope", "RescaleIntercept", "coordX", "coordY", "coordZ")
 CT_RATE_COLUMNS = ("Findings_EN", "Impressions_EN", *LABELS, *NUMBERS[:2], *GEOMETRY)
 COLUMNS = (*CT_RATE_COLUMNS, *NUMBERS[2:], "VolumeName", "split", "patient", "mask")
@@ -655,7 +639,7 @@ def read_table(path, *needed, labels=(), **choices):
     choices = {name: {_plain(text): text for text in texts} for name, texts in choices.items()}
     choices |= {name: LABEL for name in (*LABELS, *labels) if name in columns}
     numbers = [name for name in NUMBERS if name in columns]
-    table, uncertain = [], []
+    table = []
     for where, cells in rows:
         if len(cells) != len(columns):
             raise wrong(where, f"{len(cells)} fields", f"{len(columns)}; quotes around text with commas")
@@ -665,15 +649,14 @@ def read_table(path, *needed, labels=(), **choices):
             if text not in values:
                 fitting = ", ".join(map(str, dict.fromkeys(values.values())))
                 raise wrong(where, f"{name} {row[name]!r}", f"one of {fitting}")
+            if text == "-1":
+                _warn_once(f"{path}: labels of -1 are taken as unknown")
             row[name] = values[text]
-            uncertain += [where] * (text == "-1")
         try:
             row |= {name: float(row[name] or "nan") for name in numbers}
         except ValueError as error:
             raise wrong(where, error, "a number") from None
         table.append((where, row))
-    if uncertain:
-        log.warning("%s: %d labels are -1, taken as unknown", uncertain[0], len(uncertain))
     return table
 
 
