@@ -10,7 +10,6 @@
 X is a manifest .csv (`volume,report[,split][,patient][,label columns]`, paths relative to it), a
 CT-RATE folder, a CTRG-Chest .json or a folder of `cache --out`. First half: pre-training, in the
 order in which a volume walks through; second half: the tasks. Bad files raise ValueError.
-B patients, D H W voxels (z, y, x), L report tokens, S sentences.
 """
 import argparse
 import contextlib
@@ -63,9 +62,7 @@ SIZE = (128, 96, 128)           # voxels (z, y, x) that the network sees
 CROP = (0.88, 0.66, 0.88)       # part of the scan (z, y, x) that the centre crop keeps
 WINDOW = (-1000., 1000.)        # HU that become 0 and 1. NOTE(paper): not given
 SPLITS = ("train", "valid", "test")
-# Columns of CT-RATE's metadata, and what they hold
-GEOMETRY = {"XYSpacing": "two lengths in mm", "ZSpacing": "a length in mm",
-            "ImageOrientationPatient": "two unit vectors at a right angle"}
+GEOMETRY = ("XYSpacing", "ZSpacing", "ImageOrientationPatient")  # columns of CT-RATE's metadata
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "valid", "valid": "valid",
                "validation": "valid", "test": "test", "testing": "test"}
 NO_TEXT = ("", "nan", "none", "null", "na", "n/a", "not given", "not given.")
@@ -90,10 +87,8 @@ RANGES = (                      # of the numbers that the flags of all scripts t
      {"accumulate", "batch_size", "embed_dim", "epochs", "eval_every", "limit", "log_every", "mask_size",
       "min_count", "n", "repeats", "save_every", "size", "steps"}),
     ("at least 0", lambda n: 0 <= n < math.inf,
-     {"few", "fold", "lambda_a", "lambda_b", "lambda_g", "lr", "lr_encoder", "warmup", "weight_decay",
-      "workers"}),
-    ("at least 0, which is no limit", lambda n: n >= 0, {"clip_grad"}),
-    ("at least 0 and below 2^63", lambda n: 0 <= n < 2 ** 63, {"seed"}),
+     {"clip_grad", "few", "fold", "lambda_a", "lambda_b", "lambda_g", "lr", "lr_encoder", "seed", "warmup",
+      "weight_decay", "workers"}),
     ("a number above 0", lambda n: 0 < n < math.inf, {"spacing", "temperature"}),
     ("a number above 0 and up to 1", lambda n: 0 < n <= 1, {"fraction", "mask_ratio", "mlm_prob"}),
     ("finite numbers", math.isfinite, {"centre"}))
@@ -104,15 +99,14 @@ def check_numbers(args):
     for expected, is_good, names in RANGES:
         for name in sorted(names & vars(args).keys()):
             value = getattr(args, name)
-            numbers = value if isinstance(value, (list, tuple)) else [value]
-            if value is not None and not all(map(is_good, numbers)):
+            numbers = [] if value is None else np.ravel(value).tolist()
+            if not all(map(is_good, numbers)):
                 raise ValueError(f"--{name} {' '.join(map(str, numbers))}: expected {expected}")
 
 
 # --------------------------------------------------------------------------------------- volumes
 def _visible_files(folder):
-    entries = os.scandir(folder)
-    return sorted(Path(entry) for entry in entries if entry.is_file() and not is_hidden(entry.name))
+    return sorted(Path(one) for one in os.scandir(folder) if one.is_file() and not is_hidden(one.name))
 
 
 def is_dicom(file):
@@ -159,8 +153,7 @@ def _read_nifti(path):
     is_set = np.isfinite(pixdim).all() and (pixdim * lengths).all()
     is_set &= qform is not None or (pixdim != 1).any()
     if is_set and not np.allclose(lengths, pixdim, rtol=0.01, atol=0):  # some say 1 mm and are wrong
-        _warn_once(f"{path}: its sform has voxels of {lengths} mm, its pixdim of {pixdim}: took pixdim, "
-                   "and the qform if it has one")
+        _warn_once(f"{path}: voxels of {lengths} mm in the sform, {pixdim} in pixdim: took pixdim")
         affine = affine if qform is None else qform
         affine[:3, :3] *= pixdim / np.linalg.norm(affine[:3, :3], axis=0)
     affine[:3] *= {1: 1000, 3: 0.001}.get(int(header["xyzt_units"]) % 8, 1)  # metres, microns
@@ -189,7 +182,8 @@ def _read_itk(path):
 class Slice(NamedTuple):
     """A slice of a DICOM file; lengths in mm, axes LPS"""
     series: str
-    place: np.ndarray       # (3, 3), columns: to the next column, to the next row, where the first voxel is
+    axes: np.ndarray        # (3, 2), columns: to the next column and to the next row
+    position: np.ndarray    # (3,): of the first voxel
     pixels: np.ndarray      # (rows, columns) float32
     file: str
 
@@ -201,7 +195,8 @@ def _dicom_slices(file):
     header = pydicom.dcmread(file, stop_before_pixels=True,
                              specific_tags=["SeriesInstanceUID", "ImageType", *names, *groups])
     kind = header.file_meta.MediaStorageSOPClassUID.name  # structures and reports lie beside slices
-    if not re.search(r"\b(CT|MR|PET|Tomography) Image", kind) or "LOCALIZER" in header.get("ImageType", ""):
+    is_scan = re.search(r"\b(CT|MR|PET|Tomography) Image", kind)
+    if not is_scan or "LOCALIZER" in header.get("ImageType", ""):
         return []
     slices = []
     shared, frames = header.get(groups[0], []), header.get(groups[1], [header])
@@ -209,9 +204,9 @@ def _dicom_slices(file):
     for frame, own in zip(pixels, frames, strict=True):
         tags = {tag.keyword: tag.value for group in (*shared, own) for tag in group.iterall()}
         axes, spacing, position = (np.array(tags[name], float) for name in names)
-        axes = axes.reshape(2, 3) / np.linalg.norm(axes.reshape(2, 3), axis=1, keepdims=True)
-        place = np.c_[(axes * spacing[::-1, None]).T, position]  # spacing: of rows, of columns
-        slices.append(Slice(header.SeriesInstanceUID, place, frame, file.name))
+        axes = axes.reshape(2, 3).T
+        axes = axes / np.linalg.norm(axes, axis=0) * spacing[::-1]  # spacing: of rows, of columns
+        slices.append(Slice(header.SeriesInstanceUID, axes, position, frame, file.name))
     return slices
 
 
@@ -224,36 +219,34 @@ def _dicom_stack(path):
         except Exception as error:
             raise ValueError(f"{file.name} is broken") from error
         for one in slices:
-            axes = tuple(one.place[:, :2].round(2).flat)
-            stacks[one.series, one.pixels.shape, axes].append(one)
+            stacks[one.series, one.pixels.shape, tuple(one.axes.round(2).flat)].append(one)
     if not stacks:
         raise ValueError("neither DICOM slices, localisers aside, nor PNG or JPEG here")
     stack = max(stacks.values(), key=len)  # the first of equal ones
     others = [f"{len(other)} of {other[0].series}" for other in stacks.values() if other is not stack]
     if others:
-        _warn_once(f"{path}: took {len(stack)} slices of the series {stack[0].series}, not "
-                   f"{shorten(others)}")
+        _warn_once(f"{path}: took {len(stack)} slices of {stack[0].series}, not {shorten(others)}")
     return stack
 
 
 def _read_dicom(path):
     stack = _dicom_stack(path)
-    right, down, _ = stack[0].place.T
-    slices = []
-    for one in sorted(stack, key=lambda one: np.dot(one.place[:, 2], np.cross(right, down))):
-        is_there = slices and np.allclose(one.place[:, 2], slices[-1].place[:, 2], atol=1e-3)
+    right, down = stack[0].axes.T
+    stack.sort(key=lambda one: np.dot(one.position, np.cross(right, down)))
+    slices = stack[:1]
+    for one in stack[1:]:
+        is_there = np.allclose(one.position, slices[-1].position, atol=1e-3)
         if not (is_there and np.array_equal(one.pixels, slices[-1].pixels)):  # else a copy
             slices.append(one)
     if len(slices) < 2:
         raise ValueError(f"one slice, {slices[0].file}")
-    positions = np.array([one.place[:, 2] for one in slices])
+    positions = np.array([one.position for one in slices])
     regular = np.linspace(positions[0], positions[-1], len(slices))
     step = regular[1] - regular[0]
     if np.linalg.norm(positions - regular, axis=1).max() >= 0.2 * np.linalg.norm(step):  # not rounding
         gaps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
-        worst = abs(gaps - np.median(gaps)).argmax()
-        raise ValueError(f"slices {gaps.min():.2f} to {gaps.max():.2f} mm apart, see "
-                         f"{slices[worst].file} and {slices[worst + 1].file}")
+        worst = slices[abs(gaps - np.median(gaps)).argmax()].file
+        raise ValueError(f"slices {gaps.min():.2f} to {gaps.max():.2f} mm apart, see behind {worst}")
     affine = np.eye(4)
     affine[:3] = np.c_[right, down, step, positions[0]]
     return np.stack([one.pixels for one in slices]).T, LPS_TO_RAS @ affine
@@ -283,8 +276,8 @@ def read_stored(path):
         return read(path)
     except Exception as error:  # the libraries raise a dozen kinds for a broken file
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: cannot be read: {reason}; expected a whole volume (an .mhd with its "
-                         ".raw)") from error
+        text = f"{path}: cannot be read: {reason}; expected a whole volume, an .mhd with its .raw"
+        raise ValueError(text) from error
 
 
 def to_ras(path, xyz, affine, is_mask=False):
@@ -294,10 +287,7 @@ def to_ras(path, xyz, affine, is_mask=False):
         xyz = xyz[..., 0]
     if xyz.ndim != 3 or min(xyz.shape) < 2 or xyz.dtype.kind not in "biuf":
         raise wrong(path, f"shape {xyz.shape} of type {xyz.dtype}", "3D, one real number a voxel")
-    axes = affine[:3, :3]
-    spacing = np.linalg.norm(axes, axis=0)
-    is_finite = np.isfinite(affine).all() and spacing.min() > 0
-    if not is_finite or abs(np.linalg.det(axes / spacing)) < 1e-3:
+    if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine) < 4:
         raise wrong(path, f"the affine {affine[:3].tolist()}", "three axes, spacing above 0")
     orientation = nib.io_orientation(affine)
     affine = affine @ nib.orientations.inv_ornt_aff(orientation, xyz.shape)
@@ -322,7 +312,8 @@ def _metadata_affine(path, geometry):
                np.allclose(axes @ axes.T, np.eye(2), atol=0.01))
     for column, text, good in zip(GEOMETRY, texts, is_good):
         if not good:
-            raise wrong(where, f"{column} {text!r}", f"{GEOMETRY[column]}: the header of {path} is blank")
+            expected = "lengths in mm, two unit vectors at a right angle"
+            raise wrong(where, f"{column} {text!r}", f"{expected}: the header of {path} is blank")
     affine = np.eye(4)
     affine[:3, :3] = np.c_[axes.T, np.cross(*axes)] * [*xy, *z]
     return LPS_TO_RAS @ affine
@@ -339,8 +330,8 @@ def read_item(item):
     if is_blank and item.geometry:
         return xyz, _metadata_affine(item.volume, item.geometry)
     if is_blank:
-        _warn_once(f"{item.volume}: its header does not tell how it lies: took its axes as "
-                   f"{''.join(nib.aff2axcodes(affine))}")
+        axes = "".join(nib.aff2axcodes(affine))
+        _warn_once(f"{item.volume}: its header does not tell how it lies: took its axes as {axes}")
     return xyz, affine
 
 
@@ -358,8 +349,7 @@ def _likeness(values, lowest):
 
 def to_hounsfield(array, path, hu="auto", rescale=None):
     """Values of a file -> array in HU, a note on what was done. hu: "header" takes values as read, "csv"
-    applies `rescale`, "auto" decides from the values. rescale: (slope, intercept) of the metadata CSV or
-    None; CT-RATE v1 files need it, v2 files have it applied."""
+    applies `rescale`, (slope, intercept) of the metadata CSV or None, "auto" decides from the values."""
     if hu == "csv" and rescale is None:
         raise wrong(path, "no RescaleSlope and RescaleIntercept for it", "them for --hu csv")
     if _grey_files(Path(path)):
@@ -367,17 +357,17 @@ def to_hounsfield(array, path, hu="auto", rescale=None):
     low, high = float(array.min()), float(array.max())
     sample = array.reshape(-1)[::array.size // 200_000 | 1]  # an odd stride follows no column
     sample = sample[sample > low]  # the lowest value may be padding: -1024 … -3024
-    choices = [(1, 0), rescale or (1, -1024)]
+    choices = [(1, 0), rescale or (1, -1024)]  # CT-RATE v1 files need it, v2 files have it applied
     choices = {"header": choices[:1], "csv": choices[1:], "auto": choices}[hu]
     likeness = [_likeness(sample * slope + inter, low * slope + inter) for slope, inter in choices]
     if max(likeness) <= 0:
-        raise wrong(path, f"values {low:g} to {high:g}",
-                    "Hounsfield units, air near -1000 and soft tissue near 0; is it a mask?")
+        expected = "Hounsfield units, air near -1000 and soft tissue near 0; is it a mask?"
+        raise wrong(path, f"values {low:g} to {high:g}", expected)
     slope, inter = choices[np.argmax(likeness)]  # the first wins a tie
     if (slope, inter) == (1, 0):
         return array, "as stored"
-    note = "of the metadata" if rescale else "as is usual"
-    return array * np.float32(slope) + np.float32(inter), f"rescaled by {slope:g} and {inter:g}, {note}"
+    note = f"{slope:g} and {inter:g} {'of the metadata' if rescale else 'as is usual'} applied"
+    return array * np.float32(slope) + np.float32(inter), note
 
 
 def scale(array, window):
@@ -461,10 +451,9 @@ def split_sentences(text):
 
 
 def tokenize_report(tokenizer, sentences, max_sentences=32, max_tokens=250):
-    """Tokenise the sentences of a report in a row with a fast Hugging Face tokenizer. Whole sentences are
-    kept as long as they fit; only a first one that is too long alone is cut. Returns input_ids, sentence_ids,
-    word_ids (L,) int64, the latter two -1 at special tokens; sentences, the S kept ones; single_ids, S
-    arrays, each sentence tokenised alone."""
+    """Tokenise the sentences of a report in a row; whole ones are kept as long as they fit, only a first
+    one that is too long alone is cut. Returns input_ids, sentence_ids, word_ids (L,), the latter two -1 at
+    special tokens; sentences, the S kept ones; single_ids, S arrays, each sentence tokenised alone."""
     kept = sentences[:max_sentences]
     text = " ".join(kept)
     encoding = tokenizer(text, return_offsets_mapping=True, verbose=False)
@@ -588,17 +577,22 @@ def only(files, name):
 
 def by_stem(files):
     """{stem: its only file}"""
-    found = defaultdict(list)
-    for file in files:
-        found[stem(file)].append(file)
-    return {name: only(files, name) for name, files in found.items()}
+    groups = itertools.groupby(sorted(files, key=stem), stem)
+    return {name: only(list(group), name) for name, group in groups}
+
+
+@contextlib.contextmanager
+def expecting(path, layout):
+    """Name the file and the layout when its content has another structure."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise wrong(path, f"{type(error).__name__}: {error}", layout) from error
 
 
 def read_text(path):
-    try:
+    with expecting(path, "text in UTF-8"):
         return Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise wrong(path, error, "text in UTF-8") from error
 
 
 def _rows(path):
@@ -627,8 +621,7 @@ def _plain(text):
 def read_table(path, *needed, labels=(), **choices):
     """The rows of a CSV: ("PATH, line N", {column: text, or float in LABELS and NUMBERS, NaN if unknown}).
     needed: columns that must be there; labels: more of them, read as LABELS are; choices: columns and the
-    texts that they may hold. ; or tab may separate, too; case, blanks and _ in the names of known columns
-    do not matter."""
+    texts that they may hold. Case, blanks and _ do not matter in names of known columns and in choices."""
     rows = _rows(path)
     known = {_plain(name): name for name in (*COLUMNS, *needed, *labels, *choices)}
     columns = [known.get(_plain(name), name) for name in next(rows, (path, []))[1]]
@@ -647,7 +640,7 @@ def read_table(path, *needed, labels=(), **choices):
         for name, values in choices.items():
             text = _plain(row[name])
             if text not in values:
-                fitting = ", ".join(map(str, dict.fromkeys(values.values())))
+                fitting = list(dict.fromkeys(values.values()))
                 raise wrong(where, f"{name} {row[name]!r}", f"one of {fitting}")
             if text == "-1":
                 _warn_once(f"{path}: labels of -1 are taken as unknown")
@@ -658,15 +651,6 @@ def read_table(path, *needed, labels=(), **choices):
             raise wrong(where, error, "a number") from None
         table.append((where, row))
     return table
-
-
-@contextlib.contextmanager
-def expecting(path, layout):
-    """Name the file and the layout when its content has another structure."""
-    try:
-        yield
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise wrong(path, f"{type(error).__name__}: {error}", layout) from error
 
 
 def _labels(row):
@@ -691,12 +675,13 @@ def _path(value):
 def _manifest_items(path, rows):
     items = []
     for where, row in rows:
-        volume, split = _path(row["volume"]), row.get("split") or "train"
-        if not volume or split.lower() not in SPLIT_NAMES:
+        volume, split = _path(row["volume"]), (row.get("split") or "train").lower()
+        if not volume or split not in SPLIT_NAMES:
             raise wrong(where, f"volume {volume!r} and split {split!r}", f"a path and one of {SPLITS}")
         mask = path.parent / _path(row["mask"]) if row.get("mask") else None
-        items.append(Item(volume, path.parent / volume, _text(row.get("report")), SPLIT_NAMES[split.lower()],
-                          row.get("patient") or volume, _labels(row), mask=mask))
+        report, patient = _text(row.get("report")), row.get("patient") or volume
+        items.append(Item(volume, path.parent / volume, report, SPLIT_NAMES[split], patient,
+                          _labels(row), mask=mask))
     return items
 
 
@@ -762,17 +747,17 @@ def _ct_rate_items(folder, with_absent=False):
         name = stem(file)
         if name not in reports or name in no_chest:
             continue
-        if not name.startswith(("train", "val")):
+        split = name.split("_")[0]
+        if split not in SPLIT_NAMES:
             raise wrong(folder, f"the volume {name}", "names train_… and valid_…")
         row = {column: value for column, (value, _) in told[name].items()}
         report = _text([row["Findings_EN"], row.get("Impressions_EN", "")])
-        split = "train" if name.startswith("train") else "valid"
         rescale = tuple(row.get(column, math.nan) for column in NUMBERS[:2])
         rescale = None if np.isnan(rescale).any() else rescale
-        where = [told[name][column][1] for column in GEOMETRY if column in row]
-        where.append(f"{folder}, metadata of {name}")
-        geometry = where[0], *(row.get(column, "") for column in GEOMETRY)
-        items.append(Item(name, file, report, split, "_".join(name.split("_")[:2]), _labels(row), rescale,
+        where = told[name].get("XYSpacing", ("", f"{folder}, metadata of {name}"))[1]
+        geometry = where, *(row.get(column, "") for column in GEOMETRY)
+        patient = "_".join(name.split("_")[:2])
+        items.append(Item(name, file, report, SPLIT_NAMES[split], patient, _labels(row), rescale,
                           geometry=geometry))
     if len(items) < len(reports) and not with_absent:  # most have all CSVs and a part of the volumes
         log.warning("%s: %d of %d reports have a volume here that no_chest_*.txt does not leave out",
@@ -781,8 +766,7 @@ def _ct_rate_items(folder, with_absent=False):
 
 
 def read_items(data, cache="cache", with_absent=False):
-    """All that a data set lists, good or not; with_absent: of CT-RATE also what is not there; see
-    `load_items`"""
+    """All that a data set lists, good or not; with_absent: of CT-RATE also what is not there"""
     data = phantoms.write_demo(Path(cache, "demo"), DEMO_SIZE) if str(data) == "demo" else Path(data)
     if is_cache(data):
         return _cache_items(data)
@@ -793,8 +777,7 @@ def read_items(data, cache="cache", with_absent=False):
 
 
 def permute_reports(items, seed):
-    """The control of pre-training: all scans of a patient get the report of one other patient. ValueError
-    with fewer than two patients."""
+    """The control of pre-training: all scans of a patient get the report of one other patient."""
     report_of = {item.patient: item.report for item in items}
     patients = np.random.default_rng(seed).permutation(sorted(report_of))
     if len(patients) < 2:
@@ -847,8 +830,8 @@ def with_words(items, data):
     """The items that have a report; the number of others is told."""
     silent = [item.id for item in items if not has_words(item.report)]
     if silent:
-        log.warning("%s: left out %d of %d items with an empty report: %s", data, len(silent), len(items),
-                    shorten(silent))
+        found = f"{len(silent)} of {len(items)} items with an empty report: {shorten(silent)}"
+        log.warning("%s: left out %s", data, found)
     return [item for item in items if has_words(item.report)]
 
 
@@ -863,9 +846,8 @@ def keep_good(items, data):
 
 
 def load_items(data, cache="cache"):
-    """A manifest .csv, a CT-RATE or cache folder, or a CTRG-Chest .json -> list of Item. "demo":
-    DEMO_SIZE phantoms, written to CACHE/demo once. Items without a report, and up to 5 % without a
-    file, are logged and left out; a volume twice, or a patient in train and elsewhere, is refused."""
+    """LAYOUTS, or "demo", which is drawn in CACHE/demo once -> list of Item. Those without a report, and up
+    to 5 % without a file, are left out; a volume twice, a patient in train and elsewhere is refused."""
     return keep_good(read_items(data, cache), data)
 
 
