@@ -90,8 +90,7 @@ RANGES = (                      # of the numbers that the flags of all scripts t
      {"clip_grad", "few", "fold", "lambda_a", "lambda_b", "lambda_g", "lr", "lr_encoder", "seed", "warmup",
       "weight_decay", "workers"}),
     ("a number above 0", lambda n: 0 < n < math.inf, {"spacing", "temperature"}),
-    ("a number above 0 and up to 1", lambda n: 0 < n <= 1, {"fraction", "mask_ratio", "mlm_prob"}),
-    ("finite numbers", math.isfinite, {"centre"}))
+    ("a number above 0 and up to 1", lambda n: 0 < n <= 1, {"fraction", "mask_ratio", "mlm_prob"}))
 
 
 def check_numbers(args):
@@ -307,13 +306,11 @@ def _metadata_affine(path, geometry):
     """The affine of a scan whose header is blank; geometry as in `Item`"""
     where, *texts = geometry
     xy, z, axes = (np.array(re.findall(r"[-+]?[\d.]+(?:e[-+]?\d+)?", text), float) for text in texts)
-    axes = axes.reshape(2, 3) if len(axes) == 6 else np.zeros((2, 3))
-    is_good = (len(xy) == 2 and xy.min() > 0, len(z) == 1 and z.min() > 0,
-               np.allclose(axes @ axes.T, np.eye(2), atol=0.01))
-    for column, text, good in zip(GEOMETRY, texts, is_good):
-        if not good:
-            expected = "lengths in mm, two unit vectors at a right angle"
-            raise wrong(where, f"{column} {text!r}", f"{expected}: the header of {path} is blank")
+    is_good = (len(xy), len(z), len(axes)) == (2, 1, 6) and min(*xy, *z) > 0
+    axes = np.resize(axes, (2, 3))
+    if not is_good or not np.allclose(axes @ axes.T, np.eye(2), atol=0.01):
+        expected = f"lengths and two unit vectors at a right angle: the header of {path} is blank"
+        raise wrong(where, dict(zip(GEOMETRY, texts)), expected)
     affine = np.eye(4)
     affine[:3, :3] = np.c_[axes.T, np.cross(*axes)] * [*xy, *z]
     return LPS_TO_RAS @ affine
@@ -466,13 +463,12 @@ def tokenize_report(tokenizer, sentences, max_sentences=32, max_tokens=250):
     sentence_ids[word_ids < 0] = -1
     is_word = word_ids >= 0
     capacity = max_tokens - (~is_word).sum()
-    if is_word.sum() > capacity:
-        too_many = sentence_ids[is_word][capacity]  # the first sentence that does not fit
-        fits = ~is_word | (sentence_ids < max(1, too_many)) & (is_word.cumsum() <= capacity)
-        input_ids, word_ids, sentence_ids = input_ids[fits], word_ids[fits], sentence_ids[fits]
-        kept = kept[:too_many] or [text[:last_letter[fits].max() + 1]]
+    counts = np.bincount(sentence_ids[is_word], minlength=len(kept)).cumsum()  # tokens to each one's end
+    n = max(1, (counts <= capacity).sum())  # sentences that fit
+    fits = ~is_word | (is_word.cumsum() <= min(capacity, counts[n - 1]))
+    kept = kept[:n] if counts[0] <= capacity else [text[:last_letter[fits].max() + 1]]
     single_ids = tokenizer(kept, truncation=True, max_length=max_tokens)["input_ids"]
-    return {"input_ids": input_ids, "sentence_ids": sentence_ids, "word_ids": word_ids,
+    return {"input_ids": input_ids[fits], "sentence_ids": sentence_ids[fits], "word_ids": word_ids[fits],
             "sentences": kept, "single_ids": [np.array(ids) for ids in single_ids]}
 
 
@@ -504,8 +500,7 @@ LAYOUTS = "a manifest .csv, a CT-RATE folder, a CTRG-Chest .json or a folder of 
 NUMBERS = ("RescaleSlope", "RescaleIntercept", "coordX", "coordY", "coordZ")
 CT_RATE_COLUMNS = ("Findings_EN", "Impressions_EN", *LABELS, *NUMBERS[:2], *GEOMETRY)
 COLUMNS = (*CT_RATE_COLUMNS, *NUMBERS[2:], "VolumeName", "split", "patient", "mask")
-# What the cell of a label may hold
-LABEL = {"0": 0., "1": 1., "-1": math.nan, **dict.fromkeys(NO_TEXT, math.nan)}
+LABEL = {"0": 0., "1": 1., "-1": math.nan, **dict.fromkeys(NO_TEXT, math.nan)}  # of a cell
 
 
 class Item(NamedTuple):

@@ -1037,9 +1037,9 @@ def test_bad_geometry_in_the_metadata_of_ct_rate(tmp_path, column, value):
     if value is None:
         del geometry[column]
     item = ct_rate_v1(tmp_path, chest().T, **geometry)
-    words = (f"{tmp_path / 'metadata.csv'}, line 2: found {column} {value or ''!r}, expected "
-             f"lengths in mm, two unit vectors at a right angle: the header of {item.volume} is blank")
-    with pytest.raises(ValueError, match=re.escape(words)):
+    where, pair = re.escape(f"{tmp_path / 'metadata.csv'}, line 2: found"), re.escape(f"{column!r}: {value or ''!r}")
+    words = f"{where} .*{pair}.*, expected lengths .*: the header of {item.volume} is blank"
+    with pytest.raises(ValueError, match=words):
         data.load_volume(item, None, SMALL)
 
 
@@ -1047,7 +1047,7 @@ def test_blank_header_without_metadata_of_ct_rate(tmp_path):
     item = ct_rate_v1(tmp_path, chest().T)
     (tmp_path / "metadata.csv").unlink()
     for one in (item, data.load_items(tmp_path)[0]):
-        with pytest.raises(ValueError, match=f"{tmp_path}, metadata of train_1_a_1: found XYSpacing ''"):
+        with pytest.raises(ValueError, match=f"{tmp_path}, metadata of train_1_a_1: found .'XYSpacing': ''"):
             data.load_volume(one, None, SMALL)
 
 

@@ -733,7 +733,7 @@ NUMBERS = {                                     # of the flags: the least or mos
     "workers": ([0], [-1]), "fold": ([0, None], [-1]), "seed": ([0, 2 ** 63 - 1], [-1]),
     "size": ([[32, 1, 32]], [[32, 0, 32], [-32, 32, 32]]), "limit": ([1, None], [0, -1]), "n": ([1], [0]),
     "spacing": ([(1.5, 1.5, 0.1), None], [(1.5, 0.0, 1.5), (math.nan, 1.0, 1.0)]), "few": ([0], [-1]),
-    "centre": ([(-9.0, 0.0, 3.0)], [(0.0, math.inf, 0.0)]), "repeats": ([1], [0]), "min_count": ([1], [0]),
+    "repeats": ([1], [0]), "min_count": ([1], [0]),
     "text_encoder": (["demo", ""], [])}
 
 
