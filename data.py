@@ -30,7 +30,7 @@ import sys
 import threading
 import time
 import uuid
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -78,7 +78,7 @@ def wrong(where, found, expected):
 
 
 def is_hidden(name):
-    """Is this what a system or a tool keeps beside the data, such as ._1.nii.gz or .ipynb_checkpoints?"""
+    """Is this what a system keeps beside the data, such as ._1.nii.gz or .ipynb_checkpoints?"""
     return name.startswith(".") or name in ("__MACOSX", "@eaDir")
 
 
@@ -114,8 +114,7 @@ def is_dicom(file):
 
 
 def _grey_files(path):
-    """The files that hold grey values of pictures, not measured ones: a .npy, or the PNG and JPEG of a
-    folder, slice 10 behind slice 9. [] of others; beside DICOM pictures are previews."""
+    """Of grey values: a .npy, or the PNG and JPEG of a folder, slice 10 behind 9, but no previews of DICOM"""
     if not path.is_dir():
         return [path] if path.suffix.lower() == ".npy" else []
     files = _visible_files(path)
@@ -133,8 +132,7 @@ def _read_grey(path):
         array = sitk.GetArrayFromImage(sitk.ReadImage(list(map(str, files)), sitk.sitkUInt16))
     if array.ndim != 3 or array.dtype.kind != "u" or array.max() > 255:
         raise ValueError(f"{array.dtype} of shape {array.shape}, not uint8 (8-bit, 3D)")
-    # Grey fills the window, so that scaling to [0, 1] gives grey / 255 back. Without geometry: 1 mm, rows
-    # front to back, columns right to left, slices feet to head.
+    # Grey fills the window. 1 mm, rows front to back, columns right to left, slices feet to head.
     hu = array.T.astype(np.float32) / 255 * (WINDOW[1] - WINDOW[0]) + WINDOW[0]
     return hu, np.diag([-1., -1., 1., 1.])
 
@@ -166,9 +164,8 @@ def _header_text(path):
 
 def _read_itk(path):
     image = sitk.ReadImage(str(path))
-    n, numbers = image.GetDimension(), image.GetNumberOfComponentsPerPixel()
-    if n != 3 or numbers > 1:
-        raise ValueError(f"{n}D, {numbers} numbers a voxel, not 3D and one")
+    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() > 1:
+        raise ValueError("not 3D, one number a voxel")
     unit = re.search(r'(?im)^(?:space units: *"|DistanceUnits *= *)(?!mm)\w+', _header_text(path))
     if unit:  # ITK does not look
         raise ValueError(f"{unit[0]}, not mm")
@@ -178,13 +175,8 @@ def _read_itk(path):
     return sitk.GetArrayFromImage(image).T, LPS_TO_RAS @ affine
 
 
-class Slice(NamedTuple):
-    """A slice of a DICOM file; lengths in mm, axes LPS"""
-    series: str
-    axes: np.ndarray        # (3, 2), columns: to the next column and to the next row
-    position: np.ndarray    # (3,): of the first voxel
-    pixels: np.ndarray      # (rows, columns) float32
-    file: str
+# Of a DICOM file, in mm and LPS; axes (3, 2): steps to the next column and to the next row
+Slice = namedtuple("Slice", "series axes position pixels file")
 
 
 def _dicom_slices(file):
@@ -209,8 +201,8 @@ def _dicom_slices(file):
     return slices
 
 
-def _dicom_stack(path):
-    """The slices of the largest stack in a DICOM file or folder"""
+def _read_dicom(path):
+    """The largest stack in a DICOM file or folder; ValueError if it is not regular"""
     stacks = defaultdict(list)
     for file in filter(is_dicom, _visible_files(path) if path.is_dir() else [path]):
         try:
@@ -219,26 +211,18 @@ def _dicom_stack(path):
             raise ValueError(f"{file.name} is broken") from error
         for one in slices:
             stacks[one.series, one.pixels.shape, tuple(one.axes.round(2).flat)].append(one)
-    if not stacks:
-        raise ValueError("neither DICOM slices, localisers aside, nor PNG or JPEG here")
-    stack = max(stacks.values(), key=len)  # the first of equal ones
+    stack = max(stacks.values(), key=len, default=[])  # the first of equal ones
+    if len(stack) < 2:
+        raise ValueError("neither two DICOM slices, localisers aside, nor PNG or JPEG here")
     others = [f"{len(other)} of {other[0].series}" for other in stacks.values() if other is not stack]
     if others:
         _warn_once(f"{path}: took {len(stack)} slices of {stack[0].series}, not {shorten(others)}")
-    return stack
-
-
-def _read_dicom(path):
-    stack = _dicom_stack(path)
     right, down = stack[0].axes.T
-    stack.sort(key=lambda one: np.dot(one.position, np.cross(right, down)))
-    slices = stack[:1]
-    for one in stack[1:]:
-        is_there = np.allclose(one.position, slices[-1].position, atol=1e-3)
+    slices = []
+    for one in sorted(stack, key=lambda one: np.dot(one.position, np.cross(right, down))):
+        is_there = slices and np.allclose(one.position, slices[-1].position, atol=1e-3)
         if not (is_there and np.array_equal(one.pixels, slices[-1].pixels)):  # else a copy
             slices.append(one)
-    if len(slices) < 2:
-        raise ValueError(f"one slice, {slices[0].file}")
     positions = np.array([one.position for one in slices])
     regular = np.linspace(positions[0], positions[-1], len(slices))
     step = regular[1] - regular[0]
@@ -254,8 +238,8 @@ def _read_dicom(path):
 def _read_npz(path):
     with np.load(path, allow_pickle=False) as file:
         array = file["arr_0"] * np.float32(1000)  # CT-RATE's preprocessing stores HU / 1000
-    # NOTE(compat): these files come as (z, y, x) and, from other versions of the script, as (z, x, y). A
-    # body looks alike left and right, not front and back: that tells which is which.
+    # NOTE(compat): (z, y, x) or, from other versions of the script, (z, x, y). A body looks alike left and
+    # right, not front and back: that tells which is which.
     few_slices = array[::8]
     asymmetry = [np.abs(few_slices - np.flip(few_slices, axis)).mean() for axis in (1, 2)]
     if asymmetry[0] < 0.8 * asymmetry[1]:
@@ -275,8 +259,7 @@ def read_stored(path):
         return read(path)
     except Exception as error:  # the libraries raise a dozen kinds for a broken file
         reason = " ".join(str(error).split()) or type(error).__name__
-        text = f"{path}: cannot be read: {reason}; expected a whole volume, an .mhd with its .raw"
-        raise ValueError(text) from error
+        raise wrong(path, f"it cannot be read: {reason}", "a whole volume, .mhd with .raw") from error
 
 
 def to_ras(path, xyz, affine, is_mask=False):
@@ -303,14 +286,12 @@ def read_volume(path, is_mask=False):
 
 
 def _metadata_affine(path, geometry):
-    """The affine of a scan whose header is blank; geometry as in `Item`"""
     where, *texts = geometry
     xy, z, axes = (np.array(re.findall(r"[-+]?[\d.]+(?:e[-+]?\d+)?", text), float) for text in texts)
     is_good = (len(xy), len(z), len(axes)) == (2, 1, 6) and min(*xy, *z) > 0
     axes = np.resize(axes, (2, 3))
     if not is_good or not np.allclose(axes @ axes.T, np.eye(2), atol=0.01):
-        expected = f"lengths and two unit vectors at a right angle: the header of {path} is blank"
-        raise wrong(where, dict(zip(GEOMETRY, texts)), expected)
+        raise wrong(where, dict(zip(GEOMETRY, texts)), f"geometry: the header of {path} is blank")
     affine = np.eye(4)
     affine[:3, :3] = np.c_[axes.T, np.cross(*axes)] * [*xy, *z]
     return LPS_TO_RAS @ affine
@@ -368,8 +349,7 @@ def to_hounsfield(array, path, hu="auto", rescale=None):
 
 
 def scale(array, window):
-    low, high = window
-    return (np.clip(array, low, high) - low) / (high - low)
+    return (np.clip(array, *window) - window[0]) / (window[1] - window[0])
 
 
 def cut(array, corner, size):
@@ -393,8 +373,7 @@ def centre_crop(array, crop=CROP):
 
 def preprocess(array, spacing, size=SIZE, crop=CROP, window=WINDOW):
     """HU array (z, y, x) -> float32 tensor (1, D, H, W) in [0, 1], as Sec. IV.B of the paper"""
-    # NOTE(paper): crop and resize ignore the millimetres, so `spacing` is not used. The kind of resize is
-    # not stated: trilinear. Cropping first saves work.
+    # NOTE(paper): crop and resize ignore the millimetres of `spacing`; the kind of resize is not stated.
     return torch.from_numpy(resize(scale(centre_crop(array, crop), window), size))[None]
 
 
@@ -404,8 +383,7 @@ SENTENCE_END = re.compile(
       | [;?!](?=\w) | \.(?=[A-Z][a-z])      # a forgotten blank
       | [。；？！]["”]* | [\r\n]""", re.VERBOSE)
 COMMA = re.compile(r"""((?<!\d)[,，]|[,，](?!\s*\d))["”]*""")
-# Nothing is cut in closed parentheses (of up to 300 letters: a longer one was never closed), and not at
-# the full stop of an abbreviation or, before a small letter, of an ordinal such as "T12. vertebra"
+# Not cut: parentheses (one of over 300 letters was never closed), abbreviations, "T12. vertebra"
 WHOLE = re.compile(
     r"""[(（](?:[^()（）]|[(（][^()（）]{0,300}[)）]){0,300}[)）]
       | (?<![^\s(,;])(?i:e\.?g|i\.?e|cf|dr|prof|assist|vs|approx|fig)\.(?=\s?\S)
@@ -419,10 +397,9 @@ def has_words(text):
 
 
 def split_sentences(text):
-    """Split a report into sentences, as concise as possible while complete (Sec. III.B of the paper).
-    Cuts at . ; ? ! and line ends, then at commas between two clauses of at least 3 words; never inside
-    numbers, abbreviations or parentheses. Only white space is lost; [] without letters and digits."""
-    # NOTE(paper): it only says "when separating a report using punctuation"; the rules are ours.
+    """Split a report at . ; ? ! and line ends, then at commas between two clauses of at least 3 words, never
+    in numbers, abbreviations or parentheses. Only white space is lost; [] without letters and digits."""
+    # NOTE(paper): Sec. III.B only says "using punctuation", concise but complete; the rules are ours.
     def is_long(clause):
         return sum(map(has_words, clause.split())) >= 3
     whole = {place for match in WHOLE.finditer(text) for place in range(*match.span())}
@@ -559,7 +536,6 @@ def find(folder, pattern):
 
 
 def stem(path):
-    """The name of a volume without its ending"""
     return ENDING.sub("", path.name)
 
 
@@ -731,8 +707,6 @@ def _ct_rate_items(folder, with_absent=False):
     files = find(folder, r".+\.(csv|nii|nii\.gz|npz)|no_chest.*\.txt")  # once: there are 50,000 folders
     told = _ct_rate_tables(files)
     reports = {name for name in told if "Findings_EN" in told[name]}
-    if not reports:
-        raise wrong(folder, "no CSV with VolumeName, Findings_EN, Impressions_EN", LAYOUTS)
     no_chest = {Path(line).name.split(".")[0] for file in files if file.suffix.lower() == ".txt"
                 for line in read_text(file).splitlines()}
     if with_absent:  # to be downloaded, or deleted
@@ -755,8 +729,7 @@ def _ct_rate_items(folder, with_absent=False):
         items.append(Item(name, file, report, SPLIT_NAMES[split], patient, _labels(row), rescale,
                           geometry=geometry))
     if len(items) < len(reports) and not with_absent:  # most have all CSVs and a part of the volumes
-        log.warning("%s: %d of %d reports have a volume here that no_chest_*.txt does not leave out",
-                    folder, len(items), len(reports))
+        log.warning("%s: %d of %d reports have a volume here", folder, len(items), len(reports))
     return items
 
 
@@ -800,7 +773,6 @@ def tell_absent(absent, n, source):
 
 
 def with_a_file(items, source):
-    """The items whose volume is there; see `tell_absent`"""
     exists = {volume: volume.exists() for volume in dict.fromkeys(item.volume for item in items)}
     tell_absent([volume for volume in exists if not exists[volume]], len(exists), source)
     return [item for item in items if exists[item.volume]]
@@ -817,21 +789,19 @@ def check_identities(items, source, side_of):
             seen[key] = item
         other = first.setdefault(item.patient, item)
         if side_of(other) != side_of(item):
-            raise wrong(source, f"the patient {item.patient} in {other.split} and in {item.split}",
-                        "it in one of them")
+            found = f"the patient {item.patient} in {other.split} and in {item.split}"
+            raise wrong(source, found, "it in one of them")
 
 
 def with_words(items, data):
     """The items that have a report; the number of others is told."""
     silent = [item.id for item in items if not has_words(item.report)]
     if silent:
-        found = f"{len(silent)} of {len(items)} items with an empty report: {shorten(silent)}"
-        log.warning("%s: left out %s", data, found)
+        log.warning("%s: left out %d with an empty report: %s", data, len(silent), shorten(silent))
     return [item for item in items if has_words(item.report)]
 
 
 def keep_good(items, data):
-    """The items of `read_items` to train on; see `load_items`"""
     check_identities(items, data, lambda item: item.split == "train")
     if not is_cache(data):  # which holds good ones alone
         items = with_words(with_a_file(items, data), data)
