@@ -8,8 +8,7 @@
     python data.py demo --task luna16 --out DIR      write a synthetic set in that task's own layout
 
 X is a manifest .csv (`volume,report[,split][,patient][,label columns]`, paths relative to it), a
-CT-RATE folder, a CTRG-Chest .json or a folder of `cache --out`. First half: pre-training, in the
-order in which a volume walks through; second half: the tasks. Bad files raise ValueError.
+CT-RATE folder, a CTRG-Chest .json or a folder of `cache --out`. Bad files raise ValueError.
 """
 import argparse
 import contextlib
@@ -78,8 +77,7 @@ def wrong(where, found, expected):
 
 
 def is_hidden(name):
-    """Is this what a system keeps beside the data, such as ._1.nii.gz or .ipynb_checkpoints?"""
-    return name.startswith(".") or name in ("__MACOSX", "@eaDir")
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir")  # ._1.nii.gz, .ipynb_checkpoints …
 
 
 RANGES = (                      # of the numbers that the flags of all scripts take; NaN is in none
@@ -114,7 +112,7 @@ def is_dicom(file):
 
 
 def _grey_files(path):
-    """Of grey values: a .npy, or the PNG and JPEG of a folder, slice 10 behind 9, but no previews of DICOM"""
+    """A .npy, or PNG and JPEG of a folder, slice 10 behind 9; none beside DICOM, whose previews they are"""
     if not path.is_dir():
         return [path] if path.suffix.lower() == ".npy" else []
     files = _visible_files(path)
@@ -314,8 +312,7 @@ def read_item(item):
 
 
 def _likeness(values, lowest):
-    """How much a sample of a scan looks like a chest in Hounsfield units; 0 or less is impossible. Both air
-    and tissue must be there, air perhaps as the lowest value, which `values` lack."""
+    """How much a sample looks like a chest in HU, 0 if impossible; the air may be `lowest`, which it lacks"""
     air_and_lung, soft_tissue, below, above = (
         ((values > low) & (values < high)).mean()
         for low, high in ((-1150, -400), (-200, 300), (-np.inf, -1200), (700, np.inf)))
@@ -431,7 +428,6 @@ def tokenize_report(tokenizer, sentences, max_sentences=32, max_tokens=250):
     kept = sentences[:max_sentences]
     text = " ".join(kept)
     encoding = tokenizer(text, return_offsets_mapping=True, verbose=False)
-    input_ids = np.array(encoding["input_ids"])  # (L,)
     word_ids = np.array([-1 if word is None else word for word in encoding.word_ids()])
     # A RoBERTa token may begin at the blank before its word: its last letter tells the sentence.
     last_letter = np.array(encoding["offset_mapping"])[:, 1] - 1
@@ -445,8 +441,8 @@ def tokenize_report(tokenizer, sentences, max_sentences=32, max_tokens=250):
     fits = ~is_word | (is_word.cumsum() <= min(capacity, counts[n - 1]))
     kept = kept[:n] if counts[0] <= capacity else [text[:last_letter[fits].max() + 1]]
     single_ids = tokenizer(kept, truncation=True, max_length=max_tokens)["input_ids"]
-    return {"input_ids": input_ids[fits], "sentence_ids": sentence_ids[fits], "word_ids": word_ids[fits],
-            "sentences": kept, "single_ids": [np.array(ids) for ids in single_ids]}
+    return {"input_ids": np.array(encoding["input_ids"])[fits], "sentence_ids": sentence_ids[fits],
+            "word_ids": word_ids[fits], "sentences": kept, "single_ids": list(map(np.array, single_ids))}
 
 
 def mask_words(input_ids, word_ids, tokenizer, generator, prob=0.15):
@@ -789,8 +785,8 @@ def check_identities(items, source, side_of):
             seen[key] = item
         other = first.setdefault(item.patient, item)
         if side_of(other) != side_of(item):
-            found = f"the patient {item.patient} in {other.split} and in {item.split}"
-            raise wrong(source, found, "it in one of them")
+            parts = f"{other.split} and in {item.split}"
+            raise wrong(source, f"the patient {item.patient} in {parts}", "it in one of them")
 
 
 def with_words(items, data):
@@ -811,8 +807,7 @@ def keep_good(items, data):
 
 
 def load_items(data, cache="cache"):
-    """LAYOUTS, or "demo", which is drawn in CACHE/demo once -> list of Item. Those without a report, and up
-    to 5 % without a file, are left out; a volume twice, a patient in train and elsewhere is refused."""
+    """LAYOUTS or "demo", drawn once -> list of Item; what lacks a report or a file is told and left out"""
     return keep_good(read_items(data, cache), data)
 
 
