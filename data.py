@@ -200,7 +200,6 @@ def _dicom_slices(file):
 
 
 def _read_dicom(path):
-    """The largest stack in a DICOM file or folder; ValueError if it is not regular"""
     stacks = defaultdict(list)
     for file in filter(is_dicom, _visible_files(path) if path.is_dir() else [path]):
         try:
