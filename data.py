@@ -7,9 +7,7 @@
     python data.py demo --task luna16 --out DIR      write a synthetic set in that task's own layout
 
 X is a manifest .csv (`volume,report[,split][,patient][,label columns]`, paths relative to it), a
-CT-RATE folder, a CTRG-Chest .json or a folder of `cache --out`. First half: pre-training, in the
-order in which a volume walks through; second half: the tasks. Bad files raise ValueError.
-B patients, D H W voxels (z, y, x), L report tokens, S sentences.
+CT-RATE folder, a CTRG-Chest .json or a folder of `cache --out`. Bad files raise ValueError.
 """
 import argparse
 import contextlib
@@ -28,7 +26,7 @@ import shutil
 import sys
 import threading
 import uuid
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -48,24 +46,18 @@ from tqdm import tqdm
 import phantoms
 
 log = logging.getLogger("mg3d")
+_warn_once = functools.cache(log.warning)
 
-# The columns of CT-RATE's label files, in their order
-LABELS = ("Medical material", "Arterial wall calcification", "Cardiomegaly", "Pericardial effusion",
-          "Coronary artery wall calcification", "Hiatal hernia", "Lymphadenopathy", "Emphysema",
-          "Atelectasis", "Lung nodule", "Lung opacity", "Pulmonary fibrotic sequela", "Pleural effusion",
-          "Mosaic attenuation pattern", "Peribronchial thickening", "Consolidation", "Bronchiectasis",
-          "Interlobular septal thickening")
+LABELS = tuple(phantoms.FINDINGS)  # the 18 columns of CT-RATE's label files, in their order
 SIZE = (128, 96, 128)           # voxels (z, y, x) that the network sees
 CROP = (0.88, 0.66, 0.88)       # part of the scan (z, y, x) that the centre crop keeps
 WINDOW = (-1000., 1000.)        # HU that become 0 and 1. NOTE(paper): not given
 SPLITS = ("train", "valid", "test")
-# Columns of CT-RATE's metadata, and what they hold
-GEOMETRY = {"XYSpacing": "two lengths in mm", "ZSpacing": "a length in mm",
-            "ImageOrientationPatient": "two unit vectors at a right angle"}
+GEOMETRY = ("XYSpacing", "ZSpacing", "ImageOrientationPatient")  # columns of CT-RATE's metadata
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "valid", "valid": "valid",
                "validation": "valid", "test": "test", "testing": "test"}
 NO_TEXT = ("", "nan", "none", "null", "na", "n/a", "not given", "not given.")
-UNIT = r'(?im)^(?:(?:space )?units: *"|DistanceUnits *= *)(m|cm|um|microns?)\b'  # not mm
+LPS_TO_RAS = np.diag([-1, -1, 1, 1])  # from the axes of DICOM and ITK
 ENDING = re.compile(r"\.(nii|nii\.gz|mha|mhd|nrrd|nhdr|npz|npy)$", re.IGNORECASE)  # of a volume
 CACHE_VERSION = 1               # of the folders that `data.py cache --out` writes
 DEMO_SIZE = 1430                # phantoms of --data demo: 1001 to train on, 429 held out
@@ -76,14 +68,8 @@ def wrong(where, found, expected):
     return ValueError(f"{where}: found {found}, expected {expected}")
 
 
-@functools.cache
-def _warn_once(text):
-    log.warning(text)
-
-
 def is_hidden(name):
-    """Is this what a system or a tool keeps beside the data, such as ._1.nii.gz or .ipynb_checkpoints?"""
-    return name.startswith(".") or name in ("__MACOSX", "@eaDir")
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir")  # ._1.nii.gz, .ipynb_checkpoints …
 
 
 RANGES = (                      # of the numbers that the flags of all scripts take; NaN is in none
@@ -91,13 +77,10 @@ RANGES = (                      # of the numbers that the flags of all scripts t
      {"accumulate", "batch_size", "embed_dim", "epochs", "eval_every", "limit", "log_every", "mask_size",
       "min_count", "n", "repeats", "save_every", "size", "steps"}),
     ("at least 0", lambda n: 0 <= n < math.inf,
-     {"few", "fold", "lambda_a", "lambda_b", "lambda_g", "lr", "lr_encoder", "warmup", "weight_decay",
-      "workers"}),
-    ("at least 0, which is no limit", lambda n: n >= 0, {"clip_grad"}),
-    ("at least 0 and below 2^63", lambda n: 0 <= n < 2 ** 63, {"seed"}),
+     {"clip_grad", "few", "fold", "lambda_a", "lambda_b", "lambda_g", "lr", "lr_encoder", "seed", "warmup",
+      "weight_decay", "workers"}),
     ("a number above 0", lambda n: 0 < n < math.inf, {"spacing", "temperature"}),
-    ("a number above 0 and up to 1", lambda n: 0 < n <= 1, {"fraction", "mask_ratio", "mlm_prob"}),
-    ("finite numbers", math.isfinite, {"centre"}))
+    ("a number above 0 and up to 1", lambda n: 0 < n <= 1, {"fraction", "mask_ratio", "mlm_prob"}))
 
 
 def check_numbers(args):
@@ -105,15 +88,14 @@ def check_numbers(args):
     for expected, is_good, names in RANGES:
         for name in sorted(names & vars(args).keys()):
             value = getattr(args, name)
-            numbers = value if isinstance(value, (list, tuple)) else [value]
-            if value is not None and not all(map(is_good, numbers)):
+            numbers = [] if value is None else np.ravel(value).tolist()
+            if not all(map(is_good, numbers)):
                 raise ValueError(f"--{name} {' '.join(map(str, numbers))}: expected {expected}")
 
 
 # --------------------------------------------------------------------------------------- volumes
 def _visible_files(folder):
-    entries = os.scandir(folder)  # unlike Path.is_file it need not ask the disk for every slice
-    return sorted(Path(entry) for entry in entries if entry.is_file() and not is_hidden(entry.name))
+    return sorted(Path(one) for one in os.scandir(folder) if one.is_file() and not is_hidden(one.name))
 
 
 def is_dicom(file):
@@ -121,67 +103,48 @@ def is_dicom(file):
         return stream.read(132)[128:] == b"DICM" or file.suffix.lower() == ".dcm"
 
 
-def _pictures(folder):
-    """The PNG and JPEG files of a folder in natural order: slice 10 follows slice 9. [] beside DICOM, whose
-    previews they are."""
-    files = _visible_files(folder)
-    pictures = [file for file in files if file.suffix.lower() in (".png", ".jpg", ".jpeg")]
-    if pictures and any(map(is_dicom, set(files) - set(pictures))):
+def _grey_files(path):
+    """A .npy, or PNG and JPEG of a folder, slice 10 behind 9; none beside DICOM, whose previews they are"""
+    if not path.is_dir():
+        return [path] if path.suffix.lower() == ".npy" else []
+    files = _visible_files(path)
+    if any(map(is_dicom, files)):
         return []
-    return sorted(pictures, key=lambda file: [int(text) if text.isdigit() else text
-                                              for text in re.split(r"(\d+)", file.name)])
-
-
-def _is_grey(path):
-    """Does it hold grey values of pictures, not measured ones?"""
-    return path.suffix.lower() == ".npy" or path.is_dir() and bool(_pictures(path))
+    pictures = [file for file in files if file.suffix.lower() in (".png", ".jpg", ".jpeg")]
+    return sorted(pictures, key=lambda file: re.sub(r"\d+", lambda n: n[0].zfill(9), file.name))
 
 
 def _read_grey(path):
-    if path.is_dir():
-        files = [str(file) for file in _pictures(path)]
-        array = sitk.GetArrayFromImage(sitk.ReadImage(files, sitk.sitkUInt16))  # colour becomes grey
-    else:
+    files = _grey_files(path)
+    if files == [path]:
         array = np.load(path, allow_pickle=False)
+    else:  # colour becomes grey
+        array = sitk.GetArrayFromImage(sitk.ReadImage(list(map(str, files)), sitk.sitkUInt16))
     if array.ndim != 3 or array.dtype.kind != "u" or array.max() > 255:
-        raise ValueError(f"it holds {array.dtype} of shape {array.shape}, expected uint8 (8-bit, 3D)")
-    # Grey fills the window, so that scaling to [0, 1] gives grey / 255 back. Without geometry: 1 mm, rows
-    # front to back, columns right to left, slices feet to head.
+        raise ValueError(f"{array.dtype} of shape {array.shape}, not uint8 (8-bit, 3D)")
+    # Grey fills the window. 1 mm, rows front to back, columns right to left, slices feet to head.
     hu = array.T.astype(np.float32) / 255 * (WINDOW[1] - WINDOW[0]) + WINDOW[0]
     return hu, np.diag([-1., -1., 1., 1.])
 
 
-def _nifti_affine(path, header, pixdim):
-    """The affine 4×4 of a header to RAS mm. pixdim: the spacings as stored, which count where the sform has
-    others: its lengths say 1 mm in files that are not 1 mm. Those that are 0, negative or unset do not."""
-    affine = header.get_best_affine()
-    if header["sform_code"] == 0:
-        affine[:3, :3] *= pixdim != 0  # nibabel reads a spacing of 0 as 1
-    else:
-        has_qform = header["qform_code"] > 0
-        lengths = np.linalg.norm(affine[:3, :3], axis=0)
-        is_set = np.isfinite(pixdim) & (pixdim != 0) & (has_qform or (pixdim != 1).any())
-        spacing = np.where(is_set, abs(pixdim), lengths)
-        if not np.allclose(lengths, spacing, rtol=0.01, atol=0):
-            _warn_once(f"{path}: its sform has voxels of {lengths.round(3).tolist()} mm, its pixdim of "
-                       f"{spacing.round(3).tolist()}: took pixdim{' and the qform' if has_qform else ''}")
-            affine = header.get_qform() if has_qform else affine
-            affine[:3, :3] *= spacing / np.maximum(np.linalg.norm(affine[:3, :3], axis=0), 1e-6)
-        elif has_qform and nib.aff2axcodes(affine) != nib.aff2axcodes(header.get_qform()):
-            _warn_once(f"{path}: its sform and its qform turn the scan differently: took the sform")
-    affine[:3] *= {1: 1000, 3: 0.001}.get(int(header["xyzt_units"]) % 8, 1)  # metres, microns
-    return affine
-
-
 def _read_nifti(path):
     image = nib.load(path)
-    with image.file_map["image"].get_prepare_fileobj("rb") as file:
-        pixdim = type(image.header).from_fileobj(file, check=False)["pixdim"][1:4]
-    stored = image.dataobj
+    header, stored = image.header, image.dataobj
     xyz = stored.get_unscaled()
     if (stored.slope, stored.inter) != (1, 0):  # nibabel itself would use float64
         xyz = xyz.astype(np.float32) * np.float32(stored.slope) + np.float32(stored.inter)
-    return xyz, _nifti_affine(path, image.header, pixdim)
+    with image.file_map["image"].get_prepare_fileobj("rb") as file:  # nibabel mends what is 0 or below
+        pixdim = abs(type(header).from_fileobj(file, check=False)["pixdim"][1:4])
+    affine, qform = header.get_best_affine(), header.get_qform(coded=True)[0]
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    is_set = np.isfinite(pixdim).all() and (pixdim * lengths).all()
+    is_set &= qform is not None or (pixdim != 1).any()
+    if is_set and not np.allclose(lengths, pixdim, rtol=0.01, atol=0):  # some say 1 mm and are wrong
+        _warn_once(f"{path}: voxels of {lengths} mm in the sform, {pixdim} in pixdim: took pixdim")
+        affine = affine if qform is None else qform
+        affine[:3, :3] *= pixdim / np.linalg.norm(affine[:3, :3], axis=0)
+    affine[:3] *= {1: 1000, 3: 0.001}.get(int(header["xyzt_units"]) % 8, 1)  # metres, microns
+    return xyz, affine
 
 
 def _header_text(path):
@@ -191,126 +154,81 @@ def _header_text(path):
 
 def _read_itk(path):
     image = sitk.ReadImage(str(path))
-    if image.GetNumberOfComponentsPerPixel() > 1:
-        raise ValueError(f"{image.GetNumberOfComponentsPerPixel()} numbers a voxel")
-    size = image.GetDimension()
-    n = min(size, 3)
-    affine = np.eye(4)
-    affine[:n, :n] = np.reshape(image.GetDirection(), (size, size))[:n, :n] * image.GetSpacing()[:n]
-    affine[:n, 3] = image.GetOrigin()[:n]
-    unit = re.search(UNIT, _header_text(path))
+    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() > 1:
+        raise ValueError("not 3D, one number a voxel")
+    unit = re.search(r'(?im)^(?:space units: *"|DistanceUnits *= *)(?!mm)\w+', _header_text(path))
     if unit:  # ITK does not look
-        affine[:3] *= {"m": 1000, "cm": 10}.get(unit[1].lower(), 0.001)
-    return sitk.GetArrayFromImage(image).T, np.diag([-1, -1, 1, 1]) @ affine  # ITK's LPS -> RAS
+        raise ValueError(f"{unit[0]}, not mm")
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+    affine[:3, 3] = image.GetOrigin()
+    return sitk.GetArrayFromImage(image).T, LPS_TO_RAS @ affine
 
 
-# What tells where a slice lies, and the group of tags in which a DICOM file of many frames has it
-PLACE_TAGS = {"ImagePositionPatient": "PlanePositionSequence",
-              "ImageOrientationPatient": "PlaneOrientationSequence",
-              "PixelSpacing": "PixelMeasuresSequence"}
-
-
-class Slice(NamedTuple):
-    """A slice of a DICOM file; the lengths are millimetres, the axes LPS"""
-    series: str
-    size: tuple         # rows, columns
-    position: tuple     # of its first voxel
-    orientation: tuple  # two unit vectors: to the next column and to the next row
-    spacing: tuple      # of rows, of columns
-    file: Path
-    frame: int          # its place in the file
-
-
-def _place(header, own):
-    """The numbers of PLACE_TAGS; own: the groups of one frame, which come before those that all share"""
-    numbers = []
-    for tag, sequence in PLACE_TAGS.items():
-        groups = [own, *header.get("SharedFunctionalGroupsSequence", [])]
-        place = next((group[sequence][0] for group in groups if sequence in group), header)
-        numbers.append(tuple(map(float, place[tag].value)))
-    return numbers
+# Of a DICOM file, in mm and LPS; axes (3, 2): steps to the next column and to the next row
+Slice = namedtuple("Slice", "series axes position pixels file")
 
 
 def _dicom_slices(file):
-    """The slices of a DICOM file but localisers; none in another file, ValueError if broken"""
-    header = pydicom.dcmread(file, force=True, defer_size=1024)  # leaves the pixels in the file
-    kind = header.file_meta.get("MediaStorageSOPClassUID", header.get("SOPClassUID", ""))
-    # Structures, reports, screenshots and a DICOMDIR lie beside slices, too
-    is_scan = re.search("(CT|MR|Emission Tomography) Image", pydicom.uid.UID(kind).name)
-    is_cut = len(header) == 0 or not (header.preamble or kind)  # so early that its kind may be lost
-    if "PixelData" not in header and (is_scan or is_cut) and is_dicom(file):
-        raise ValueError(f"{file.name} is broken")
-    is_grey = "MONOCHROME" in header.get("PhotometricInterpretation", "")
-    if "PixelData" not in header or not is_grey or "LOCALIZER" in header.get("ImageType", ""):
+    """The slices of a DICOM file, which may hold many; [] of localisers and of what is no scan"""
+    names = ("ImageOrientationPatient", "PixelSpacing", "ImagePositionPatient")
+    groups = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+    header = pydicom.dcmread(file, stop_before_pixels=True,
+                             specific_tags=["SeriesInstanceUID", "ImageType", *names, *groups])
+    kind = header.file_meta.MediaStorageSOPClassUID.name  # structures and reports lie beside slices
+    is_scan = re.search(r"\b(CT|MR|PET|Tomography) Image", kind)
+    if not is_scan or "LOCALIZER" in header.get("ImageType", ""):
         return []
-    n = int(header.get("NumberOfFrames") or 1)
-    series, size = header.get("SeriesInstanceUID", ""), (header.Rows, header.Columns)
     slices = []
-    for frame, own in enumerate(header.get("PerFrameFunctionalGroupsSequence", [header] * n)):
-        with contextlib.suppress(LookupError, TypeError, ValueError):  # a tag lacks, is empty or no number
-            slices.append(Slice(series, size, *_place(header, own), file, frame))
-    if len(slices) != n and is_scan:
-        raise ValueError(f"{file.name}: {n} frames, but {len(slices)} times their position and axes")
+    shared, frames = header.get(groups[0], []), header.get(groups[1], [header])
+    pixels = sitk.GetArrayFromImage(sitk.ReadImage(str(file), sitk.sitkFloat32))
+    for frame, own in zip(pixels, frames, strict=True):
+        tags = {tag.keyword: tag.value for group in (*shared, own) for tag in group.iterall()}
+        axes, spacing, position = (np.array(tags[name], float) for name in names)
+        axes = axes.reshape(2, 3).T
+        axes = axes / np.linalg.norm(axes, axis=0) * spacing[::-1]  # spacing: of rows, of columns
+        slices.append(Slice(header.SeriesInstanceUID, axes, position, frame, file.name))
     return slices
-
-
-def _regular_stack(slices):
-    """Slices of a stack, sorted -> first position, step to the next one (x, y, z). A position may be off by
-    a fifth of a step, as rounded ones are; ValueError beyond that."""
-    positions = np.array([one.position for one in slices])
-    regular = np.linspace(positions[0], positions[-1], len(slices))
-    step = regular[1] - regular[0]
-    off = np.linalg.norm(positions - regular, axis=1)
-    if off.max() > 0.2 * np.linalg.norm(step):
-        gaps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
-        before, behind = slices[gaps.argmax()], slices[gaps.argmax() + 1]
-        raise ValueError(f"slices {gaps.min():.2f} to {gaps.max():.2f} mm apart, the widest gap between "
-                         f"{before.file.name} and {behind.file.name}")
-    return positions[0], step
 
 
 def _read_dicom(path):
     stacks = defaultdict(list)
-    for file in _visible_files(path) if path.is_dir() else [path]:
-        for one in _dicom_slices(file):
-            shared = one.series, one.size, *np.round(one.orientation, 2), *np.round(one.spacing, 4)
-            stacks[shared].append(one)
-    if not stacks:
-        raise ValueError("neither DICOM slices, localisers aside, nor PNG or JPEG here")
-    stack = max(stacks.values(), key=len)  # the first of equal ones
-    axes = np.reshape(stack[0].orientation, (2, 3))
-    right, down = axes / np.linalg.norm(axes, axis=1, keepdims=True)  # they may be rounded
-    pixels = {}
-    for file in sorted({one.file for one in stack}):
+    for file in filter(is_dicom, _visible_files(path) if path.is_dir() else [path]):
         try:
-            pixels[file] = sitk.GetArrayFromImage(sitk.ReadImage(str(file), sitk.sitkFloat32))
-        except RuntimeError:
-            raise ValueError(f"{file.name} is broken") from None
-    slices = []
-    for one in sorted(stack, key=lambda one: np.dot(one.position, np.cross(right, down))):
-        last = slices[-1] if slices else None
-        if not last or not np.allclose(one.position, last.position, atol=1e-3):
-            slices.append(one)
-        elif not np.array_equal(pixels[one.file][one.frame], pixels[last.file][last.frame]):
-            raise ValueError(f"{last.file.name} and {one.file.name} differ and lie at one position")
-    if len(slices) < 2:
-        raise ValueError(f"one slice, {slices[0].file.name}")
-    first, step = _regular_stack(slices)
+            slices = _dicom_slices(file)
+        except Exception as error:
+            raise ValueError(f"{file.name} is broken") from error
+        for one in slices:
+            stacks[one.series, one.pixels.shape, tuple(one.axes.round(2).flat)].append(one)
+    stack = max(stacks.values(), key=len, default=[])  # the first of equal ones
+    if len(stack) < 2:
+        raise ValueError("neither two DICOM slices, localisers aside, nor PNG or JPEG here")
     others = [f"{len(other)} of {other[0].series}" for other in stacks.values() if other is not stack]
     if others:
-        _warn_once(f"{path}: took {len(stack)} slices of the series {stack[0].series}, not "
-                   f"{shorten(others)}")
+        _warn_once(f"{path}: took {len(stack)} slices of {stack[0].series}, not {shorten(others)}")
+    right, down = stack[0].axes.T
+    slices = []
+    for one in sorted(stack, key=lambda one: np.dot(one.position, np.cross(right, down))):
+        is_there = slices and np.allclose(one.position, slices[-1].position, atol=1e-3)
+        if not (is_there and np.array_equal(one.pixels, slices[-1].pixels)):  # else a copy
+            slices.append(one)
+    positions = np.array([one.position for one in slices])
+    regular = np.linspace(positions[0], positions[-1], len(slices))
+    step = regular[1] - regular[0]
+    if np.linalg.norm(positions - regular, axis=1).max() >= 0.2 * np.linalg.norm(step):  # not rounding
+        gaps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
+        worst = slices[abs(gaps - np.median(gaps)).argmax()].file
+        raise ValueError(f"slices {gaps.min():.2f} to {gaps.max():.2f} mm apart, see behind {worst}")
     affine = np.eye(4)
-    affine[:3] = np.c_[right * stack[0].spacing[1], down * stack[0].spacing[0], step, first]
-    xyz = np.stack([pixels[one.file][one.frame] for one in slices]).T
-    return xyz, np.diag([-1, -1, 1, 1]) @ affine  # LPS -> RAS
+    affine[:3] = np.c_[right, down, step, positions[0]]
+    return np.stack([one.pixels for one in slices]).T, LPS_TO_RAS @ affine
 
 
 def _read_npz(path):
     with np.load(path, allow_pickle=False) as file:
         array = file["arr_0"] * np.float32(1000)  # CT-RATE's preprocessing stores HU / 1000
-    # NOTE(compat): these files come as (z, y, x) and, from other versions of the script, as (z, x, y). A
-    # body looks alike left and right, not front and back: that tells which is which.
+    # NOTE(compat): (z, y, x) or, from other versions of the script, (z, x, y). A body looks alike left and
+    # right, not front and back: that tells which is which.
     few_slices = array[::8]
     asymmetry = [np.abs(few_slices - np.flip(few_slices, axis)).mean() for axis in (1, 2)]
     if asymmetry[0] < 0.8 * asymmetry[1]:
@@ -321,37 +239,27 @@ def _read_npz(path):
 def read_stored(path):
     """Any volume as it is stored: array (x, y, z) in file units, affine 4×4 of the index to RAS mm"""
     path = Path(path)
-    if not path.exists():
-        raise wrong(path, "nothing there", "a volume")
-    readers = {".nii": _read_nifti, ".nii.gz": _read_nifti, ".mha": _read_itk, ".mhd": _read_itk,
-               ".nrrd": _read_itk, ".nhdr": _read_itk, ".npz": _read_npz, ".npy": _read_grey,
+    readers = {".nii": _read_nifti, ".gz": _read_nifti, ".npz": _read_npz, ".npy": _read_grey,
                ".dcm": _read_dicom}
-    read = next((readers[end] for end in readers if path.name.lower().endswith(end)), None)
+    read = readers.get(path.suffix.lower(), _read_itk)
     if path.is_dir():
-        read = _read_grey if _is_grey(path) else _read_dicom
-    if read is None:
-        raise wrong(path, "an unknown kind", f"{', '.join(readers)}, or a folder of DICOM, PNG or JPEG")
+        read = _read_grey if _grey_files(path) else _read_dicom
     try:
         return read(path)
     except Exception as error:  # the libraries raise a dozen kinds for a broken file
-        reason = re.sub(r".*ITK ERROR: \w+\(\w+\): ", "", " ".join(str(error).split()))
-        expected = "a whole volume" + (" with its .raw beside it" if path.suffix.lower() == ".mhd" else "")
-        reason = reason or type(error).__name__
-        raise ValueError(f"{path}: cannot be read: {reason}; expected {expected}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise wrong(path, f"it cannot be read: {reason}", "a whole volume, .mhd with .raw") from error
 
 
 def to_ras(path, xyz, affine, is_mask=False):
     """Turn a stored array (x, y, z) so that x runs to the right, y to the front, z to the head
     -> array (z, y, x) float32, spacing (z, y, x) mm, affine 4×4 of the turned (x, y, z) index to mm"""
-    if xyz.ndim > 3:
-        xyz = xyz.reshape(xyz.shape[:3] + tuple(n for n in xyz.shape[3:] if n != 1))
+    while xyz.ndim > 3 and xyz.shape[-1] == 1:
+        xyz = xyz[..., 0]
     if xyz.ndim != 3 or min(xyz.shape) < 2 or xyz.dtype.kind not in "biuf":
         raise wrong(path, f"shape {xyz.shape} of type {xyz.dtype}", "3D, one real number a voxel")
-    axes = affine[:3, :3]
-    spacing = np.linalg.norm(axes, axis=0)
-    if not np.isfinite(affine).all() or spacing.min() <= 0 or abs(np.linalg.det(axes / spacing)) < 1e-3:
-        raise wrong(path, f"spacing {spacing.tolist()} and affine {affine[:3].tolist()}",
-                    "finite numbers, spacing above 0 and three independent axes")
+    if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine) < 4:
+        raise wrong(path, f"the affine {affine[:3].tolist()}", "three axes, spacing above 0")
     orientation = nib.io_orientation(affine)
     affine = affine @ nib.orientations.inv_ornt_aff(orientation, xyz.shape)
     array = np.ascontiguousarray(nib.apply_orientation(xyz, orientation).T, dtype=np.float32)
@@ -367,82 +275,69 @@ def read_volume(path, is_mask=False):
 
 
 def _metadata_affine(path, geometry):
-    """The affine of a scan whose header is blank; geometry as in `Item`"""
     where, *texts = geometry
-    number = r"[-+]?\d*\.?\d+(?:e[-+]?\d+)?"  # "[0.75, 0.75]" and "0.75\\0.75" hold two
-    xy, z, axes = (np.array(re.findall(number, text), float) for text in texts)
-    axes = axes.reshape(2, 3) if len(axes) == 6 else np.zeros((2, 3))
-    is_good = (len(xy) == 2 and xy.min() > 0, len(z) == 1 and z.min() > 0,
-               np.allclose(axes @ axes.T, np.eye(2), atol=0.01))
-    for column, text, good in zip(GEOMETRY, texts, is_good):
-        if not good:
-            raise wrong(where, f"{column} {text!r}", f"{GEOMETRY[column]}: the header of {path} is blank")
+    xy, z, axes = (np.array(re.findall(r"[-+]?[\d.]+(?:e[-+]?\d+)?", text), float) for text in texts)
+    is_good = (len(xy), len(z), len(axes)) == (2, 1, 6) and min(*xy, *z) > 0
+    axes = np.resize(axes, (2, 3))
+    if not is_good or not np.allclose(axes @ axes.T, np.eye(2), atol=0.01):
+        raise wrong(where, dict(zip(GEOMETRY, texts)), f"geometry: the header of {path} is blank")
     affine = np.eye(4)
     affine[:3, :3] = np.c_[axes.T, np.cross(*axes)] * [*xy, *z]
-    return np.diag([-1, -1, 1, 1]) @ affine  # DICOM's LPS -> RAS
+    return LPS_TO_RAS @ affine
 
 
 def read_item(item):
     """`read_stored` of the volume of an item. Where its header is blank, a unit matrix or a NIfTI that says
     so, CT-RATE's metadata tell the geometry; without them the array is taken as it lies, with a warning."""
     xyz, affine = read_stored(item.volume)
-    is_blank = np.array_equal(abs(affine), np.eye(4)) and not _is_grey(item.volume)
+    is_blank = np.array_equal(abs(affine), np.eye(4)) and not _grey_files(item.volume)
     if ".nii" in item.volume.name.lower():
         header = nib.load(item.volume).header
         is_blank |= header["sform_code"] == 0 and header["qform_code"] == 0
     if is_blank and item.geometry:
         return xyz, _metadata_affine(item.volume, item.geometry)
     if is_blank:
-        _warn_once(f"{item.volume}: its header does not tell how it lies: took its axes as "
-                   f"{''.join(nib.aff2axcodes(affine))}, voxels of "
-                   f"{np.linalg.norm(affine[:3, :3], axis=0).round(3).tolist()} mm")
+        axes = "".join(nib.aff2axcodes(affine))
+        _warn_once(f"{item.volume}: its header does not tell how it lies: took its axes as {axes}")
     return xyz, affine
 
 
 def _likeness(values, lowest):
-    """How much a sample of a scan looks like a chest in Hounsfield units; 0 or less is impossible. Both air
-    and tissue must be there, air perhaps as the lowest value, which `values` lack."""
-    def share(low, high):
-        return ((values > low) & (values < high)).mean()
-    air_and_lung, soft_tissue = share(-1150, -400), share(-200, 300)
-    has_air = air_and_lung > 0.03 or -1150 < lowest < -400  # in real scans 0.35 and more of each; of tissue
-    if not has_air or soft_tissue < 0.03:  # at most 0.011 is left of one rescaled twice
+    """How much a sample looks like a chest in HU, 0 if impossible; the air may be `lowest`, which it lacks"""
+    air_and_lung, soft_tissue, below, above = (
+        ((values > low) & (values < high)).mean()
+        for low, high in ((-1150, -400), (-200, 300), (-np.inf, -1200), (700, np.inf)))
+    has_air = air_and_lung > 0.03 or -1150 < lowest < -400
+    if not (has_air and soft_tissue >= 0.03):  # real scans 0.35, those rescaled twice at most 0.011
         return 0
-    return air_and_lung + soft_tissue - 2 * share(-np.inf, -1200) - 2 * share(700, np.inf)
+    return air_and_lung + soft_tissue - 2 * below - 2 * above
 
 
 def to_hounsfield(array, path, hu="auto", rescale=None):
     """Values of a file -> array in HU, a note on what was done. hu: "header" takes values as read, "csv"
-    applies `rescale`, "auto" decides from the values. rescale: (slope, intercept) of the metadata CSV or
-    None; CT-RATE v1 files need it, v2 files have it applied."""
+    applies `rescale`, (slope, intercept) of the metadata CSV or None, "auto" decides from the values."""
     if hu == "csv" and rescale is None:
         raise wrong(path, "no RescaleSlope and RescaleIntercept for it", "them for --hu csv")
-    if _is_grey(Path(path)):
+    if _grey_files(Path(path)):
         return array, "pictures: grey laid over the window"
     low, high = float(array.min()), float(array.max())
-    if high - low <= 255:
-        raise wrong(path, f"values {low:g} to {high:g}", "Hounsfield units; is it a mask or picture?")
-    stored = {"as stored": (1, 0)}
-    metadata = {"rescale of the metadata applied": rescale}
-    either = stored | (metadata if rescale else {"offset -1024 applied": (1, -1024)})
-    readings = {"header": stored, "csv": metadata, "auto": either}[hu]
     sample = array.reshape(-1)[::array.size // 200_000 | 1]  # an odd stride follows no column
     sample = sample[sample > low]  # the lowest value may be padding: -1024 … -3024
-    likeness = {note: _likeness(sample * slope + inter, low * slope + inter)
-                for note, (slope, inter) in readings.items()}
-    note = max(likeness, key=likeness.get)  # the first, "as stored", wins a tie
-    if likeness[note] <= 0:
-        raise wrong(path, f"values {low:g} to {high:g}, no CT {' or '.join(readings)}",
-                    "Hounsfield units, air near -1000 and soft tissue near 0")
-    slope, intercept = readings[note]
-    if (slope, intercept) != (1, 0):
-        array = array * np.float32(slope) + np.float32(intercept)
-    return array, note
+    choices = [(1, 0), rescale or (1, -1024)]  # CT-RATE v1 files need it, v2 files have it applied
+    choices = {"header": choices[:1], "csv": choices[1:], "auto": choices}[hu]
+    likeness = [_likeness(sample * slope + inter, low * slope + inter) for slope, inter in choices]
+    if max(likeness) <= 0:
+        expected = "Hounsfield units, air near -1000 and soft tissue near 0; is it a mask?"
+        raise wrong(path, f"values {low:g} to {high:g}", expected)
+    slope, inter = choices[np.argmax(likeness)]  # the first wins a tie
+    if (slope, inter) == (1, 0):
+        return array, "as stored"
+    note = f"{slope:g} and {inter:g} {'of the metadata' if rescale else 'as is usual'} applied"
+    return array * np.float32(slope) + np.float32(inter), note
 
 
 def scale(array, window):
-    low, high = window
-    return (np.clip(array, low, high) - low) / (high - low)
+    return (np.clip(array, *window) - window[0]) / (window[1] - window[0])
 
 
 def cut(array, corner, size):
@@ -456,8 +351,7 @@ def cut(array, corner, size):
 def resize(array, size, mode="trilinear"):
     """An array (z, y, x) -> float32 of another size, on voxel centres, without smoothing"""
     array = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))[None, None]
-    corners = False if mode == "trilinear" else None
-    return F.interpolate(array, tuple(size), mode=mode, align_corners=corners)[0, 0].numpy()
+    return F.interpolate(array, tuple(size), mode=mode)[0, 0].numpy()
 
 
 def centre_crop(array, crop=CROP):
@@ -467,119 +361,79 @@ def centre_crop(array, crop=CROP):
 
 def preprocess(array, spacing, size=SIZE, crop=CROP, window=WINDOW):
     """HU array (z, y, x) -> float32 tensor (1, D, H, W) in [0, 1], as Sec. IV.B of the paper"""
-    # NOTE(paper): crop and resize ignore the millimetres, so `spacing` is not used. The kind of resize is
-    # not stated: trilinear. Cropping first saves work.
+    # NOTE(paper): crop and resize ignore the millimetres of `spacing`; the kind of resize is not stated.
     return torch.from_numpy(resize(scale(centre_crop(array, crop), window), size))[None]
 
 
 # --------------------------------------------------------------------------------------- reports
-ABBREVIATIONS = {"e.g", "eg", "i.e", "ie", "cf", "dr", "prof", "assist", "vs", "approx", "fig"}
-ABBREVIATIONS_INSIDE = {"al", "ca", "cm", "etc", "im", "ima", "img", "lab", "max", "min", "mm", "no",
-                        "nr", "resp", "se"}  # only before a lower-case letter or a number
 SENTENCE_END = re.compile(
     r"""(?<![.;?!])[.;?!]+["'”’]*(?=\s|$)   # punctuation before a blank, with its quotes
       | [;?!](?=\w) | \.(?=[A-Z][a-z])      # a forgotten blank
       | [。；？！]["”]* | [\r\n]""", re.VERBOSE)
 COMMA = re.compile(r"""((?<!\d)[,，]|[,，](?!\s*\d))["”]*""")
+# Not cut: parentheses (one of over 300 letters was never closed), abbreviations, "T12. vertebra"
+WHOLE = re.compile(
+    r"""[(（](?:[^()（）]|[(（][^()（）]{0,300}[)）]){0,300}[)）]
+      | (?<![^\s(,;])(?i:e\.?g|i\.?e|cf|dr|prof|assist|vs|approx|fig)\.(?=\s?\S)
+      | (?<![^\s(,;])(?i:al|ca|cm|etc|ima?|img|lab|max|min|mm|no|nr|resp|se|[^\W\d_])\.(?=\s?[a-z\d])
+      | \d\.(?=\s?[a-z])""", re.VERBOSE)
 CHARACTER = re.compile("[\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
-LONGEST_PARENTHESIS = 300  # in 2,804 reports 280 letters; a longer one was never closed
 
 
 def has_words(text):
     return any(map(str.isalnum, text))
 
 
-def _is_abbreviation(text, match):
-    """Is the full stop that `match` found part of an abbreviation or an ordinal?"""
-    following = text[match.end():match.end() + 2].strip()[:1]
-    if match[0] != "." or not following:
-        return False
-    word = re.split(r"[\s(,;]", text[max(0, match.start() - 12):match.start()])[-1].lower()
-    if word in ABBREVIATIONS:
-        return True
-    if word in ABBREVIATIONS_INSIDE or (len(word) == 1 and word.isalpha()):
-        return following.islower() or following.isdigit()
-    return word[-1:].isdigit() and following.islower()  # "T12. vertebra"
-
-
-def _in_parentheses(text):
-    """For every letter, whether it stands in closed parentheses"""
-    inside, opened = [False] * (len(text) + 1), []
-    for i, letter in enumerate(text):
-        if letter in "(（":
-            opened.append(i)
-        elif letter in ")）" and opened:
-            start = opened.pop()
-            if i - start <= LONGEST_PARENTHESIS:
-                inside[start:i] = [True] * (i - start)
-    return inside
-
-
 def split_sentences(text):
-    """Split a report into sentences, as concise as possible while complete (Sec. III.B of the paper).
-    Cuts at . ; ? ! and line ends, then at commas between two clauses of at least 3 words; never inside
-    numbers, abbreviations or parentheses. Only white space is lost; [] without letters and digits."""
-    # NOTE(paper): it only says "when separating a report using punctuation"; the rules are ours.
+    """Split a report at . ; ? ! and line ends, then at commas between two clauses of at least 3 words, never
+    in numbers, abbreviations or parentheses. Only white space is lost; [] without letters and digits."""
+    # NOTE(paper): Sec. III.B only says "using punctuation", concise but complete; the rules are ours.
     def is_long(clause):
         return sum(map(has_words, clause.split())) >= 3
-    inside = _in_parentheses(text)
-    ends = [match.end() for match in SENTENCE_END.finditer(text)
-            if not inside[match.start()] and not _is_abbreviation(text, match)]
+    whole = {place for match in WHOLE.finditer(text) for place in range(*match.span())}
+    ends, commas = ({match.end() for match in pattern.finditer(text) if match.start() not in whole}
+                    for pattern in (SENTENCE_END, COMMA))
+    starts = sorted({0, *ends, *commas, len(text)})
+    clauses = [text[start:end] for start, end in itertools.pairwise(starts)]
     pieces = []
-    for start, end in itertools.pairwise([0, *ends, len(text)]):
-        commas = [comma.end() for comma in COMMA.finditer(text, start, end) if not inside[comma.start()]]
-        clauses = [text[a:b] for a, b in itertools.pairwise([start, *commas, end])]
-        pieces.append(clauses[0])
-        for previous, clause in itertools.pairwise(clauses):
-            if is_long(previous) and is_long(clause):
-                pieces.append(clause)
-            else:
-                pieces[-1] += clause
-    sentences, heading = [], ""  # what stands before its sentence, such as "2."
-    for piece in pieces:
-        if any(map(str.isalpha, piece)):
-            sentences.append(heading + piece)
-            heading = ""
-        elif sentences and not heading and not has_words(piece):
-            sentences[-1] += piece
+    for start, previous, clause in zip(starts, ["", *clauses], clauses):
+        if start in commas and not (is_long(previous) and is_long(clause)):
+            pieces[-1] += clause
         else:
-            heading += piece
-    if sentences:
-        sentences[-1] += heading
-    elif has_words(heading):
-        sentences = [heading]
-    return [" ".join(sentence.split()) for sentence in sentences]
+            pieces.append(clause)
+    sentences = [""]
+    for piece in pieces:
+        if has_words(piece) and any(map(str.isalpha, sentences[-1])):
+            sentences.append(piece)
+        else:  # behind a heading such as "2."
+            sentences[-1] += piece
+    if len(sentences) > 1 and not any(map(str.isalpha, sentences[-1])):
+        sentences[-2:] = ["".join(sentences[-2:])]
+    return [" ".join(sentence.split()) for sentence in sentences if has_words(sentence)]
 
 
 def tokenize_report(tokenizer, sentences, max_sentences=32, max_tokens=250):
-    """Tokenise the sentences of a report in a row with a fast Hugging Face tokenizer. Whole sentences are
-    kept as long as they fit; only a first one that is too long alone is cut itself. Returns input_ids,
-    sentence_ids, word_ids (L,) int64, the latter two -1 at special tokens; sentences, the S kept ones;
-    single_ids, S arrays, each sentence tokenised alone; cut, the number of words left out."""
-    if not sentences:
-        raise ValueError("found a report without a sentence, expected at least one")
-    kept = list(sentences[:max_sentences])
+    """Tokenise the sentences of a report in a row; whole ones are kept as long as they fit, only a first
+    one that is too long alone is cut. Returns input_ids, sentence_ids, word_ids (L,), the latter two -1 at
+    special tokens; sentences, the S kept ones; single_ids, S arrays, each sentence tokenised alone."""
+    kept = sentences[:max_sentences]
     text = " ".join(kept)
     encoding = tokenizer(text, return_offsets_mapping=True, verbose=False)
-    input_ids = np.array(encoding["input_ids"])  # (L,)
     word_ids = np.array([-1 if word is None else word for word in encoding.word_ids()])
     # A RoBERTa token may begin at the blank before its word: its last letter tells the sentence.
     last_letter = np.array(encoding["offset_mapping"])[:, 1] - 1
     starts = np.cumsum([0] + [len(sentence) + 1 for sentence in kept[:-1]])  # (S,)
     sentence_ids = np.searchsorted(starts, last_letter.clip(0), side="right") - 1
     sentence_ids[word_ids < 0] = -1
-    words = np.flatnonzero(sentence_ids >= 0)
-    capacity = max_tokens - (len(input_ids) - len(words))
-    if len(words) > capacity:
-        too_many = sentence_ids[words[capacity]]  # the first sentence that does not fit
-        words = words[:capacity] if too_many == 0 else words[sentence_ids[words] < too_many]
-        kept = kept[:too_many] or [text[:last_letter[words[-1]] + 1]]
-        tokens = np.sort(np.concatenate([np.flatnonzero(sentence_ids < 0), words]))
-        input_ids, word_ids, sentence_ids = input_ids[tokens], word_ids[tokens], sentence_ids[tokens]
+    is_word = word_ids >= 0
+    capacity = max_tokens - (~is_word).sum()
+    counts = np.bincount(sentence_ids[is_word], minlength=len(kept)).cumsum()  # tokens to each one's end
+    n = max(1, (counts <= capacity).sum())  # sentences that fit
+    fits = ~is_word | (is_word.cumsum() <= min(capacity, counts[n - 1]))
+    kept = kept[:n] if counts[0] <= capacity else [text[:last_letter[fits].max() + 1]]
     single_ids = tokenizer(kept, truncation=True, max_length=max_tokens)["input_ids"]
-    return {"input_ids": input_ids, "sentence_ids": sentence_ids, "word_ids": word_ids,
-            "sentences": kept, "single_ids": [np.array(ids) for ids in single_ids],
-            "cut": len(" ".join(sentences).split()) - len(" ".join(kept).split())}
+    return {"input_ids": np.array(encoding["input_ids"])[fits], "sentence_ids": sentence_ids[fits],
+            "word_ids": word_ids[fits], "sentences": kept, "single_ids": list(map(np.array, single_ids))}
 
 
 def mask_words(input_ids, word_ids, tokenizer, generator, prob=0.15):
@@ -600,20 +454,17 @@ def mask_words(input_ids, word_ids, tokenizer, generator, prob=0.15):
 
 def mask_volume(size, mask_size, mask_ratio, generator):
     """Bool (1, D, H, W), True = masked: mask_ratio of the sub-volumes of mask_size³ voxels"""
-    if any(side % mask_size for side in size):
-        raise ValueError(f"found size {tuple(size)}, expected multiples of mask_size {mask_size}")
     grid = [side // mask_size for side in size]
     mask = generator.permutation(math.prod(grid)) < round(mask_ratio * math.prod(grid))
     return torch.from_numpy(np.kron(mask.reshape(grid), np.ones([mask_size] * 3, dtype=bool)))[None]
 
 
 # ------------------------------------------------------------------------------------------ sets
-LAYOUTS = ("a manifest .csv (volume,report[,split][,patient][,label columns]), a CT-RATE folder "
-           "(train/…/*.nii.gz or .npz; reports, labels and metadata CSVs), a CTRG-Chest .json or a "
-           "folder of `data.py cache --out`")
-NUMBERS = (*LABELS, "RescaleSlope", "RescaleIntercept", "coordX", "coordY", "coordZ")
-COLUMNS = (*NUMBERS, *GEOMETRY, "split", "patient", "mask", "VolumeName", "Findings_EN",
-           "Impressions_EN")
+LAYOUTS = "a manifest .csv, a CT-RATE folder, a CTRG-Chest .json or a folder of `data.py cache --out`"
+NUMBERS = ("RescaleSlope", "RescaleIntercept", "coordX", "coordY", "coordZ")
+CT_RATE_COLUMNS = ("Findings_EN", "Impressions_EN", *LABELS, *NUMBERS[:2], *GEOMETRY)
+COLUMNS = (*CT_RATE_COLUMNS, *NUMBERS[2:], "VolumeName", "split", "patient", "mask")
+LABEL = {"0": 0., "1": 1., "-1": math.nan, **dict.fromkeys(NO_TEXT, math.nan)}  # of a cell
 
 
 class Item(NamedTuple):
@@ -653,17 +504,16 @@ class CachedItem(Item):
 
 def walk(folder):
     """As os.walk, but links are followed, each real folder once, and what is hidden is left out"""
-    seen, starts = set(), [folder]
-    for start in starts:  # the links come last: a folder's own name counts, not that of a link to it
-        for root, folders, files in os.walk(start):
-            real = os.path.realpath(root)
-            if real in seen:
-                folders.clear()
-                continue
-            seen.add(real)
-            folders[:] = sorted(name for name in folders if not is_hidden(name))
-            yield Path(root), folders, [name for name in files if not is_hidden(name)]
-            starts += [link for link in map(Path(root).joinpath, folders) if link.is_symlink()]
+    seen = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        visible = [name for name in folders if not is_hidden(name)]
+        folders[:] = sorted(visible, key=lambda name: (os.path.islink(os.path.join(root, name)), name))
+        yield Path(root), folders, [name for name in files if not is_hidden(name)]
 
 
 def find(folder, pattern):
@@ -673,7 +523,6 @@ def find(folder, pattern):
 
 
 def stem(path):
-    """The name of a volume without its ending"""
     return ENDING.sub("", path.name)
 
 
@@ -684,100 +533,10 @@ def only(files, name):
     return files[0]
 
 
-def only_table(files):
-    """A table, of which there may be copies but no second version"""
-    others = [file for file in files[1:] if file.read_bytes() != files[0].read_bytes()]
-    return only([files[0], *others], "a table")
-
-
 def by_stem(files):
     """{stem: its only file}"""
-    found = defaultdict(list)
-    for file in files:
-        found[stem(file)].append(file)
-    return {name: only(files, name) for name, files in found.items()}
-
-
-def read_text(path):
-    try:
-        return Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        byte = error.object[error.start]
-        raise wrong(f"{path}, line {line}", f"the byte 0x{byte:02x}", "text in UTF-8") from error
-
-
-def _rows(path):
-    """The rows of a CSV that hold anything: ("PATH, line N", cells without blanks around them)"""
-    text = read_text(path)
-    separator = max(",;\t", key=text.lstrip().split("\n", 1)[0].count)
-    table = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
-    line = 1  # where a row begins: in quotes it may have line ends
-    try:
-        for cells in table:
-            cells = [cell.strip() for cell in cells]
-            if any(cells):
-                yield f"{path}, line {line}", cells
-            line = table.line_num + 1
-    except csv.Error as error:
-        raise wrong(f"{path}, line {line}", f"a row that cannot be read ({error})",
-                    "quotes in pairs, around text with commas, quotes or line ends") from None
-
-
-@functools.cache
-def _plain(text):
-    """One of the spellings that tools have: "1" for "1.0" or "True", "lung nodule" for "Lung_Nodule "."""
-    text = " ".join(text.lower().replace("_", " ").split())
-    return {"true": "1", "false": "0"}.get(text, re.sub(r"\.0*$", "", text))
-
-
-def _number(where, name, text, is_needed, is_label):
-    """A cell of a column of numbers or of labels as float, NaN where it is unknown"""
-    try:
-        value = float(text)
-    except ValueError:
-        unknown = dict.fromkeys(NO_TEXT, math.nan)
-        value = {"true": 1., "false": 0., **unknown}.get(text.lower(), math.inf)
-    is_good = value in (0, 1, -1) if is_label else math.isfinite(value)
-    if not is_good and (is_needed or not math.isnan(value)):
-        choice = ": 0, 1 or, where it is unknown, -1 or nothing" if is_label else ""
-        raise wrong(where, f"{name} {text!r}", f"a number{choice}")
-    return value
-
-
-def read_table(path, *needed, labels=(), **choices):
-    """The rows of a CSV: ("PATH, line N", {column: text, or float in NUMBERS, NaN if unknown}). needed:
-    columns that must be there, numbers among them filled; labels: more columns that must be there, read as
-    those of LABELS are; choices: columns and the texts that they may hold. ; or tab may separate, too;
-    case, blanks and _ in the names of known columns do not matter."""
-    rows = _rows(path)
-    known = {_plain(name): name for name in (*COLUMNS, *needed, *labels, *choices)}
-    columns = [known.get(_plain(name), name) for name in next(rows, (path, []))[1]]
-    missing = [name for name in (*needed, *labels, *choices) if name not in columns]
-    twice = [name for name in known.values() if columns.count(name) > 1]
-    if missing or twice:
-        raise wrong(path, f"the columns {columns}", f"also {missing}" if missing else f"{twice} once")
-    labels = {*LABELS, *labels}
-    numbers = [name for name in columns if name in labels or name in NUMBERS]
-    spellings = {name: {_plain(text): text for text in texts} for name, texts in choices.items()}
-    table, uncertain = [], []
-    for where, cells in rows:
-        if len(cells) != len(columns):
-            raise wrong(where, f"{len(cells)} fields", f"{len(columns)}; quotes around text with commas")
-        row = dict(zip(columns, cells))
-        for name, texts in spellings.items():
-            if _plain(row[name]) not in texts:
-                raise wrong(where, f"{name} {row[name]!r}", f"one of {', '.join(texts.values())}")
-            row[name] = texts[_plain(row[name])]
-        for name in numbers:
-            row[name] = _number(where, name, row[name], name in needed, name in labels)
-            if row[name] == -1 and name in labels:
-                row[name] = math.nan
-                uncertain.append(where)
-        table.append((where, row))
-    if uncertain:
-        log.warning("%s: %d labels are -1, taken as unknown", uncertain[0], len(uncertain))
-    return table
+    groups = itertools.groupby(sorted(files, key=stem), stem)
+    return {name: only(list(group), name) for name, group in groups}
 
 
 @contextlib.contextmanager
@@ -787,6 +546,69 @@ def expecting(path, layout):
         yield
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise wrong(path, f"{type(error).__name__}: {error}", layout) from error
+
+
+def read_text(path):
+    with expecting(path, "text in UTF-8"):
+        return Path(path).read_bytes().decode("utf-8-sig")
+
+
+def _rows(path):
+    """The rows of a CSV that hold anything: ("PATH, line N", cells without blanks around them)"""
+    text = read_text(path)
+    separator = max(",;\t", key=text.partition("\n")[0].count)
+    table = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
+    line = 1  # where a row begins: in quotes it may have line ends
+    try:
+        for cells in table:
+            cells = [cell.strip() for cell in cells]
+            if any(cells):
+                yield f"{path}, line {line}", cells
+            line = table.line_num + 1
+    except csv.Error as error:
+        raise wrong(f"{path}, line {line}", error, "quotes in pairs, around text with commas") from None
+
+
+@functools.cache
+def _plain(text):
+    """One of the spellings that tools have: "1" for "1.0" or "True", "lung nodule" for "Lung_Nodule "."""
+    text = " ".join(text.lower().replace("_", " ").split())
+    return {"true": "1", "false": "0"}.get(text, re.sub(r"\.0*$", "", text))
+
+
+def read_table(path, *needed, labels=(), **choices):
+    """The rows of a CSV: ("PATH, line N", {column: text, or float in LABELS and NUMBERS, NaN if unknown}).
+    needed: columns that must be there; labels: more of them, read as LABELS are; choices: columns and the
+    texts that they may hold. Case, blanks and _ do not matter in names of known columns and in choices."""
+    rows = _rows(path)
+    known = {_plain(name): name for name in (*COLUMNS, *needed, *labels, *choices)}
+    columns = [known.get(_plain(name), name) for name in next(rows, (path, []))[1]]
+    missing = [name for name in (*needed, *labels, *choices) if name not in columns]
+    twice = [name for name in known.values() if columns.count(name) > 1]
+    if missing or twice:
+        raise wrong(path, f"the columns {columns}", f"also {missing}" if missing else f"{twice} once")
+    choices = {name: {_plain(text): text for text in texts} for name, texts in choices.items()}
+    choices |= {name: LABEL for name in (*LABELS, *labels) if name in columns}
+    numbers = [name for name in NUMBERS if name in columns]
+    table = []
+    for where, cells in rows:
+        if len(cells) != len(columns):
+            raise wrong(where, f"{len(cells)} fields", f"{len(columns)}; quotes around text with commas")
+        row = dict(zip(columns, cells))
+        for name, values in choices.items():
+            text = _plain(row[name])
+            if text not in values:
+                fitting = list(dict.fromkeys(values.values()))
+                raise wrong(where, f"{name} {row[name]!r}", f"one of {fitting}")
+            if text == "-1":
+                _warn_once(f"{path}: labels of -1 are taken as unknown")
+            row[name] = values[text]
+        try:
+            row |= {name: float(row[name] or "nan") for name in numbers}
+        except ValueError as error:
+            raise wrong(where, error, "a number") from None
+        table.append((where, row))
+    return table
 
 
 def _labels(row):
@@ -799,50 +621,37 @@ def _text(value):
     """The text of a cell or of a JSON's entry, one or several; "" where a tool writes that there is none"""
     if isinstance(value, list):
         return "\n".join(filter(None, map(_text, value)))
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} instead of text")
-    return "" if value.strip().lower() in NO_TEXT else value
+    return "" if str(value).strip().lower() in NO_TEXT else value
 
 
 def _path(value):
-    """The path of a JSON's entry, with / or \\; a list may hold one"""
-    paths = value if isinstance(value, list) else [value]
-    if len(paths) != 1 or not isinstance(paths[0], str) or not paths[0]:
-        raise TypeError(f"{value!r} instead of a path")
-    return paths[0].replace("\\", "/")
+    """A path with / or \\, of a JSON perhaps the only one of a list"""
+    [path] = value if isinstance(value, list) else [value]
+    return path.replace("\\", "/")
 
 
 def _manifest_items(path, rows):
     items = []
     for where, row in rows:
-        volume = row["volume"].replace("\\", "/")
-        split = SPLIT_NAMES.get((row.get("split") or "train").lower())
-        if not split or not volume:
-            found = f"volume {volume!r} and split {row.get('split')!r}"
-            raise wrong(where, found, f"a path and one of {SPLITS}")
-        patient = row.get("patient") or volume
+        volume, split = _path(row["volume"]), (row.get("split") or "train").lower()
+        if not volume or split not in SPLIT_NAMES:
+            raise wrong(where, f"volume {volume!r} and split {split!r}", f"a path and one of {SPLITS}")
         mask = path.parent / _path(row["mask"]) if row.get("mask") else None
-        items.append(Item(volume, path.parent / volume, _text(row.get("report")), split, patient,
+        report, patient = _text(row.get("report")), row.get("patient") or volume
+        items.append(Item(volume, path.parent / volume, report, SPLIT_NAMES[split], patient,
                           _labels(row), mask=mask))
     return items
 
 
 def read_labels(path, names):
     """{id: labels (K,), NaN where unknown} of any label columns of a manifest"""
-    return {row["volume"].replace("\\", "/"): np.float32([row[name] for name in names])
+    return {_path(row["volume"]): np.float32([row[name] for name in names])
             for _, row in read_table(path, "volume", labels=names)}
 
 
 def _parts(content, key):
-    """{split: entries} of a JSON that has such lists, or of a list whose entries tell their split.
-    ValueError for a list of other name whose entries have the key"""
+    """{split: entries} of a JSON. ValueError for a list of other name whose entries have the key"""
     parts = defaultdict(list)
-    if isinstance(content, list):
-        for row in content:
-            parts[SPLIT_NAMES[row["split"].lower()]].append(row)
-        return parts
     for name, rows in content.items():
         if name.lower() in SPLIT_NAMES:
             parts[SPLIT_NAMES[name.lower()]] += rows
@@ -860,84 +669,70 @@ def _ctrg_items(path, with_result=True):
         tested = {_path(row["image_path"]) for row in parts["test"]}
         for split in ("train", "test", "valid"):
             for row in parts[split]:
-                name = str(row["id"])
-                volume = _path(row["image_path"])
-                if "report" not in row:
-                    raise KeyError(f"no report in the entry {name} of {split}")
+                name, volume = str(row["id"]), _path(row["image_path"])
+                report = _text([row["report"], row.get("result") if with_result else None])
                 if split != "valid" or volume not in tested:
-                    report = _text([row["report"], row.get("result") if with_result else None])
                     items.append(Item(name, path.parent / volume, report, split, name))
     return items
 
 
-def _note(notes, name, value, where):
-    """Note what a table says of a volume; tables that contradict each other are refused."""
-    known, first = notes.setdefault(name, (value, where))
-    if first is not where and str(known) != str(value):
-        raise wrong(where, f"other values for {name}", f"those in {first}")
-
-
-def _ct_rate_items(folder, with_absent=False):
-    # By volume; what a CSV holds is told by its columns
-    reports, labels, rescales, geometries = {}, {}, {}, {}
-    files = find(folder, r".+\.(csv|nii|nii\.gz|npz)|no_chest.*\.txt")  # once: there are 50,000 folders
+def _ct_rate_tables(files):
+    """{volume: {column: (value, where)}} of all tables; ValueError if two rows contradict each other"""
+    told = defaultdict(dict)
     tables = (read_table(file) for file in files if file.suffix.lower() == ".csv")
     for where, row in itertools.chain.from_iterable(tables):
         name = Path(row.get("VolumeName", "")).name.split(".")[0]
-        if not name:
-            continue  # a table of something else
-        if "Findings_EN" in row:
-            if name in reports:
-                raise wrong(where, f"a second report of {name}", f"one, {reports[name][1]}")
-            reports[name] = _text([row["Findings_EN"], row.get("Impressions_EN")]), where
-        if any(column in row for column in LABELS):
-            _note(labels, name, _labels(row), where)
-        rescale = (row.get("RescaleSlope", np.nan), row.get("RescaleIntercept", np.nan))
-        if not np.isnan(rescale).any():
-            _note(rescales, name, rescale, where)
-        if any(column in row for column in GEOMETRY):
-            _note(geometries, name, [row.get(column, "") for column in GEOMETRY], where)
-    if not reports:
-        raise wrong(folder, "no CSV with VolumeName, Findings_EN, Impressions_EN", LAYOUTS)
+        for column in CT_RATE_COLUMNS if name else ():
+            if column in row:
+                value, first = told[name].setdefault(column, (row[column], where))
+                if str(value) != str(row[column]):  # NaN is not NaN
+                    raise wrong(where, f"{column} {row[column]} of {name}", f"{value}, as in {first}")
+    return told
+
+
+def _ct_rate_items(folder, with_absent=False):
+    files = find(folder, r".+\.(csv|nii|nii\.gz|npz)|no_chest.*\.txt")  # once: there are 50,000 folders
+    told = _ct_rate_tables(files)
+    reports = {name for name in told if "Findings_EN" in told[name]}
     no_chest = {Path(line).name.split(".")[0] for file in files if file.suffix.lower() == ".txt"
                 for line in read_text(file).splitlines()}
     if with_absent:  # to be downloaded, or deleted
-        absent = sorted(reports.keys() - set(map(stem, files)))
-        files += [folder / f"{name}.nii.gz" for name in absent]
+        files += [folder / f"{name}.nii.gz" for name in sorted(reports - set(map(stem, files)))]
     items = []
     for file in files:
         name = stem(file)
-        if name in reports and name not in no_chest:
-            if not name.startswith(("train", "val")):
-                raise wrong(folder, f"the volume {name}", "names train_… and valid_…")
-            split = "train" if name.startswith("train") else "valid"
-            texts, where = geometries.get(name, (["", "", ""], f"{folder}, metadata of {name}"))
-            items.append(Item(name, file, reports[name][0], split, "_".join(name.split("_")[:2]),
-                              labels.get(name, (None,))[0], rescales.get(name, (None,))[0],
-                              geometry=(where, *texts)))
+        if name not in reports or name in no_chest:
+            continue
+        split = name.split("_")[0]
+        if split not in SPLIT_NAMES:
+            raise wrong(folder, f"the volume {name}", "names train_… and valid_…")
+        row = {column: value for column, (value, _) in told[name].items()}
+        report = _text([row["Findings_EN"], row.get("Impressions_EN", "")])
+        rescale = tuple(row.get(column, math.nan) for column in NUMBERS[:2])
+        rescale = None if np.isnan(rescale).any() else rescale
+        where = told[name].get("XYSpacing", ("", f"{folder}, metadata of {name}"))[1]
+        geometry = where, *(row.get(column, "") for column in GEOMETRY)
+        patient = "_".join(name.split("_")[:2])
+        items.append(Item(name, file, report, SPLIT_NAMES[split], patient, _labels(row), rescale,
+                          geometry=geometry))
     if len(items) < len(reports) and not with_absent:  # most have all CSVs and a part of the volumes
-        log.warning("%s: %d of %d reports have a volume here that no_chest_*.txt does not leave out",
-                    folder, len(items), len(reports))
+        log.warning("%s: %d of %d reports have a volume here", folder, len(items), len(reports))
     return items
 
 
 def read_items(data, cache="cache", with_absent=False):
-    """All that a data set lists, good or not; with_absent: of CT-RATE also what is not there; see
-    `load_items`"""
+    """All that a data set lists, good or not; with_absent: of CT-RATE also what is not there"""
     data = phantoms.write_demo(Path(cache, "demo"), DEMO_SIZE) if str(data) == "demo" else Path(data)
     if is_cache(data):
         return _cache_items(data)
     if data.is_dir():
         return _ct_rate_items(data, with_absent)
-    if not data.is_file():
-        raise wrong(data, "nothing there", LAYOUTS)
     is_json = read_text(data).lstrip().startswith(("{", "["))
     return _ctrg_items(data) if is_json else _manifest_items(data, read_table(data, "volume", "report"))
 
 
 def permute_reports(items, seed):
-    """The control of pre-training: all scans of a patient get the report of one other patient. ValueError
-    with fewer than two patients."""
+    """The control of pre-training: all scans of a patient get the report of one other patient."""
     report_of = {item.patient: item.report for item in items}
     patients = np.random.default_rng(seed).permutation(sorted(report_of))
     if len(patients) < 2:
@@ -965,7 +760,6 @@ def tell_absent(absent, n, source):
 
 
 def with_a_file(items, source):
-    """The items whose volume is there; see `tell_absent`"""
     exists = {volume: volume.exists() for volume in dict.fromkeys(item.volume for item in items)}
     tell_absent([volume for volume in exists if not exists[volume]], len(exists), source)
     return [item for item in items if exists[item.volume]]
@@ -982,22 +776,19 @@ def check_identities(items, source, side_of):
             seen[key] = item
         other = first.setdefault(item.patient, item)
         if side_of(other) != side_of(item):
-            raise wrong(source, f"the patient {item.patient} in {other.split} and in {item.split}",
-                        "it in one of them")
+            parts = f"{other.split} and in {item.split}"
+            raise wrong(source, f"the patient {item.patient} in {parts}", "it in one of them")
 
 
 def with_words(items, data):
     """The items that have a report; the number of others is told."""
-    is_good = [has_words(item.report) for item in items]
-    silent = [item.id for item, good in zip(items, is_good) if not good]
+    silent = [item.id for item in items if not has_words(item.report)]
     if silent:
-        log.warning("%s: left out %d of %d items with an empty report: %s", data, len(silent), len(items),
-                    shorten(silent))
-    return list(itertools.compress(items, is_good))
+        log.warning("%s: left out %d with an empty report: %s", data, len(silent), shorten(silent))
+    return [item for item in items if has_words(item.report)]
 
 
 def keep_good(items, data):
-    """The items of `read_items` to train on; see `load_items`"""
     check_identities(items, data, lambda item: item.split == "train")
     if not is_cache(data):  # which holds good ones alone
         items = with_words(with_a_file(items, data), data)
@@ -1007,9 +798,7 @@ def keep_good(items, data):
 
 
 def load_items(data, cache="cache"):
-    """A manifest .csv, a CT-RATE or cache folder, or a CTRG-Chest .json -> list of Item. "demo":
-    DEMO_SIZE phantoms, written to CACHE/demo once. Items without a report, and up to 5 % without a
-    file, are logged and left out; a volume twice, or a patient in train and elsewhere, is refused."""
+    """LAYOUTS or "demo", drawn once -> list of Item; what lacks a report or a file is told and left out"""
     return keep_good(read_items(data, cache), data)
 
 
@@ -1356,7 +1145,7 @@ def _cc_ccii_items(folder, fold):
             found = find(folder, rf".*fold{fold}(?!\d).*{part}.*\.csv")
             if not found:
                 raise wrong(folder, [path.name for path in tables], f"also *fold{fold}*{part}*.csv")
-            for where, row in read_table(only_table(found), "patient_id", "scan_id", label=CC_CCII):
+            for where, row in read_table(only(found, "a fold"), "patient_id", "scan_id", label=CC_CCII):
                 label, key = row["label"], (row["patient_id"], row["scan_id"])
                 if told.get(key, label) != label:
                     raise wrong(where, f"label {label!r}", f"{told[key]!r}, that of {scans[key]}")
@@ -1373,7 +1162,7 @@ def _luna16_items(folder, fold):
     scans = by_stem(path for path in find(folder, r".+\.mhd")
                     if re.fullmatch(r"subset\d", path.parent.name, re.IGNORECASE))
     tables = find(folder, r"candidates_V2\.csv") or find(folder, r"candidates\.csv")
-    rows = read_table(only_table(tables), "seriesuid", "coordX", "coordY", "coordZ",
+    rows = read_table(only(tables, "a table"), "seriesuid", "coordX", "coordY", "coordZ",
                       **{"class": ("0", "1")}) if tables else []
     absent = sorted({row["seriesuid"] for _, row in rows} - scans.keys())
     if absent:  # perhaps of subsets that were not downloaded

@@ -217,7 +217,7 @@ def test_probe_command(labelled, encoder):
         csv.writer(file).writerows(rows)
     done = run("--data", "some.csv", "--encoder", "swin_t", "--out", "some")
     assert "macro AUC of 13 findings (the other 5 have one class alone)" in done.stdout and "n = 13" in done.stdout
-    assert "some.csv, line 31: 1 labels are -1" in done.stderr
+    assert "some.csv: labels of -1 are taken as unknown" in done.stderr
     assert "some.csv: left out 1 of 40 volumes without all 18 labels" in done.stderr
     refused = run("--data", "m.csv")
     assert refused.returncode == 1 and "--encoder" in refused.stderr and "Traceback" not in refused.stderr

@@ -1426,7 +1426,7 @@ def test_zeroshot_of_own_prompts(towers, caplog):
     assert result["protocol"] == "all items, mean of 2 findings, 'a large block.' against 'no block.' and so on"
     assert result["more"]["score"] == "cosine of pooled features, taught by --clip" and "warning: last.pt was trained" not in caplog.text
     assert result["more"]["patients_seen_in_training"] == 1 and "1 of 19 patients of the test part" in caplog.text
-    assert "m.csv, line 15: 1 labels are -1" in caplog.text
+    assert "m.csv: labels of -1 are taken as unknown" in caplog.text
     assert f"zeroshot: AUC {result['value']:.3f} [" in done.stdout and "n = 20 (test), chance 0.500" in done.stdout
     assert f"coin {result['positives']['coin']:45d}" in done.stdout and evaluation.span(result["more"]["intervals"]["coin"]) in done.stdout
     assert data.volume_file(items[0], folder / "cache", (32, 32, 32), "header").exists()        # as in pre-training

@@ -64,7 +64,11 @@ def sentences(patient):
 # ---------------------------------------- the phantoms
 
 def test_the_table_has_the_labels_of_ct_rate():
-    assert NAMES == list(data.LABELS)
+    order = ("Medical material, Arterial wall calcification, Cardiomegaly, Pericardial effusion, Coronary artery wall "
+             "calcification, Hiatal hernia, Lymphadenopathy, Emphysema, Atelectasis, Lung nodule, Lung opacity, "
+             "Pulmonary fibrotic sequela, Pleural effusion, Mosaic attenuation pattern, Peribronchial thickening, "
+             "Consolidation, Bronchiectasis, Interlobular septal thickening")       # of CT-RATE's columns
+    assert NAMES == list(data.LABELS) == order.split(", ")
     assert all(len(set(names.split(" | "))) >= 2 for _, _, names, _ in FINDINGS.values())
 
 
