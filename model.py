@@ -1,8 +1,7 @@
 """Everything of MG-3D that has parameters. `MG3D.forward` is the method.
 
-Above it stand its parts (encoders, frozen text encoder, fusion), below it the heads of the tasks
-and the files of weights. B patients, C channels, D H W voxels (z, y, x), N visual tokens,
-L report tokens, S sentences, E embedding, V vocabulary.
+B patients, C channels, D H W voxels (z, y, x), N visual tokens, L report tokens, S sentences,
+E embedding, V vocabulary.
 """
 import functools
 import itertools
@@ -24,11 +23,9 @@ log = logging.getLogger("mg3d")
 
 LOSSES = ("mim", "mlm", "sfr", "cml", "ssm", "dfa", "clip")
 PAD, BEGIN, END = range(3)                      # special tokens of the report generator
-# Scores of all heads in a call to attention: 16 MB in a CPU's cache; a GPU wants more.
-SCORES_IN_A_CALL = {"cpu": 2 ** 22, "cuda": 2 ** 31}
-# How the 8 sub-lattices of a map are merged.
-# NOTE(compat): MONAI before 1.5 takes two of them twice ("v0.9"), as do its SSL file and the
-# authors' checkpoints. From 1.5 on it has "monai", and "mergingv2" as an option.
+SCORES_IN_A_CALL = {"cpu": 2 ** 22, "cuda": 2 ** 31}    # to attention: a CPU's cache holds 16 MB
+# How the 8 sub-lattices of a map are merged. NOTE(compat): MONAI before 1.5, its SSL file and the
+# authors' checkpoints take two of them twice ("v0.9"); MONAI has the others from 1.5 on.
 MERGING_ORDERS = {"monai": ("000", "100", "010", "001", "110", "101", "011", "111"),
                   "v0.9": ("000", "100", "010", "001", "101", "010", "001", "111"),
                   "mergingv2": ("000", "001", "010", "011", "100", "101", "110", "111")}
@@ -40,7 +37,7 @@ def named(name, module):
 
 
 def run(module, *inputs, recompute):
-    """module(*inputs); recompute: in the backward pass again, instead of keeping what that needs"""
+    """module(*inputs); recompute: again in the backward pass, which keeps less"""
     if recompute and torch.is_grad_enabled():
         return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
     return module(*inputs)
@@ -58,26 +55,24 @@ def run(module, *inputs, recompute):
 def window_plan(batch, size, window_size, shifted, device):
     """Which tokens share a window, in `batch` maps of `size` (d, h, w)
 
-    Returns (order, inverse, groups, pairs). `order` (B·d·h·w,) sorts tokens by group and window,
-    `inverse` undoes it. Windows of a group are alike: (how many, n real and p padding tokens).
-    `pairs` (P,) are the n × (n + p) queries and keys of each group: places in the flat
-    `relative_position_index`.
+    Returns `order` (B·d·h·w,), which sorts tokens by group and window, its inverse, the groups of
+    like windows: (how many, n real and p padding tokens), and `pairs` (P,): the n × (n + p) queries
+    and keys of each group, as places in the flat `relative_position_index`.
     """
     # NOTE(compat): along an axis that one window covers, the window shrinks to the map, unshifted.
     window = [min(side, window_size) for side in size]
     shift = [window_size // 2 if shifted and side > window_size else 0 for side in size]
     padded = [-(-side // w) * w for side, w in zip(size, window)]
-    padding = [(0, p - side) for p, side in zip(padded, size)]
-    token = np.arange(np.prod(size)).reshape(size)
-    token = np.pad(token, padding, constant_values=-1)
+    token = np.full(padded, -1)                                         # -1 = padding
+    token[:size[0], :size[1], :size[2]] = np.arange(np.prod(size)).reshape(size)
     token = np.roll(token, [-s for s in shift], axis=(0, 1, 2))
     d, h, w = (np.arange(p) >= p - s for p, s in zip(padded, shift))    # behind the seam
     piece = 4 * d[:, None, None] + 2 * h[:, None] + w
 
     def windows_of(grid):
-        view = np.lib.stride_tricks.sliding_window_view(grid, window)
-        view = view[::window[0], ::window[1], ::window[2]]
-        return view.reshape(-1, np.prod(window))                        # (windows, tokens)
+        boxes = np.lib.stride_tricks.sliding_window_view(grid, window)
+        boxes = boxes[::window[0], ::window[1], ::window[2]]
+        return boxes.reshape(-1, np.prod(window))                       # (windows, tokens)
 
     groups = defaultdict(list)
     for tokens, pieces in zip(windows_of(token), windows_of(piece)):
@@ -103,13 +98,11 @@ def window_plan(batch, size, window_size, shifted, device):
 
 
 class _Attention(torch.autograd.Function):
-    """softmax(q kᵀ / √d + bias) v for W windows. Backward recomputes the scores, none are kept.
-
-    q (W, heads, n, d); k, v (W, heads, m, d); bias (heads, n, m).
-    """
+    """softmax(q kᵀ / √d + bias) v for W windows. Backward recomputes the scores, none are kept."""
 
     @staticmethod
     def forward(ctx, q, k, v, bias):
+        """q (W, heads, n, d); k, v (W, heads, m, d); bias (heads, n, m) -> (W, heads, n, d)"""
         bias = bias.detach().to(q.dtype)        # one with a gradient takes SDPA's slow path
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None])
         ctx.save_for_backward(q, k, v, bias, out)
@@ -122,7 +115,7 @@ class _Attention(torch.autograd.Function):
         with torch.autocast(grad.device.type, enabled=False):
             q, k = (q * d ** -0.5).contiguous(), k.contiguous()
             weights = (q @ k.mT).add_(bias).softmax(-1)                 # (W, heads, n, m)
-            # The gradient of a score is weight · (gradient of the weight - Σ grad · out). A column
+            # A score has the gradient weight · (gradient of the weight - Σ grad · out). A column
             # beside `grad`, against ones beside v, subtracts that sum within the product.
             column = -(grad * out).sum(-1, keepdim=True)                # (W, heads, n, 1)
             grad, v = torch.cat([grad, column], -1), F.pad(v, (0, 1), value=1)
@@ -186,8 +179,8 @@ class WindowAttention(nn.Module):
 
 
 def mlp(dim):
-    layers = {"linear1": nn.Linear(dim, 4 * dim), "gelu": nn.GELU(), "linear2": nn.Linear(4 * dim, dim)}
-    return nn.Sequential(OrderedDict(layers))
+    return nn.Sequential(OrderedDict(linear1=nn.Linear(dim, 4 * dim), gelu=nn.GELU(),
+                                     linear2=nn.Linear(4 * dim, dim)))
 
 
 class SwinBlock(nn.Module):
@@ -219,8 +212,6 @@ class SwinBlock(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Halve a map: the 8 tokens of every 2×2×2 cube are concatenated, normed and reduced to 2C."""
-
     def __init__(self, dim):
         super().__init__()
         self.norm = nn.LayerNorm(8 * dim)
@@ -237,7 +228,7 @@ class PatchMerging(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two 3×3×3 convolutions with instance norm (no parameters, no running mean) and a shortcut."""
+    """Two 3×3×3 convolutions with instance norm (no parameters) and a shortcut."""
 
     def __init__(self, c_in, c_out):
         super().__init__()
@@ -246,7 +237,7 @@ class ResBlock(nn.Module):
         self.conv3 = named("conv", nn.Conv3d(c_in, c_out, 1, bias=False)) if c_in != c_out else None
 
     def forward(self, x):
-        def norm(x):                            # each channel over its voxels; a single one becomes 0
+        def norm(x):                            # each channel over its voxels
             return F.layer_norm(x, x.shape[2:])
         shortcut = x if self.conv3 is None else norm(self.conv3(x))
         x = norm(self.conv2(F.leaky_relu(norm(self.conv1(x)), 0.01)))
@@ -254,25 +245,22 @@ class ResBlock(nn.Module):
 
 
 def _optional_mask_token(module, state_dict, prefix, *_):
-    """Foreign state dicts have no mask token; allow strict loading without it."""
+    """Foreign state dicts have no mask token."""
     state_dict.setdefault(prefix + "mask_token", module.mask_token)
 
 
 class SwinTransformer3D(nn.Module):
     """3D Swin Transformer with names and numbers of MONAI's `SwinTransformer` (Hatamizadeh 2022).
 
-    feature_size: width after patch embedding, doubled by each stage; depths, num_heads: of each
-    stage; window_size: in tokens; merging: a key of MERGING_ORDERS; use_checkpoint: recompute
-    blocks in the backward pass; use_v2: MONAI's second version, with a residual convolution
-    block before each stage. ValueError for an unknown merging.
+    feature_size: width after patch embedding, doubled by each stage; merging: a key of
+    MERGING_ORDERS; use_checkpoint: recompute blocks in the backward pass; use_v2: MONAI's second
+    version, with a residual convolution block before each stage.
     """
     patch = 2
 
     def __init__(self, in_channels=1, feature_size=48, depths=(2, 2, 2, 2), num_heads=(3, 6, 12, 24),
                  window_size=7, merging="monai", use_checkpoint=False, use_v2=False):
         super().__init__()
-        if merging not in MERGING_ORDERS:
-            raise ValueError(f"found merging {merging!r}, expected one of {list(MERGING_ORDERS)}")
         self.merging, self.use_checkpoint, self.use_v2 = merging, use_checkpoint, False
         self.settings = {"in_channels": in_channels, "feature_size": feature_size, "depths": depths,
                          "num_heads": num_heads[:len(depths)], "window_size": window_size}
@@ -297,19 +285,15 @@ class SwinTransformer3D(nn.Module):
             self.become_v2()
 
     def become_v2(self):
-        """Put a new convolution block before each stage."""
         self.use_v2 = True
         for i, dim in enumerate(self.channels[:-1]):
             setattr(self, f"layers{i + 1}c", nn.ModuleList([named("layer", ResBlock(dim, dim))]))
 
     def forward(self, x, mask=None):
-        """x (B, C_in, D, H, W), mask (B, 1, D, H, W) with 1 = masked -> maps (B, C·2^i, D/2^(i+1), ...)
-
-        A patch with any masked voxel becomes the mask token.
-        """
+        """x (B, C_in, D, H, W), mask (B, 1, D, H, W), 1 = masked -> maps (B, C·2^i, D/2^(i+1), ...)"""
         D, H, W = x.shape[2:]
         x = self.patch_embed(F.pad(x, (0, W % 2, 0, H % 2, 0, D % 2))).permute(0, 2, 3, 4, 1)
-        if mask is not None:
+        if mask is not None:                    # a patch with any masked voxel becomes the token
             mask = F.max_pool3d(mask.to(x.dtype), self.patch, ceil_mode=True)  # (B, 1, d, h, w)
             x = torch.where(mask.permute(0, 2, 3, 4, 1) > 0, self.mask_token.to(x.dtype), x)
         maps = [x]                                                      # (B, d, h, w, C)
@@ -345,7 +329,7 @@ class UNetEncoder(nn.Module):
 
     def forward(self, x, mask=None):
         """x (B, C_in, D, H, W), mask (B, 1, D, H, W), 1 = masked -> 5 maps (B, C·2^i, D/2^i, ...)"""
-        if mask is not None:                    # there are no patches: masked voxels become the token
+        if mask is not None:                    # there are no patches: voxels become the token
             x = torch.where(mask > 0, self.mask_token.view(1, -1, 1, 1, 1).to(x.dtype), x)
         maps = []
         for i, level in enumerate(self.levels):
@@ -374,14 +358,13 @@ def build_encoder(name, in_channels=1, **kwargs):
 class TextEncoder(nn.Module):
     """A frozen BERT- or RoBERTa-like Hugging Face encoder with its fast tokenizer: hub name or folder.
 
-    Frozen means no gradient and no dropout, whatever the mode of the model around it. ValueError,
-    naming the folder and what is wrong, unless model and tokenizer are whole and fit each other.
+    It never has a gradient or dropout. ValueError, naming the folder and what is wrong, unless
+    model and tokenizer are whole and fit each other.
     """
-    max_tokens = 250                            # of a report, as in `data.tokenize_report`
 
     def __init__(self, name):
         super().__init__()
-        from transformers import AutoModel, AutoTokenizer  # slow to import, and needed only here
+        from transformers import AutoModel, AutoTokenizer  # slow to import
         self.name = name
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -402,29 +385,28 @@ class TextEncoder(nn.Module):
         raise ValueError(f"text encoder {self.name}: found {found}; expected {expected}") from None
 
     def check(self, missing_keys):
-        """ValueError unless tokenizer and model know words, fit each other and see whole reports."""
         tokenizer = self.tokenizer
         # Without its files, transformers makes a tokenizer of special tokens only.
         words = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
         if not (tokenizer.is_fast and any(map(str.isalpha, "".join(words)))):
             self.refuse("a tokenizer that knows no word or is slow", "tokenizer.json or vocab.txt")
-        for token in ("mask_token", "pad_token"):
-            if getattr(tokenizer, token) is None:
-                self.refuse(f"a tokenizer without {token}", "mask and padding, as BERT has")
+        if tokenizer.mask_token is None or tokenizer.pad_token is None:
+            self.refuse("a tokenizer without mask_token or pad_token", "both, as BERT has")
         missing = [key for key in missing_keys if not key.startswith("pooler.")]    # it is not used
         if missing:
             self.refuse(f"{len(missing)} missing weights, such as {missing[:3]}", "those of config.json")
-        check_finite(f"text encoder {self.name}", self.bert.state_dict())
         if self.bert.config.is_encoder_decoder:
             self.refuse(f"{type(self.bert).__name__}, which has a decoder", "an encoder alone")
-        reports = torch.full((2, 1, self.max_tokens), tokenizer.mask_token_id)
+        reports = torch.full((2, 1, 250), tokenizer.mask_token_id)      # the most that data.py makes
         reports[:, 0, 1] = self.vocab_size - 1
         reports[1, 0, -1] = tokenizer.pad_token_id
         try:
             first, second = (self(ids, torch.ones_like(ids)) for ids in reports)
         except Exception as error:  # noqa: BLE001 - each model has its own way to fail
-            self.refuse(f"a model that cannot read {self.max_tokens} tokens of its tokenizer ({error})",
-                        "an encoder with as many positions and a row for every token")
+            self.refuse(f"a model that cannot read 250 tokens of its tokenizer ({error})",
+                        "as many positions, and a row of the embedding for every token")
+        if not first.isfinite().all():
+            self.refuse("weights with NaN or infinity", "finite weights")
         if torch.equal(first[:, 0], second[:, 0]):
             self.refuse("a model whose words do not see the words behind them", "an encoder")
 
@@ -466,8 +448,7 @@ def split_heads(x, num_heads):
 class ClassicalAttention(nn.Module):
     """Ordinary cross attention, Fig. 4a: dominant tokens are queries, guide tokens keys and values.
 
-    With the dominant tokens as their own guide it is self-attention. query_dim: their width if
-    not `dim`.
+    query_dim: the width of the dominant tokens if not `dim`.
     """
 
     def __init__(self, dim, num_heads, query_dim=None):
@@ -499,14 +480,13 @@ class FusionAttention(ClassicalAttention):
     """The paper's cross-modal attention, Eq. (1, 3), Fig. 4b: guide tokens are queries, dominant
     tokens keys and values.
 
-    Every guide token makes its own map over the dominant tokens, the map weighs the values one by
-    one, and the weighted copies are averaged over the guide. As the values do not depend on the
-    guide token, that is the averaged map times the values: no (guide × dominant × E) tensor.
-    NOTE(paper): one map a guide token. Here each of several heads has one, as usual.
+    Every guide token makes a map over the dominant tokens, which weighs their values; the weighted
+    copies are averaged over the guide. That is the averaged map times the values: no
+    (guide × dominant × E) tensor. NOTE(paper): one map a guide token; here one for each head.
     """
 
     def forward(self, dominant, guide, dominant_mask=None, guide_mask=None):
-        """dominant (B, N, E), guide (B, G, E), masks (B, N) and (B, G), True = real -> (B, N, E)"""
+        """The arguments of ClassicalAttention -> (B, N, E)"""
         B, N, _ = dominant.shape
         maps = self.maps(guide, dominant, dominant_mask)                # (B, heads, G, N)
         if guide_mask is None:
@@ -526,8 +506,7 @@ class SentenceAttention(ClassicalAttention):
     """Eq. (11): every sentence collects the visual tokens that it speaks of."""
     # NOTE(paper): the one key of Eq. (11) is the pooled volume. A softmax over one key is 1: H_S
     # would not depend on the sentence. Here keys and values are the N tokens of the volume.
-    # NOTE(paper): silent on norms. Without them, and with biases, all sentences of a volume see
-    # the same mixture of tokens: the cosine of their H_S is 0.9999.
+    # NOTE(paper): silent on norms. Without them the sentences of a volume share one H_S.
 
     def __init__(self, dim, num_heads, query_dim):
         super().__init__(dim, num_heads, query_dim)
@@ -551,9 +530,8 @@ class SentenceAttention(ClassicalAttention):
 class SentenceGate(nn.Module):
     """Eq. (11) as in the authors' released code: the volume asks, the sentence has key and value.
 
-    H_S[s] = σ(q(F_I_bar) · k(F_S*[s]) / √E) v(F_S*[s]): text, of which the volume sets only the
-    length. SSM compares cosines and sees nothing of the volume here; DFA contrasts volumes with
-    texts.
+    H_S[s] = σ(q(F_I_bar) · k(F_S*[s]) / √E) v(F_S*[s]): text, of which the volume sets the length.
+    SSM, of cosines, sees nothing of the volume here; DFA contrasts volumes with texts.
     """
 
     def __init__(self, dim, query_dim):
@@ -586,9 +564,7 @@ class FusionLayer(nn.Module):
 
 
 class Fusion(nn.Module):
-    """A stack of fusion layers with a final norm."""
-    # NOTE(paper): silent on dropout, on modality embeddings, and on a guide that changes from
-    # layer to layer. There is none of them.
+    # NOTE(paper): silent on dropout, modality embeddings, a guide that changes; there is none.
 
     def __init__(self, dim, num_layers, num_heads, attention):
         super().__init__()
@@ -618,34 +594,28 @@ class AttentionPool(nn.Module):
 
 class VolumeDecoder(nn.Module):
     """Fused tokens to a volume: 3×3×3 convolutions, each followed by ×2 trilinear up-sampling."""
-    # NOTE(paper): no norm is named. One over all channels keeps their ratios; one for each channel
-    # would leave only signs of a map of two voxels, and nothing of a map of one.
+    # NOTE(paper): no norm is named. Of a map of one voxel a norm of each channel leaves nothing.
 
     def __init__(self, dim, stride):
         super().__init__()
         self.stride = stride
         widths = [max(dim // 2 ** i, 8) for i in range(stride.bit_length())]
-        self.layers = nn.ModuleList(
+        self.layers = nn.Sequential(*(
             nn.Sequential(nn.Conv3d(c_in, c, 3, padding=1), nn.GroupNorm(1, c), nn.LeakyReLU(0.1),
                           nn.Upsample(scale_factor=2, mode="trilinear", align_corners=False))
-            for c_in, c in itertools.pairwise(widths))
+            for c_in, c in itertools.pairwise(widths)))
         self.out = nn.Conv3d(widths[-1], 1, 3, padding=1)
 
     def forward(self, tokens, size):
         """tokens (B, d·h·w, E), size (D, H, W) -> (B, 1, D, H, W)"""
         x = tokens.mT.unflatten(-1, [side // self.stride for side in size])     # (B, E, d, h, w)
-        for layer in self.layers:
-            x = layer(x)
-        return self.out(x)
+        return self.out(self.layers(x))
 
 
 # ------------------------------------------------------------------------------------------ MG3D
 
 def in_one_pass(module, *calls):
-    """Several calls of a module, tuples of arguments (B, ...), as one call with one large batch.
-
-    Returns the output of each call. A call that is False is not made; its output is None.
-    """
+    """Calls of a module, tuples (B, ...) or False, as one with a large batch -> outputs or None"""
     made = [call for call in calls if call]
     arguments = [None if column[0] is None else torch.cat(column) for column in zip(*made)]
     outputs = iter(module(*arguments).chunk(len(made)) if made else ())
@@ -655,11 +625,10 @@ def in_one_pass(module, *calls):
 class MG3D(nn.Module):
     """The pre-training model. Only what the enabled `losses` need is built and computed.
 
-    losses: some of LOSSES; embed_dim: E, a multiple of num_heads or ValueError; guidance of the
-    image-dominant stack: "sentence" or "word"; mim_attention, mlm_attention: "proposed" or
-    "classical"; sentence_values: where H_S comes from, "volume" or "text".
+    embed_dim: E, a multiple of num_heads or ValueError; guidance: "sentence" or "word"; attentions:
+    "proposed" or "classical"; sentence_values: where H_S comes from, "volume" or "text".
     NOTE(paper): by the letter of Eq. (1, 3) CML has H_I and H_T of masked inputs; here of whole.
-    NOTE(paper): depth, heads and width of the fusion are not given; 2 layers, 12 heads, 768.
+    NOTE(paper): depth, heads and width of the fusion are not given.
     """
     outputs = ("image_proj.", "text_proj.", "text_pool.")               # which fit one text encoder
 
@@ -673,9 +642,7 @@ class MG3D(nn.Module):
         self.losses, self.guidance = frozenset(losses), guidance
         self.encoder, self.text_encoder = encoder, text_encoder
 
-        def needed_by(names, module):
-            # Build every part, then drop the unneeded: initial weights must not depend on which
-            # losses are on.
+        def needed_by(names, module):           # is built first: the random draws stay the same
             return module if self.losses.intersection(names.split()) else None
 
         self.image_proj = nn.Linear(encoder.channels[-1], E)
@@ -718,8 +685,7 @@ class MG3D(nn.Module):
     def forward(self, batch):
         """A batch of `data.collate` -> what the losses compare, a dict by their names for it.
 
-        The paper's letters: I image, T text, S sentences; F features, M masked, H fused with the
-        other modality. Tokens are capitals, `_bar` marks pooled vectors (B, E).
+        I image, T text, S sentences; F features, M masked, H fused with the other modality.
         """
         mim, mlm, sfr, cml, ssm, dfa, clip = (name in self.losses for name in LOSSES[:7])
         volume, word_mask = batch["volume"], batch["attention_mask"].bool()
@@ -727,7 +693,6 @@ class MG3D(nn.Module):
         by_sentence = functools.partial(sentence_mean, sentence_ids=sentence_ids,
                                         num_sentences=sentence_mask.shape[1])
         out = {}
-
         # Visual tokens of the whole volume, F_I, and of the masked volume, I_M: (B, N, E).
         no_mask = torch.zeros_like(batch["volume_mask"]) if mim else None
         F_I, I_M = in_one_pass(self.encode_image, self.losses - {"mim"} and (volume, no_mask),
@@ -738,7 +703,6 @@ class MG3D(nn.Module):
             F_S = by_sentence(F_T)
         if mlm or sfr:
             T_M = self.encode_words(batch["masked_ids"], batch["attention_mask"])
-
         # Image-dominant fusion, Eq. (1): sentences guide I_M for MIM and F_I for CML.
         if mim or cml:
             by_word = self.guidance == "word"
@@ -746,7 +710,6 @@ class MG3D(nn.Module):
             H_IM, H_I = in_one_pass(self.image_fusion, mim and (I_M, *guide), cml and (F_I, *guide))
         if mim:
             out["recon"] = self.mim_decoder(H_IM, volume.shape[2:])     # (B, 1, D, H, W)
-
         # Text-dominant fusion, Eq. (3): visual tokens guide T_M for MLM and SFR and F_T for CML.
         if mlm or sfr or cml:
             guide = (F_I, word_mask, None)
@@ -759,9 +722,8 @@ class MG3D(nn.Module):
             out["mlm_labels"] = batch["mlm_labels"][masked]             # (M,)
             out["logits"] = self.mlm_vocabulary(rebuilt[masked])        # (M, V)
         if sfr:
-            # NOTE(paper): the target is F_S in the width of the fusion: projected, without a gradient.
+            # NOTE(paper): the target is F_S as projected, without a gradient.
             out["rebuilt"], out["sentences"] = by_sentence(rebuilt), F_S.detach()
-
         # Global features: averages of visual tokens, self-attention pooling of sentences.
         if cml:
             out["h_i"] = H_I.mean(1)                                    # H_I_bar
@@ -846,11 +808,7 @@ class SwinUNETR(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Causal self-attention, attention to contexts, feed-forward; pre-norm, residual.
-
-    A context is a pair of keys and values with a softmax of its own: among the 60 slots of the
-    memory a single visual token would start with 1/61 of the weight.
-    """
+    """Causal self-attention, attention to contexts, feed-forward; pre-norm, residual."""
 
     def __init__(self, dim, num_heads, dropout):
         super().__init__()
@@ -872,19 +830,17 @@ class DecoderLayer(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, is_causal=past is None)  # (B, heads, L, d)
         x = x + self.dropout(self.self_out(y.transpose(1, 2).flatten(2)))
         q = split_heads(self.query(self.norm2(x)), self.num_heads)
+        # A softmax for each context: one visual token beside 60 of memory would count 1/61.
         y = sum(F.scaled_dot_product_attention(q, *keys_values) for keys_values in contexts)
         x = x + self.dropout(self.cross_out(y.transpose(1, 2).flatten(2)))
         return x + self.dropout(self.mlp(self.norm3(x))), (k, v)
 
 
-
-
 class ReportGenerator(nn.Module):
-    """Knowledge-enhanced report generation: a transformer decoder that attends to visual tokens
-    and, beside them, to a learned memory of `memory_slots` vectors.
+    """A transformer decoder that attends to visual tokens and, beside them, to a learned memory.
 
-    NOTE(paper): it only says that the head follows M2KT. One encoder and one decoder layer, width
-    512, 8 heads and 60 slots are the release's. Its memory never learns; here it is a parameter.
+    NOTE(paper): it only says that the head follows M2KT. Layers, width, heads and slots are the
+    release's. Its memory never learns; here it is a parameter.
     """
     outputs = ("words.", "norm.", "head.")
 
@@ -944,8 +900,7 @@ class ReportGenerator(nn.Module):
                 if score > best[b][0]:
                     best[b] = score, tokens[b * beams + beam, 1:].tolist()
             total[:, :, END] = -torch.inf
-            # A report only loses probability as it grows: no beam can reach more than its total
-            # now, divided by the greatest length.
+            # A report only loses probability as it grows: no beam can reach more than this.
             upper_bound = (total.amax((1, 2)) / (self.max_length + 1)).tolist()
             if all(best[b][0] >= upper_bound[b] for b in range(B)):
                 break
@@ -958,7 +913,7 @@ class ReportGenerator(nn.Module):
 
 
 def build_network(kind, num_classes, config, folder):
-    """The network of a run with the flags `config`; kind: of `data.Task`, or "pretrain"; folder: --out"""
+    """The network of a run; kind: of `data.Task`, or "pretrain"; config: its flags; folder: --out"""
     encoder = build_encoder(config["encoder"], use_checkpoint=config["use_checkpoint"])
     if kind == "classify":
         return Classifier(encoder, num_classes)
@@ -989,10 +944,7 @@ BESIDE = re.compile(r"mask_token$|.*relative_position_index$|\w+_(head|pre)\.|(e
 
 
 def export_encoder(encoder, **notes):
-    """A flat state dict on the CPU with MONAI's names (no mask token).
-
-    Notes lie where MONAI does not look: order of merging, architecture, and those given.
-    """
+    """A flat state dict with MONAI's names (no mask token); notes lie where MONAI does not look"""
     state = encoder.state_dict()
     del state["mask_token"]
     for key in state:
@@ -1008,10 +960,9 @@ def monai_settings(encoder):
     if len(settings.get("depths", ())) != 4:
         return settings | {"note": "MONAI has no such network: its Swin has four stages"}
     if encoder.merging == "v0.9":
-        return settings | {"merging": MERGING_ORDERS["v0.9"],
-                           "note": "MONAI before 1.5 has the same numbers; another network in MONAI from 1.5 on, "
-                                   "unless its `downsample` concatenates as `merging` says"}
-    downsample = "merging" if encoder.merging == "monai" else encoder.merging
+        note = "MONAI before 1.5 has the same numbers; another network in MONAI from 1.5 on"
+        return settings | {"merging": MERGING_ORDERS["v0.9"], "note": note}
+    downsample = {"monai": "merging"}.get(encoder.merging, encoder.merging)
     return settings | {"downsample": downsample, "note": "MONAI from 1.5 on has the same numbers"}
 
 
@@ -1032,16 +983,16 @@ def local_file(name):
     if not name.startswith("hf:"):
         return Path(name)
     from huggingface_hub import snapshot_download  # slow to import
-    owner, _, rest = name.removeprefix("hf:").partition("/")
-    repository, _, file = rest.partition("/")
+    repository = "/".join(name[3:].split("/")[:2])
+    file = name[3:].removeprefix(repository).strip("/")
     wanted = [file] if file else ["encoder.safetensors", "encoder.pt"]
     for file in wanted:
         patterns = [file, Path(file).with_name("text_encoder").as_posix() + "/*"]
         try:
-            path = Path(snapshot_download(f"{owner}/{repository}", allow_patterns=patterns), file)
+            path = Path(snapshot_download(repository, allow_patterns=patterns), file)
         except Exception as error:  # noqa: BLE001 - each version of the hub's client has its own
-            raise ValueError(f"{name}: found no copy in the cache of the Hugging Face hub, and cannot "
-                             f"fetch it: {' '.join(str(error).split())}") from None
+            raise ValueError(f"{name}: found no copy in the cache of the hub and cannot fetch it: "
+                             f"{' '.join(str(error).split())}") from None
         if path.is_file():
             log.info("%s: %s", name, path)
             return path
@@ -1049,8 +1000,7 @@ def local_file(name):
 
 
 def read_checkpoint(path):
-    """The dict in a file of weights: a path, or `hf:owner/name[/file]`. ValueError, naming it, if it
-    cannot be read safely."""
+    """The dict in a file of weights. ValueError, naming it, if it cannot be read safely."""
     file = local_file(path)
     try:
         if file.suffix != ".safetensors":
@@ -1061,6 +1011,8 @@ def read_checkpoint(path):
                 notes = (opened.metadata() or {}).get("mg3d", "{}")     # files of others have none
             state._metadata = {"": dict(json.loads(notes))}
         state.keys()
+    except FileNotFoundError:
+        raise ValueError(f"{path}: found no such file, expected weights") from None
     except Exception as error:  # noqa: BLE001 - a torn file fails in many ways
         raise ValueError(f"{path}: cannot be read safely, expected a dict of weights: {error}") from None
     return state
@@ -1072,18 +1024,10 @@ def notes_of(checkpoint):
 
 
 def flags_of(checkpoint):
-    """The flags of the run of ours that wrote a file, in encoder.* those of encoder and volumes alone;
-    {} for files of others, whatever their `config`"""
+    """Flags of the run of ours that wrote a file; {} for files of others, whatever their `config`"""
     config = notes_of(checkpoint).get("config")
     is_ours = isinstance(config, dict) and config.get("encoder") in tuple(ENCODERS)
     return config if is_ours else {}
-
-
-def check_finite(path, tensors):
-    """ValueError, naming file and key, for weights that are NaN or infinite"""
-    for key, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{path}: found {key} with NaN or infinity, expected finite weights")
 
 
 def weights_of(network):
@@ -1093,10 +1037,10 @@ def weights_of(network):
 
 
 def fill(module, tensors, path, must_fit):
-    """Load those tensors that a module has in the same shape -> their names
+    """Load tensors into a module, whose Swin becomes one of the second version if they are.
 
-    A Swin becomes one of the second version if they are. ValueError, before anything is loaded,
-    if a name for which must_fit(name) holds is on one side only or differs in shape.
+    Returns the names that both have in one shape. ValueError, before anything is loaded, if that
+    does not hold of a name for which must_fit(name) does.
     """
     encoder = getattr(module, "encoder", module)
     if encoder.merging and not encoder.use_v2 and any("layers1c." in key for key in tensors):
@@ -1106,12 +1050,12 @@ def fill(module, tensors, path, must_fit):
     wrong = [f"{key}: expected {shapes.get(key, 'nothing')}, found {found.get(key, 'nothing')}"
              for key in shapes | found if must_fit(key) and shapes.get(key) != found.get(key)]
     if wrong:
-        names = ", ".join(list(found)[:5])
-        raise ValueError("\n  ".join([
-            f"{path} does not fill this network (another --encoder?), {len(wrong)} weights differ:",
-            *wrong[:5], f"names in the file, as here: {names} …"]))
+        head = f"{path} does not fill the encoder, or its heads; perhaps another --encoder:"
+        raise ValueError("\n  ".join([head, *wrong[:5], f"names in the file: {list(found)[:5]}"]))
     fits = {key: tensor for key, tensor in tensors.items() if found[key] == shapes.get(key)}
-    check_finite(path, fits)
+    for key, tensor in fits.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: found {key} with NaN or infinity, expected finite weights")
     module.load_state_dict(fits, strict=False)
     return fits.keys()
 
@@ -1129,7 +1073,6 @@ def read_foreign(path):
     for key in CONTAINERS:
         if isinstance(state.get(key), dict):
             state = state[key]
-    merging = merging or notes_of(state).get("merging")
     tensors = {}
     for key, tensor in state.items():
         if not torch.is_tensor(tensor):
@@ -1148,9 +1091,8 @@ def read_foreign(path):
 def load_weights(module, path, merging="auto", leave_out=()):
     """Fill a module (an encoder, or one with an `.encoder`) from a file of ours or of others.
 
-    Knows `last.pt` and `encoder.*`; the authors' Lightning checkpoints and flat dicts; MONAI's
-    SwinUNETR, VoCo's files among them, and its self-supervised Swin. merging: what
-    `encoder.merging` becomes; auto: the order of patch merging that the file was trained with.
+    Knows `last.pt` and `encoder.*`, the authors' checkpoints, MONAI's SwinUNETR (so VoCo's) and its
+    self-supervised Swin. merging: what `encoder.merging` becomes; auto: that of the file's training.
     leave_out: beginnings of names that are not filled.
 
     Returns {"matched": int, "missing": [...], "unexpected": [...]}. ValueError, before anything is
@@ -1175,21 +1117,11 @@ def load_weights(module, path, merging="auto", leave_out=()):
     if any("proj_head" in key for key in unexpected):
         log.info("%s: vision_encoder.proj_head is left out; the method has no such layer", path)
     if encoder.merging:
-        encoder.merging = choose_merging(path, merging, told, encoder.use_v2)
+        # NOTE(compat): VoCo v2 and VoComni, the known files of the second version, are of MONAI 1.3.
+        likely, other = ("v0.9", "monai") if encoder.use_v2 else ("monai", "v0.9")
+        if merging == "auto" and told is None:
+            log.warning("%s does not tell its patch merging: %r is taken; the other choice is "
+                        "--merging %s", path, likely, other)
+        encoder.merging = (told or likely) if merging == "auto" else merging
+        log.info("%s: patch merging %r", path, encoder.merging)
     return {"matched": len(matched), "missing": missing, "unexpected": unexpected}
-
-
-def choose_merging(path, asked, told, is_v2):
-    """The order of patch merging of a file: as asked, as the file tells, or the likelier one"""
-    if asked != "auto":
-        if told not in (None, asked):
-            log.warning("%s: --merging %s, but these weights were trained with %s", path, asked, told)
-        return asked
-    if told:
-        log.info("%s: patch merging %r, as these weights were trained with", path, told)
-        return told
-    # NOTE(compat): VoCo v2 and VoComni, the known files of the second version, are of MONAI 1.3.
-    likely, other = ("v0.9", "monai") if is_v2 else ("monai", "v0.9")
-    log.warning("%s does not tell its patch merging: %r is taken; the other choice is --merging %s",
-                path, likely, other)
-    return likely
