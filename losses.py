@@ -103,7 +103,6 @@ def sfr_loss(rebuilt, sentences, sentence_mask):
 # -------------------------------------------------------------------------- contrast of patients
 # NOTE(paper): no temperature is given; 0.1. Features are normalised, similarities are cosines.
 
-@_in_float32
 def _info_nce(rows, columns, temperature):
     """Row i must find column i among all columns: mean of -log softmax. (B, E) of this process."""
     rows, columns = F.normalize(gather(rows), dim=-1), F.normalize(gather(columns), dim=-1)
@@ -111,6 +110,7 @@ def _info_nce(rows, columns, temperature):
     return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
 
 
+@_in_float32
 def cml_loss(f_i, h_i, f_t, h_t, temperature=0.1):
     """Cross-modal learning: a global feature finds its version informed by the other modality.
 
@@ -121,11 +121,13 @@ def cml_loss(f_i, h_i, f_t, h_t, temperature=0.1):
     return report_to_volume + volume_to_report                                      # Eq. (9)
 
 
+@_in_float32
 def dfa_loss(h_s, f_i, temperature=0.1):
     """Disentangled feature aggregation: the pooled H_S (B, E) finds its volume's feature (B, E)."""
     return _info_nce(h_s, f_i, temperature)                                         # Eq. (13)
 
 
+@_in_float32
 def clip_loss(f_i, f_t, temperature=0.1):
     """The CT-CLIP baseline, no part of MG-3D: symmetric InfoNCE of volumes and reports, (B, E)."""
     return (_info_nce(f_i, f_t, temperature) + _info_nce(f_t, f_i, temperature)) / 2

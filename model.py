@@ -457,23 +457,23 @@ class ClassicalAttention(nn.Module):
         self.query = nn.Linear(query_dim or dim, dim)
         self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(3))
 
+    def heads(self, queries, keys):
+        """(B, Q, E), (B, K, E) -> q (B, heads, Q, d), k, v (B, heads, K, d)"""
+        q = split_heads(self.query(queries), self.num_heads)
+        k = split_heads(self.key(keys), self.num_heads)
+        return q, k, split_heads(self.value(keys), self.num_heads)
+
     def forward(self, dominant, guide, dominant_mask=None, guide_mask=None):
         """dominant (B, N, E), guide (B, G, E), masks (B, N) and (B, G), True = real -> (B, N, E)"""
-        q = split_heads(self.query(dominant), self.num_heads)           # (B, heads, N, d)
-        k = split_heads(self.key(guide), self.num_heads)                # (B, heads, G, d)
-        v = split_heads(self.value(guide), self.num_heads)
+        q, k, v = self.heads(dominant, guide)
         mask = None if guide_mask is None else guide_mask[:, None, None]
         fused = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, N, d)
         return self.out(fused.transpose(1, 2).flatten(2))
 
-    def maps(self, queries, keys, key_mask=None):
-        """The attention itself: (B, Q, E), (B, K, E), mask (B, K) -> (B, heads, Q, K)"""
-        q = split_heads(self.query(queries), self.num_heads)
-        k = split_heads(self.key(keys), self.num_heads)
-        scores = q @ k.mT * q.shape[-1] ** -0.5
-        if key_mask is not None:
-            scores = scores.masked_fill(~key_mask[:, None, None], torch.finfo(scores.dtype).min)
-        return scores.softmax(-1)
+    def maps(self, dominant, guide):
+        """The attention itself, for pictures: (B, N, E), (B, G, E) -> (B, heads, N, G)"""
+        q, k, _ = self.heads(dominant, guide)
+        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
 
 
 class FusionAttention(ClassicalAttention):
@@ -488,7 +488,11 @@ class FusionAttention(ClassicalAttention):
     def forward(self, dominant, guide, dominant_mask=None, guide_mask=None):
         """The arguments of ClassicalAttention -> (B, N, E)"""
         B, N, _ = dominant.shape
-        maps = self.maps(guide, dominant, dominant_mask)                # (B, heads, G, N)
+        q, k, v = self.heads(guide, dominant)                           # v (B, heads, N, d)
+        scores = q @ k.mT * q.shape[-1] ** -0.5                         # (B, heads, G, N)
+        if dominant_mask is not None:
+            scores = scores.masked_fill(~dominant_mask[:, None, None], torch.finfo(scores.dtype).min)
+        maps = scores.softmax(-1)
         if guide_mask is None:
             attention = maps.mean(2)                                    # (B, heads, N)
         else:
@@ -497,7 +501,6 @@ class FusionAttention(ClassicalAttention):
         # NOTE(paper): a map sums to 1 over N tokens and would shrink the values N-fold. Times N,
         # uniform attention leaves them as they are.
         count = N if dominant_mask is None else dominant_mask.sum(-1).view(B, 1, 1)
-        v = split_heads(self.value(dominant), self.num_heads)           # (B, heads, N, d)
         fused = (attention * count).to(v.dtype)[..., None] * v          # Eq. (1, 3)
         return self.out(fused.transpose(1, 2).flatten(2))
 
@@ -514,17 +517,11 @@ class SentenceAttention(ClassicalAttention):
         nn.init.zeros_(self.value.bias)
         nn.init.zeros_(self.out.bias)
 
-    def normed(self, sentences, tokens):
+    def heads(self, sentences, tokens):
+        """sentences (B, S, E_t), tokens (B, N, E); `forward` gives H_S (B, S, E)"""
         if tokens.shape[1] > 1:                 # a single token is its own mean
             tokens = tokens - tokens.mean(1, keepdim=True)
-        return self.norm_query(sentences), self.norm_tokens(tokens)
-
-    def forward(self, sentences, tokens):
-        """sentences (B, S, E_t), tokens (B, N, E) -> H_S (B, S, E)"""
-        return super().forward(*self.normed(sentences, tokens))
-
-    def maps(self, sentences, tokens):
-        return super().maps(*self.normed(sentences, tokens))
+        return super().heads(self.norm_query(sentences), self.norm_tokens(tokens))
 
 
 class SentenceGate(nn.Module):
@@ -780,8 +777,8 @@ class SwinUNETR(nn.Module):
     def __init__(self, encoder, out_channels):
         super().__init__()
         if not isinstance(encoder, SwinTransformer3D):
-            raise ValueError(f"found the encoder {type(encoder).__name__}, expected a "  # noqa: TRY004
-                             "SwinTransformer3D")
+            name = type(encoder).__name__
+            raise ValueError(f"found {name}, expected a SwinTransformer3D")     # noqa: TRY004
         self.encoder = encoder
         c = encoder.channels                                            # C, 2C, 4C, … of n + 1 maps
         self.encoder1 = named("layer", ResBlock(encoder.patch_embed.proj.in_channels, c[0]))
@@ -796,9 +793,9 @@ class SwinUNETR(nn.Module):
 
     def forward(self, volume):
         """(B, 1, D, H, W) -> logits (B, out_channels, D, H, W)"""
-        if any(side % self.encoder.stride for side in volume.shape[2:]):
-            raise ValueError(f"found a volume of {tuple(volume.shape[2:])} voxels, expected multiples "
-                             f"of {self.encoder.stride}")
+        size, stride = tuple(volume.shape[2:]), self.encoder.stride
+        if any(side % stride for side in size):
+            raise ValueError(f"found {size} voxels, expected multiples of {stride}")
         *maps, x = self.encoder(volume)                                 # strides 2, 4, 8, …
         x = self.encoder10(x)
         for i in reversed(range(len(maps))):    # the last skip passes no block
