@@ -356,10 +356,9 @@ def build_encoder(name, in_channels=1, **kwargs):
 # ------------------------------------------------------------------------------------------ text
 
 class TextEncoder(nn.Module):
-    """A frozen BERT- or RoBERTa-like Hugging Face encoder with its fast tokenizer: hub name or folder.
+    """A frozen BERT- or RoBERTa-like Hugging Face encoder and its fast tokenizer, without dropout.
 
-    It never has a gradient or dropout. ValueError, naming the folder and what is wrong, unless
-    model and tokenizer are whole and fit each other.
+    name: on the hub, or a folder. ValueError, with name and fault, unless both are whole and fit.
     """
 
     def __init__(self, name):
@@ -459,9 +458,8 @@ class ClassicalAttention(nn.Module):
 
     def heads(self, queries, keys):
         """(B, Q, E), (B, K, E) -> q (B, heads, Q, d), k, v (B, heads, K, d)"""
-        q = split_heads(self.query(queries), self.num_heads)
-        k = split_heads(self.key(keys), self.num_heads)
-        return q, k, split_heads(self.value(keys), self.num_heads)
+        projected = self.query(queries), self.key(keys), self.value(keys)
+        return [split_heads(x, self.num_heads) for x in projected]
 
     def forward(self, dominant, guide, dominant_mask=None, guide_mask=None):
         """dominant (B, N, E), guide (B, G, E), masks (B, N) and (B, G), True = real -> (B, N, E)"""
@@ -477,12 +475,11 @@ class ClassicalAttention(nn.Module):
 
 
 class FusionAttention(ClassicalAttention):
-    """The paper's cross-modal attention, Eq. (1, 3), Fig. 4b: guide tokens are queries, dominant
-    tokens keys and values.
+    """The paper's cross-modal attention, Eq. (1, 3), Fig. 4b: guide tokens are queries.
 
-    Every guide token makes a map over the dominant tokens, which weighs their values; the weighted
-    copies are averaged over the guide. That is the averaged map times the values: no
-    (guide × dominant × E) tensor. NOTE(paper): one map a guide token; here one for each head.
+    Each makes a map over the dominant tokens, which weighs their values; the weighted copies are
+    averaged over the guide. That is the averaged map times the values: no (guide × dominant × E)
+    tensor. NOTE(paper): one map a guide token; here one for each head.
     """
 
     def forward(self, dominant, guide, dominant_mask=None, guide_mask=None):
@@ -525,10 +522,9 @@ class SentenceAttention(ClassicalAttention):
 
 
 class SentenceGate(nn.Module):
-    """Eq. (11) as in the authors' released code: the volume asks, the sentence has key and value.
+    """Eq. (11) as in the authors' released code: H_S[s] = σ(q(F_I_bar) · k(F_S*[s]) / √E) v(F_S*[s])
 
-    H_S[s] = σ(q(F_I_bar) · k(F_S*[s]) / √E) v(F_S*[s]): text, of which the volume sets the length.
-    SSM, of cosines, sees nothing of the volume here; DFA contrasts volumes with texts.
+    The volume sets no more than the length: SSM, of cosines, sees nothing of it.
     """
 
     def __init__(self, dim, query_dim):
@@ -1033,19 +1029,23 @@ def weights_of(network):
             if not key.startswith("text_encoder.")}
 
 
-def fill(module, tensors, path, must_fit):
+def fill(module, tensors, path, inside=None):
     """Load tensors into a module, whose Swin becomes one of the second version if they are.
 
-    Returns the names that both have in one shape. ValueError, before anything is loaded, if that
-    does not hold of a name for which must_fit(name) does.
+    Returns the names that both have in one shape. ValueError, before anything is loaded, if not all
+    names do, of an encoder whose names begin with `inside` or else of the module.
     """
     encoder = getattr(module, "encoder", module)
     if encoder.merging and not encoder.use_v2 and any("layers1c." in key for key in tensors):
         encoder.become_v2()
     shapes = {key: tuple(tensor.shape) for key, tensor in weights_of(module).items()}
     found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    needed = shapes | found
+    if inside is not None:
+        needed = [key for key in needed
+                  if key.startswith(inside) and not BESIDE.match(key.removeprefix(inside))]
     wrong = [f"{key}: expected {shapes.get(key, 'nothing')}, found {found.get(key, 'nothing')}"
-             for key in shapes | found if must_fit(key) and shapes.get(key) != found.get(key)]
+             for key in needed if shapes.get(key) != found.get(key)]
     if wrong:
         head = f"{path} does not fill the encoder, or its heads; perhaps another --encoder:"
         raise ValueError("\n  ".join([head, *wrong[:5], f"names in the file: {list(found)[:5]}"]))
@@ -1059,7 +1059,7 @@ def fill(module, tensors, path, must_fit):
 
 def restore(network, checkpoint, path):
     """Give a network weights, blocks and merging of a checkpoint of ours. ValueError: they do not fit"""
-    fill(network, checkpoint["model"], path, must_fit=lambda key: True)
+    fill(network, checkpoint["model"], path)
     network.encoder.merging = checkpoint["merging"]
 
 
@@ -1097,16 +1097,12 @@ def load_weights(module, path, merging="auto", leave_out=()):
     """
     tensors, told = read_foreign(path)
     encoder = getattr(module, "encoder", module)
-    prefix = "" if encoder is module else "encoder."
+    inside = "" if encoder is module else "encoder."
     if encoder is module:
         tensors = {key.removeprefix("encoder."): tensor for key, tensor in tensors.items()
                    if key.startswith("encoder.")}
-
-    def must_fit(key):
-        return key.startswith(prefix) and not BESIDE.match(key.removeprefix(prefix))
-
     used = {key: tensor for key, tensor in tensors.items() if not key.startswith(leave_out)}
-    matched = fill(module, used, path, must_fit)
+    matched = fill(module, used, path, inside)
     missing = [key for key in weights_of(module) if key not in matched]
     unexpected = [key for key in tensors if key not in matched]
     log.info("%s: %d weights matched, %d missing, %d unexpected", path, len(matched), len(missing),

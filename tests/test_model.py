@@ -816,6 +816,9 @@ def test_an_encoder_inside_a_model_takes_weights(tmp_path, text_folder):
     source = build_encoder("swin_t", window_size=3).state_dict()
     torch.save(as_file(source, "the authors', flat"), tmp_path / "weights.pt")
     classifier = model.Classifier(build_encoder("swin_t", window_size=3), 2)
+    torch.save(as_file(source, "MONAI, SwinUNETR"), tmp_path / "monai.pt")
+    unexpected = load_weights(classifier, tmp_path / "monai.pt")["unexpected"]
+    assert unexpected == ["encoder1.layer.conv1.conv.weight"]
     for network, name in ((small_mg3d(text_folder), "image_proj.weight"), (classifier, "norm.weight")):
         report = load_weights(network, tmp_path / "weights.pt")
         assert name in report["missing"] and report["unexpected"] == ["encoder.proj_head.weight"]
