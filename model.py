@@ -374,9 +374,9 @@ class TextEncoder(nn.Module):
         self.bert.float()                       # files may be in half precision
         self.requires_grad_(False)
         self.eval()
-        self.width = self.bert.config.hidden_size
         self.vocab_size = 1 + max(self.tokenizer.get_vocab().values())  # some may have no token
         self.check(info["missing_keys"])
+        self.width = self.bert.config.hidden_size
         special = {self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, self.tokenizer.pad_token_id}
         self.register_buffer("special_ids", torch.tensor(sorted(special - {None})))
 
