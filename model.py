@@ -1060,7 +1060,7 @@ def fill(module, tensors, path, inside=None):
 def restore(network, checkpoint, path):
     """Give a network weights, blocks and merging of a checkpoint of ours. ValueError: they do not fit"""
     fill(network, checkpoint["model"], path)
-    network.encoder.merging = checkpoint["merging"]
+    network.encoder.merging = checkpoint.get("merging", network.encoder.merging)
 
 
 def read_foreign(path):
