@@ -2,10 +2,9 @@
 
 B patients, S sentences, L report tokens, E embedding, V vocabulary, D H W voxels. Masks: 1 = real.
 
-Under torch.distributed every loss is the loss of the *global* batch, the same number on every
-process: features are gathered with their gradients, sums and counts are added up. As
-DistributedDataParallel averages the gradients of the parameters over processes, the result is
-exactly the gradient of one process with the whole batch.
+Under torch.distributed every loss is that of the *global* batch, the same on every process:
+features are gathered with gradients, sums and counts are added up. DistributedDataParallel takes
+the mean of gradients over processes: exactly the gradient of one process with the whole batch.
 """
 import functools
 
@@ -47,15 +46,15 @@ def _gather_padded(*tensors):
     """Gather tensors (B, S, ...), padded with zeros to the longest S of all processes."""
     if not dist.is_initialized():
         return tensors
-    longest = torch.tensor(tensors[0].shape[1], device=tensors[0].device)
+    S = tensors[0].shape[1]
+    longest = torch.tensor(S, device=tensors[0].device)
     dist.all_reduce(longest, dist.ReduceOp.MAX)
-    missing = int(longest) - tensors[0].shape[1]
-    padding = [x.new_zeros(x.shape[0], missing, *x.shape[2:]) for x in tensors]
+    padding = [x.new_zeros(len(x), int(longest) - S, *x.shape[2:]) for x in tensors]
     return [gather(torch.cat(pair, dim=1)) for pair in zip(tensors, padding)]
 
 
 def _in_float32(loss):
-    """Compute a loss in float32 even under autocast: cast half-precision inputs, disable autocast."""
+    """A loss in float32, of tensors in half precision and under autocast, too"""
     def cast(x):
         return x.float() if torch.is_tensor(x) and x.dtype in (torch.float16, torch.bfloat16) else x
 
@@ -67,8 +66,8 @@ def _in_float32(loss):
 
 
 # -------------------------------------------------------------- inside a patient: reconstruction
-# NOTE(paper): some equations sum over the batch, others average over patients. Here every loss is a
-# mean over its unit (voxels, words, patients, pairs of patients): λ does not depend on the batch size.
+# NOTE(paper): some equations sum over the batch, others average over patients. Here every loss is
+# a mean over its unit (voxels, words, patients, pairs): λ does not depend on the batch size.
 
 @_in_float32
 def mim_loss(recon, volume, mask):
@@ -82,8 +81,7 @@ def mim_loss(recon, volume, mask):
 def mlm_loss(logits, labels):
     """Masked language modelling: cross entropy over masked tokens.
 
-    logits (B, L, V), labels (B, L), -100 = not masked. Any leading shape will do: the model passes
-    only the masked tokens, (M, V) and (M,).
+    logits (B, L, V), labels (B, L), -100 = not masked; or masked tokens alone, (M, V) and (M,).
     """
     log_loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
     masked_tokens = (labels != -100).sum().to(logits.dtype)
@@ -116,8 +114,7 @@ def _info_nce(rows, columns, temperature):
 def cml_loss(f_i, h_i, f_t, h_t, temperature=0.1):
     """Cross-modal learning: a global feature finds its version informed by the other modality.
 
-    f_i, h_i (B, E): volume features alone and informed by sentences; f_t, h_t: report features alone
-    and informed by the volume. A batch of one has no other patient to contrast with: 0.
+    f_i, f_t (B, E): features of volumes and reports; h_i, h_t: informed. 0 for a batch of one.
     """
     report_to_volume = _info_nce(f_i, h_i, temperature)                             # Eq. (7)
     volume_to_report = _info_nce(f_t, h_t, temperature)                             # Eq. (8)
@@ -142,11 +139,9 @@ def clip_loss(f_i, f_t, temperature=0.1):
 def ssm_loss(text_sentences, visual_sentences, sentence_mask):
     """Semantics similarity matching: sentences that read alike across patients should look alike.
 
-    For patients i < j the cosines between the sentences of i and those of j are computed twice, from
-    text and from vision. The loss is the mean absolute difference of the two, averaged over pairs.
-
-    text_sentences (B, S, E_t): sentences encoded one by one by the frozen encoder, no gradient.
-    visual_sentences (B, S, E): H_S of Eq. (11). sentence_mask (B, S). 0 for a batch of one.
+    Mean absolute difference of the cosines between sentences of patients i and j, from text and
+    from vision, averaged over pairs i < j. text_sentences (B, S, E_t), no gradient;
+    visual_sentences (B, S, E): H_S of Eq. (11); sentence_mask (B, S). 0 for a batch of one.
     """
     mask = sentence_mask.to(visual_sentences.dtype)
     mask, text, visual = _gather_padded(mask, text_sentences.detach(), visual_sentences)
@@ -161,10 +156,10 @@ def ssm_loss(text_sentences, visual_sentences, sentence_mask):
 
 
 def shares(batches, enabled, device="cpu"):
-    """How much each of the passes that make a step counts in every loss: a dict for each pass, sums of 1.
+    """How much each of the passes of a step counts in every loss: a dict a pass, sums of 1
 
-    By masked voxels, masked words and patients, of all processes: so weighed, mim, mlm and sfr are those
-    of one large batch. The others compare the patients of a pass: means.
+    By masked voxels, masked words and patients of all processes mim, mlm and sfr are those of one
+    large batch. The others compare the patients of a pass: means.
     """
     counts = [[1, batch["volume_mask"].sum(), (batch["mlm_labels"] != -100).sum(), len(batch["volume"])]
               for batch in batches]
@@ -190,15 +185,14 @@ def compute(outputs, batch, enabled, temperature=0.1):
 
 
 # ------------------------------------------------------------------------ losses of fine-tuning
-# These see the volumes of one process. With equal batches the average over processes is the global
-# mean, except for Dice: a ratio for each process is averaged.
+# These see the volumes of one process. The average over processes is the global mean, but of Dice.
 
 @_in_float32
 def dice_ce_loss(logits, mask):
     """Soft Dice of the foreground classes plus cross entropy.
 
     logits (B, K, D, H, W), mask (B, D, H, W) of 0 … K - 1. All patches count as one for Dice: half
-    of them contain no foreground, where Dice is 0 for anything but an empty prediction.
+    of them contain no foreground.
     """
     truth = F.one_hot(mask, logits.shape[1]).movedim(-1, 1).to(logits.dtype)  # (B, K, D, H, W)
     probability = logits.softmax(1)

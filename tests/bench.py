@@ -251,10 +251,9 @@ def encoder_flop(encoder, size):
     size = [-(-side // 2) for side in size]
     flop = 2 * np.prod(size) * 8 * net.channels[0]                                  # patch embedding
     for C in net.channels[:-1]:
-        tokens, window = np.prod(size), tuple(min(full, side) for side in size)
+        tokens = np.prod(size)
         for shifted in (False, True):
-            shift = tuple(full // 2 if shifted and side > full else 0 for side in size)
-            _, _, groups, _ = model.window_plan(1, tuple(size), window, shift, torch.device("cpu"))
+            _, _, groups, _ = model.window_plan(1, tuple(size), full, shifted, torch.device("cpu"))
             flop += 24 * tokens * C ** 2                                            # qkv 3, proj 1, mlp 8 matrices of C × C
             flop += sum(4 * number * n * (n + (p > 0)) * C for number, n, p in groups)
         size = [-(-side // 2) for side in size]
