@@ -135,6 +135,8 @@ def _read_nifti(path):
         xyz = xyz.astype(np.float32) * np.float32(stored.slope) + np.float32(stored.inter)
     with image.file_map["image"].get_prepare_fileobj("rb") as file:  # nibabel mends what is 0 or below
         pixdim = abs(type(header).from_fileobj(file, check=False)["pixdim"][1:4])
+    if header["sform_code"] == 0 and not pixdim.all():
+        raise ValueError(f"voxels of {pixdim} mm")
     affine, qform = header.get_best_affine(), header.get_qform(coded=True)[0]
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     is_set = np.isfinite(pixdim).all() and (pixdim * lengths).all()
@@ -901,9 +903,12 @@ def is_cache(data):
 
 
 def read_cache(folder):
-    made = json.loads(read_text(folder / "cache.json"))
-    if made["version"] != CACHE_VERSION:
-        raise wrong(folder, f"a cache of version {made['version']}", f"version {CACHE_VERSION}")
+    path = folder / "cache.json"
+    with expecting(path, "JSON that `data.py cache` wrote"):
+        made = json.loads(read_text(path))
+        version = made["version"]
+    if version != CACHE_VERSION:
+        raise wrong(folder, f"a cache of version {version}", f"version {CACHE_VERSION}")
     return made
 
 
@@ -913,6 +918,7 @@ def preprocessing(size, hu):
             "window": list(WINDOW), "dtype": "float16"}
 
 
+@functools.cache
 def check_settings(folder, size, hu):
     """ValueError if the volumes of a cache folder were made in another way"""
     made, wanted = read_cache(folder), preprocessing(size, hu)
@@ -926,7 +932,7 @@ def check_prepared(items, size, hu):
     """Are these items of a cache folder? ValueError if it was made in another way"""
     is_prepared = bool(items) and isinstance(items[0], CachedItem)
     if is_prepared:
-        check_settings(items[0].volume.parent, size, hu)
+        check_settings(items[0].volume.parent, tuple(size), hu)
     return is_prepared
 
 
@@ -941,28 +947,34 @@ def _cache_rows(folder):
                 place += len(line)
 
 
-def _source(volume, known=None):
-    """Path, bytes, newest time, sha256 of all files of a volume; `known` where bytes and time agree"""
-    files = files_of(volume)
-    stats = [file.stat() for file in files]
-    stamp = {"size": sum(stat.st_size for stat in stats),
-             "mtime_ns": max((stat.st_mtime_ns for stat in stats), default=0)}
-    if known and known | stamp == known:
-        return known
+def _stamp(volume):
+    """Bytes of all files of a volume and the newest of their times"""
+    stats = [file.stat() for file in files_of(volume)]
+    return {"size": sum(stat.st_size for stat in stats),
+            "mtime_ns": max((stat.st_mtime_ns for stat in stats), default=0)}
+
+
+def _source(volume):
+    """What tells a raw volume: path, bytes, newest time, sha256 of all its files in a row"""
     content = hashlib.sha256()
-    for file in files:
+    for file in files_of(volume):
         content.update(file.read_bytes())
-    return {"path": str(volume.resolve()), **stamp, "sha256": content.hexdigest()}
+    return {"path": str(volume.resolve()), **_stamp(volume), "sha256": content.hexdigest()}
+
+
+def was_touched(path, source):
+    """Has a raw volume, if it is there, another size or time than the row of a cache folder notes?"""
+    return os.path.exists(path) and not _stamp(Path(path)).items() <= source.items()
 
 
 def has_changed(path, source):
-    """Has a raw volume, if it is there, another content than the row of a cache folder notes?"""
-    return os.path.exists(path) and _source(Path(path), source)["sha256"] != source["sha256"]
+    """Has it another content, too?"""
+    return was_touched(path, source) and _source(Path(path))["sha256"] != source["sha256"]
 
 
 def _cache_items(folder):
     """The items of a cache folder, sorted by id. The last row of an id counts."""
-    volumes, items, changed = read_cache(folder)["volumes"], {}, set()
+    volumes, items, touched = read_cache(folder)["volumes"], {}, {}
     is_first = os.environ.get("RANK", "0") == "0"  # one process is enough to look for the raw files
     for manifest, place, row in _cache_rows(folder):
         name, source, other = row["id"], row["source"], items.get(row["id"])
@@ -971,11 +983,15 @@ def _cache_items(folder):
         labels = row["labels"] and np.array(row["labels"], np.float32)  # None becomes NaN
         items[name] = CachedItem(name, manifest, place, row["split"], row["patient"], labels)
         raw = source["path"]
-        changed.discard(raw)
-        if is_first and has_changed(raw, source):
-            changed.add(raw)
+        touched.pop(raw, None)
+        if is_first and was_touched(raw, source):
+            touched[raw] = source
+    few = itertools.islice(touched.items(), 100)  # to read them all would take long
+    changed = sorted(raw for raw, source in few if has_changed(raw, source))
     if changed:
-        log.warning("%s: raw volumes have changed: %s", folder, shorten(sorted(changed)))
+        log.warning("%s: raw volumes have changed: %s", folder, shorten(changed))
+    if len(touched) > 100:
+        log.warning("%s: %d more raw volumes may have changed", folder, len(touched) - 100)
     files = set(os.listdir(folder))  # to ask for each of a million would take long
     absent = sorted(name for name in items if cache_name(name) not in files)
     tell_absent(absent, len(items), folder)
