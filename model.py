@@ -97,6 +97,20 @@ def window_plan(batch, size, window_size, shifted, device):
         return order, inverse, groups, pairs
 
 
+class _Permute(torch.autograd.Function):
+    """x[order]. No row repeats: backward is the inverse permutation, not a scatter-add."""
+
+    @staticmethod
+    def forward(ctx, x, order, inverse):
+        ctx.save_for_backward(inverse)
+        return x[order]
+
+    @staticmethod
+    def backward(ctx, grad):
+        inverse, = ctx.saved_tensors
+        return grad[inverse], None, None
+
+
 class _Attention(torch.autograd.Function):
     """softmax(q kᵀ / √d + bias) v for W windows. Backward recomputes the scores, none are kept."""
 
@@ -204,11 +218,10 @@ class SwinBlock(nn.Module):
         order, inverse, groups, pairs = plan(B, tuple(size), self.window_size, self.shifted, x.device)
         calls = self.attn.calls(groups, pairs)
         sizes = [sum(number * bias.shape[1] for number, bias in windows) for windows in calls]
-        # index_select: its gradient adds rows, that of x[order] is slow
-        x = x.reshape(-1, C).index_select(0, order)                     # (B·d·h·w, C), sorted
+        x = _Permute.apply(x.reshape(-1, C), order, inverse)            # (B·d·h·w, C), sorted
         done = [run(self.run_windows, tokens, windows, recompute=self.use_checkpoint)
                 for tokens, windows in zip(x.split(sizes), calls)]
-        return torch.cat(done).index_select(0, inverse).view(B, *size, C)
+        return _Permute.apply(torch.cat(done), inverse, order).view(B, *size, C)
 
 
 class PatchMerging(nn.Module):
