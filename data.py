@@ -27,7 +27,7 @@ import sys
 import threading
 import uuid
 from collections import Counter, defaultdict, namedtuple
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
@@ -111,7 +111,7 @@ def _grey_files(path):
     if any(map(is_dicom, files)):
         return []
     pictures = [file for file in files if file.suffix.lower() in (".png", ".jpg", ".jpeg")]
-    return sorted(pictures, key=lambda file: re.sub(r"\d+", lambda n: n[0].zfill(9), file.name))
+    return sorted(pictures, key=lambda file: re.sub(r"\d+", lambda n: n[0].zfill(30), file.name))
 
 
 def _read_grey(path):
@@ -139,12 +139,15 @@ def _read_nifti(path):
         raise ValueError(f"voxels of {pixdim} mm")
     affine, qform = header.get_best_affine(), header.get_qform(coded=True)[0]
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    is_set = np.isfinite(pixdim).all() and (pixdim * lengths).all()
-    is_set &= qform is not None or (pixdim != 1).any()
-    if is_set and not np.allclose(lengths, pixdim, rtol=0.01, atol=0):  # some say 1 mm and are wrong
+    if qform is None and (pixdim == 1).all():  # unset
+        pixdim = lengths
+    pixdim = np.where(np.isfinite(pixdim) & (pixdim > 0), pixdim, lengths)
+    if lengths.all() and not np.allclose(lengths, pixdim, rtol=0.01, atol=0):  # some sforms say 1 mm
         _warn_once(f"{path}: voxels of {lengths} mm in the sform, {pixdim} in pixdim: took pixdim")
         affine = affine if qform is None else qform
         affine[:3, :3] *= pixdim / np.linalg.norm(affine[:3, :3], axis=0)
+    elif qform is not None and nib.aff2axcodes(affine) != nib.aff2axcodes(qform):
+        _warn_once(f"{path}: its sform and its qform turn the scan differently: took the sform")
     affine[:3] *= {1: 1000, 3: 0.001}.get(int(header["xyzt_units"]) % 8, 1)  # metres, microns
     return xyz, affine
 
@@ -158,7 +161,7 @@ def _read_itk(path):
     image = sitk.ReadImage(str(path))
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() > 1:
         raise ValueError("not 3D, one number a voxel")
-    unit = re.search(r'(?im)^(?:space units: *"|DistanceUnits *= *)(?!mm)\w+', _header_text(path))
+    unit = re.search(r'(?im)^((space )?units: *"|DistanceUnits *= *)(?!mm|milli)\w+', _header_text(path))
     if unit:  # ITK does not look
         raise ValueError(f"{unit[0]}, not mm")
     affine = np.eye(4)
@@ -167,8 +170,9 @@ def _read_itk(path):
     return sitk.GetArrayFromImage(image).T, LPS_TO_RAS @ affine
 
 
-# Of a DICOM file, in mm and LPS; axes (3, 2): steps to the next column and to the next row
-Slice = namedtuple("Slice", "series axes position pixels file")
+# Of a DICOM file, in mm and LPS. stack: what those of one have in common; axes (3, 2): steps to the next
+# column and to the next row
+Slice = namedtuple("Slice", "stack axes position pixels file")
 
 
 def _dicom_slices(file):
@@ -187,9 +191,10 @@ def _dicom_slices(file):
     for frame, own in zip(pixels, frames, strict=True):
         tags = {tag.keyword: tag.value for group in (*shared, own) for tag in group.iterall()}
         axes, spacing, position = (np.array(tags[name], float) for name in names)
+        stack = header.SeriesInstanceUID, frame.shape, *axes.round(2), *spacing.round(4)
         axes = axes.reshape(2, 3).T
         axes = axes / np.linalg.norm(axes, axis=0) * spacing[::-1]  # spacing: of rows, of columns
-        slices.append(Slice(header.SeriesInstanceUID, axes, position, frame, file.name))
+        slices.append(Slice(stack, axes, position, frame, file.name))
     return slices
 
 
@@ -201,13 +206,13 @@ def _read_dicom(path):
         except Exception as error:
             raise ValueError(f"{file.name} is broken") from error
         for one in slices:
-            stacks[one.series, one.pixels.shape, tuple(one.axes.round(2).flat)].append(one)
+            stacks[one.stack].append(one)
     stack = max(stacks.values(), key=len, default=[])  # the first of equal ones
     if len(stack) < 2:
         raise ValueError("neither two DICOM slices, localisers aside, nor PNG or JPEG here")
-    others = [f"{len(other)} of {other[0].series}" for other in stacks.values() if other is not stack]
+    others = [f"{len(other)} of {other[0].stack[0]}" for other in stacks.values() if other is not stack]
     if others:
-        _warn_once(f"{path}: took {len(stack)} slices of {stack[0].series}, not {shorten(others)}")
+        _warn_once(f"{path}: took {len(stack)} slices of {stack[0].stack[0]}, not {shorten(others)}")
     right, down = stack[0].axes.T
     slices = []
     for one in sorted(stack, key=lambda one: np.dot(one.position, np.cross(right, down))):
@@ -242,15 +247,16 @@ def read_stored(path):
     """Any volume as it is stored: array (x, y, z) in file units, affine 4×4 of the index to RAS mm"""
     path = Path(path)
     readers = {".nii": _read_nifti, ".gz": _read_nifti, ".npz": _read_npz, ".npy": _read_grey,
-               ".dcm": _read_dicom}
-    read = readers.get(path.suffix.lower(), _read_itk)
-    if path.is_dir():
-        read = _read_grey if _grey_files(path) else _read_dicom
+               ".mha": _read_itk, ".mhd": _read_itk, ".nrrd": _read_itk, ".nhdr": _read_itk}
+    read = readers.get(path.suffix.lower(), _read_dicom)
+    if path.is_dir() and _grey_files(path):
+        read = _read_grey
     try:
         return read(path)
     except Exception as error:  # the libraries raise a dozen kinds for a broken file
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise wrong(path, f"it cannot be read: {reason}", "a whole volume, .mhd with .raw") from error
+        whole = "a whole volume" + " with its .raw" * (path.suffix.lower() == ".mhd")
+        raise ValueError(f"{path}: cannot be read: {reason}; expected {whole}") from error
 
 
 def to_ras(path, xyz, affine, is_mask=False):
@@ -474,7 +480,7 @@ class Item(NamedTuple):
     id: str
     volume: Path
     report: str
-    split: str | None           # one of SPLITS; None: `load_task` draws it
+    split: str | None           # one of SPLITS; None: of a scan alone
     patient: str
     labels: np.ndarray | None = None  # (18,) float32, NaN where unknown; of other tasks (K,)
     rescale: tuple | None = None      # (slope, intercept) of the metadata
@@ -506,16 +512,17 @@ class CachedItem(Item):
 
 def walk(folder):
     """As os.walk, but links are followed, each real folder once, and what is hidden is left out"""
-    seen = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        visible = [name for name in folders if not is_hidden(name)]
-        folders[:] = sorted(visible, key=lambda name: (os.path.islink(os.path.join(root, name)), name))
-        yield Path(root), folders, [name for name in files if not is_hidden(name)]
+    seen, starts = set(), [folder]
+    for start in starts:  # the links come last: a folder's own name counts, not that of a link to it
+        for root, folders, files in os.walk(start):
+            real = os.path.realpath(root)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not is_hidden(name))
+            yield Path(root), folders, [name for name in files if not is_hidden(name)]
+            starts += [link for link in map(Path(root).joinpath, folders) if link.is_symlink()]
 
 
 def find(folder, pattern):
@@ -815,6 +822,8 @@ def files_of(path):
     first, *names = map(str.strip, data_file.split("\n"))
     if "%" in first:  # a pattern of names, then numbers: s%03d.raw 0 19 1
         names = sorted(path.parent.glob(re.sub(r"%\d*d(\S*).*", r"*\1", first)))
+    elif not first.startswith("LIST"):
+        names = []
     return [path, *filter(Path.is_file, map(path.parent.joinpath, [first, *names]))]
 
 
@@ -895,7 +904,11 @@ def file_name(text):
 
 
 def cache_name(name):
-    return f"{file_name(name)}.npy"
+    """The file of an id in a cache folder"""
+    name = file_name(name)
+    if len(name.encode()) > 150:  # systems end at 255, temporary files have more behind
+        name = f"{name[:30]}%-{hashlib.sha1(name.encode()).hexdigest()}"
+    return f"{name}.npy"
 
 
 def is_cache(data):
@@ -906,7 +919,7 @@ def read_cache(folder):
     path = folder / "cache.json"
     with expecting(path, "JSON that `data.py cache` wrote"):
         made = json.loads(read_text(path))
-        version = made["version"]
+        version, _ = made["version"], made["volumes"]
     if version != CACHE_VERSION:
         raise wrong(folder, f"a cache of version {version}", f"version {CACHE_VERSION}")
     return made
@@ -925,7 +938,8 @@ def check_settings(folder, size, hu):
     for key in wanted:
         if made[key] != wanted[key]:
             found, expected = (" ".join(map(str, np.ravel(one[key]))) for one in (made, wanted))
-            raise wrong(folder, f"a cache made with --{key} {found}", f"--{key} {expected}")
+            flag = "--" * (key in ("size", "hu")) + key
+            raise wrong(folder, f"a cache made with {flag} {found}", f"{flag} {expected}")
 
 
 def check_prepared(items, size, hu):
@@ -964,7 +978,10 @@ def _source(volume):
 
 def was_touched(path, source):
     """Has a raw volume, if it is there, another size or time than the row of a cache folder notes?"""
-    return os.path.exists(path) and not _stamp(Path(path)).items() <= source.items()
+    if not os.path.exists(path):
+        return False
+    stamp = _stamp(Path(path))
+    return any(stamp[name] != source[name] for name in stamp)
 
 
 def has_changed(path, source):
@@ -1028,12 +1045,13 @@ def pretraining_example(item, generator, tokenizer, cache=None, size=SIZE, hu="a
     """A masked volume (1, 1, D, H, W) and a masked report (L,) for `collate` and `MG3D.forward`"""
     volume = load_volume(item, cache, size, hu)
     report = tokenize_report(tokenizer, split_sentences(item.report))
-    ids, labels = mask_words(report["input_ids"], report["word_ids"], tokenizer, generator, mlm_prob)
+    masked_ids, labels = mask_words(report["input_ids"], report["word_ids"], tokenizer, generator,
+                                    mlm_prob)
     single_ids = [torch.from_numpy(ids) for ids in report["single_ids"]]
     return _report_tensors(report) | {
         "volume": volume[None],
         "volume_mask": mask_volume(size, mask_size, mask_ratio, generator)[None],
-        "masked_ids": torch.from_numpy(ids),
+        "masked_ids": torch.from_numpy(masked_ids),
         "mlm_labels": torch.from_numpy(labels),
         "single_ids": single_ids,
         "single_mask": [torch.ones_like(ids) for ids in single_ids]}
@@ -1144,25 +1162,34 @@ FEW_SHOT_VOLUMES = 1000  # training volumes of the two CT-RATE tasks, as in the 
 
 
 def _cc_ccii_items(folder, fold):
-    scans, told = defaultdict(list), {}
-    for root, _, _ in walk(folder):
-        scan = re.fullmatch(r"(?:.*/)?(Normal|CP|NCP)(?:-\d+)?/(\d+)/(\d+)", root.as_posix())
-        if scan:
-            scans[scan.group(2, 3)].append(root)
-            told[scan.group(2, 3)] = scan[1]
-    for array in find(folder, r"p\d+-s\d+\.npy"):
-        scans[tuple(re.findall(r"\d+", array.name))].append(array)
+    scans, told, tables = defaultdict(list), {}, []
+    for root, folders, files in walk(folder):
+        label = re.fullmatch(r"(Normal|CP|NCP)(-\d+)?", root.parent.name)
+        if label and root.name not in CC_CCII:  # the folder of a patient, perhaps in CP-20/CP
+            for name in folders:
+                scans[root.name, name].append(root / name)
+                told[root.name, name] = label[1]
+            folders.clear()  # do not list 400,000 slices
+        for name in files:
+            array = re.fullmatch(r"p(\d+)-s(\d+)\.npy", name)
+            if array:
+                scans[array.groups()].append(root / name)
+        tables += [root / name for name in files if re.fullmatch(r".*fold\d.*\.csv", name.lower())]
     scans = {key: only(found, "one scan") for key, found in scans.items()}
-    tables = find(folder, r".*fold\d.*(train|val).*\.csv")
     rows = [(key, label, "train") for key, label in sorted(told.items())]
     if tables or len(scans) > len(told):  # fold files alone tell the class of an .npy
         rows = []
         for part in ("train", "val"):
-            found = find(folder, rf".*fold{fold}(?!\d).*{part}.*\.csv")
+            found = [path for path in tables
+                     if re.fullmatch(rf".*fold{fold}(?!\d).*{part}.*\.csv", path.name.lower())]
             if not found:
-                raise wrong(folder, [path.name for path in tables], f"also *fold{fold}*{part}*.csv")
-            for where, row in read_table(only(found, "a fold"), "patient_id", "scan_id", label=CC_CCII):
+                raise wrong(folder, sorted(path.name for path in tables), f"also *fold{fold}*{part}*.csv")
+            for where, row in read_table(only(found, "a fold"), "patient_id", "scan_id",
+                                         target=("0", "1", "2"), label=CC_CCII):
                 label, key = row["label"], (row["patient_id"], row["scan_id"])
+                if label != CC_CCII[int(row["target"])]:
+                    raise wrong(where, f"target {row['target']} and label {label}",
+                                f"0 to 2 for {', '.join(CC_CCII)}")
                 if told.get(key, label) != label:
                     raise wrong(where, f"label {label!r}", f"{told[key]!r}, that of {scans[key]}")
                 rows.append((key, label, SPLIT_NAMES[part]))
@@ -1171,7 +1198,7 @@ def _cc_ccii_items(folder, fold):
         scan = scans.get(key, Path(folder, label, *key))
         labels = np.float32([label == name for name in CC_CCII])
         items.append(Item("/".join(key), scan, "", split, key[0], labels))
-    return items
+    return _with_test(items)  # fold files have no test part
 
 
 def _luna16_items(folder, fold):
@@ -1180,9 +1207,14 @@ def _luna16_items(folder, fold):
     tables = find(folder, r"candidates_V2\.csv") or find(folder, r"candidates\.csv")
     rows = read_table(only(tables, "a table"), "seriesuid", "coordX", "coordY", "coordZ",
                       **{"class": ("0", "1")}) if tables else []
-    absent = sorted({row["seriesuid"] for _, row in rows} - scans.keys())
-    if absent:  # perhaps of subsets that were not downloaded
+    series = {row["seriesuid"] for _, row in rows}
+    absent = sorted(series - scans.keys())
+    subsets = {path.parent.name for path in scans.values()}  # some may not be downloaded
+    if absent:
         log.warning("%s: left out %d series without .mhd: %s", folder, len(absent), shorten(absent))
+    if len(absent) > (1.05 - len(subsets) / 10) * len(series):
+        raise wrong(folder, f"no .mhd for {len(absent)} of {len(series)} series, of {sorted(subsets)}",
+                    "at most 5 % to be missing from these")
     parts = ["train"] * 5 + ["valid"] * 2 + ["test"] * 3  # of subsets 0 to 9
     split_of = {name: parts[int(path.parent.name[-1])] for name, path in scans.items()}
     items = []
@@ -1203,13 +1235,10 @@ def _listed_cases(folder, fold, files):
             content = json.loads(read_text(path))
             parts = _parts(content, "label") if isinstance(content, dict) else {}
             if "train" in parts:
-                rows = [(_path(row["image"]), _path(row["label"]), part, int(row.get("fold", -1)))
-                        for part in parts for row in parts[part]
-                        if part != "test" or "label" in row]  # the Decathlon keeps these masks
-                lists[path] = rows, {number for *_, number in rows} - {-1}
+                lists[path] = parts, {int(row["fold"]) for row in parts["train"] if "fold" in row}
     lists = {path: lists[path] for path in lists if lists[path][1]} or lists  # folds win
     path = only([*lists] or [folder], "a list of cases")
-    rows, folds = lists.get(path, ([], ()))
+    parts, folds = lists.get(path, ({}, ()))
     if folds and fold not in folds:
         raise wrong(path, f"the folds {sorted(folds)}", f"fold {fold} among them")
 
@@ -1222,25 +1251,31 @@ def _listed_cases(folder, fold, files):
         found = [file for key in files if key.endswith((end, end + "_0000")) for file in files[key]]
         return only(found or [place], f"{name} of {path}")
     cases = []
-    for image, label, part, number in rows:
-        if number >= 0:
-            part = "test" if number == fold else "train"
-        cases.append((locate(image), locate(label), part))
+    with expecting(path, CASES):
+        for part in ("train",) if folds else parts:
+            for row in parts[part]:
+                if part == "test" and "label" not in row:
+                    continue  # the Decathlon keeps these masks
+                is_tested = folds and int(row["fold"]) == fold
+                image, label = locate(_path(row["image"])), locate(_path(row["label"]))
+                cases.append((image, label, "test" if is_tested else part))
     return cases
 
 
 def _named_cases(folder, files, names):
     """(image, mask, split) of every case told by its name; a folder without any mask is left out"""
     splits = SPLIT_NAMES | {"imagestr": "train", "imagests": "test"}
-    tells = rf"(?<![a-z])({'|'.join(splits)})[^a-z/]*(?:set)?[^a-z/]*(?:/|$)"  # not "test-retest"
+    tells = rf"(?<![a-z])({'|'.join(splits)})[^a-z/]*(?:set|data|part)?[^a-z/]*(?:/|$)"  # not "test-retest"
     parts, cases = defaultdict(list), []
     for key, found in files.items():
         for image, label in (NNUNET, names):
             match = re.fullmatch(image, key, re.IGNORECASE)
             if match:
-                name = match.expand(label)
+                name, part = match.expand(label), found[0].parent
                 masks = files.get(name, [Path(name + ".nii.gz")])
-                parts[found[0].parent].append((only(found, key), only(masks, name)))
+                if stem(found[0]).startswith(part.name):  # the folder of a patient
+                    part = part.parent
+                parts[part].append((only(found, key), only(masks, name)))
     for part, pairs in parts.items():
         if any(mask.exists() for _, mask in pairs):
             told = re.findall(tells, part.relative_to(folder).as_posix().lower())
@@ -1254,7 +1289,7 @@ def _named_cases(folder, files, names):
 def _segment_items(folder, fold, patient=r"(.+)", image="", mask=""):
     """Cases of a JSON like CASES, else told by names. Patterns: patient in the name of an image; image,
     a path without its ending; mask, what becomes of that"""
-    files = defaultdict(list)  # by their paths without the ending
+    files, folder = defaultdict(list), folder.absolute()  # by their paths without the ending
     for file in find(folder, r".+\.nii(\.gz)?"):
         files[ENDING.sub("", file.as_posix())].append(file)
     cases = _listed_cases(folder, fold, files) or _named_cases(folder, files, (image, mask))
@@ -1264,8 +1299,15 @@ def _segment_items(folder, fold, patient=r"(.+)", image="", mask=""):
         items.append(Item(stem(volume), volume, "", split, name, mask=label))
     if len({(item.patient, item.split) for item in items}) > len({item.patient for item in items}):
         log.warning("%s: patients on both sides of its split: split by patient instead", folder)
-        items = [item._replace(split="train") for item in items]
-    return items
+        return [item._replace(split="train") for item in items]
+    return _with_test(items)
+
+
+def _with_test(items):
+    """The items; where a set has no test part, its valid part is the one to report on"""
+    if any(item.split == "test" for item in items):
+        return items
+    return [item._replace(split="test") if item.split == "valid" else item for item in items]
 
 
 def _stoic_items(folder, fold):
@@ -1284,11 +1326,14 @@ def _ctrg_task_items(folder, fold):
         log.warning("%s: reports as they were cached, of CTRG-Chest with the impression", folder)
     elif lists:
         return keep_good(_ctrg_items(only(lists, "the reports"), with_result=False), folder)
-    return load_items(folder)
+    return _ct_rate_task_items(folder, fold)
 
 
 def _ct_rate_task_items(folder, fold):
-    return load_items(folder)
+    return _with_test(load_items(folder))
+
+
+OWN_SPLIT = _luna16_items, _ctrg_task_items, _ct_rate_task_items  # of sets that must not be split anew
 
 
 def with_labels(items, labels, source):
@@ -1305,8 +1350,9 @@ def _own_items(folder, fold, needed=()):
     """Items of a manifest; if no column is needed, those that have a label in any column of labels"""
     path = folder / "manifest.csv" if folder.is_dir() else folder
     rows = read_table(path, "volume", *needed)
-    items = _manifest_items(path, rows)
-    if fold and {item.split for item in items} != {"train"}:
+    items = _with_test(_manifest_items(path, rows))
+    splits = {item.split for item in items}
+    if fold and splits != {"train"}:
         raise wrong(path, f"--fold {fold}, but no folds", "no --fold")
     if needed:
         return items
@@ -1321,6 +1367,9 @@ def _own_items(folder, fold, needed=()):
         raise wrong(path, "no label column", "one at least: 0, 1, or nothing if unknown")
     log.info("%s: labels %s", path, ", ".join(classes))
     items = with_labels(items, read_labels(path, classes), path)
+    lost = splits - {item.split for item in items}
+    if lost:
+        raise wrong(path, f"no label in the part {min(lost)}", "some in each part")
     return [item._replace(classes=tuple(classes)) for item in items]
 
 
@@ -1477,14 +1526,13 @@ def _draw_fifth(items, task, seed, fold=0):
 
 
 def _draw_splits(items, task, folder, fold, seed):
-    splits = {item.split for item in items}
-    if splits <= {"train", None}:
+    if {item.split for item in items} == {"train"} and task.records not in OWN_SPLIT:
         if fold > 4:
             raise wrong(folder, f"--fold {fold}, but no folds", "0 to 4, a fifth that is drawn")
         test = _draw_fifth(items, task, seed, fold)
         items = [item._replace(split="test" if item.patient in test else "train") for item in items]
-    elif "test" not in splits:  # the valid part is the one to report on
-        items = [item._replace(split="test") if item.split == "valid" else item for item in items]
+    if not any(item.split == "test" for item in items):
+        raise wrong(folder, f"{len(items)} items and none for the part test", task.layout)
     if not any(item.split == "valid" for item in items):
         drawn = _draw_fifth([item for item in items if item.split == "train"], task, seed)
         items = [item._replace(split="valid") if item.patient in drawn else item for item in items]
@@ -1510,7 +1558,7 @@ def load_task(name, folder, fold=0, seed=0, cache="cache"):
     items = with_a_file(task.records(folder, fold), folder)
     if not items:
         raise wrong(folder, f"nothing of {name}", task.layout)
-    if fold and task.records in (_luna16_items, _ctrg_task_items, _ct_rate_task_items):
+    if fold and task.records in OWN_SPLIT:
         raise wrong(folder, f"--fold {fold}, but no folds", "no --fold")
     if task.kind == "segment":
         without = [item.mask or item.id for item in items if not (item.mask and item.mask.exists())]
@@ -1743,18 +1791,21 @@ def _begin_worker():
     threading.Thread(target=end, daemon=True).start()
 
 
-def in_processes(job, jobs, workers, name):
-    """Yield job(x) for each of `jobs`, in order, from `workers` processes"""
+def in_processes(job, jobs, workers, name, ordered=True):
+    """Yield job(x) for each of `jobs`, in order or as they come, from `workers` processes"""
     seconds = 0.1 if sys.stderr.isatty() else 60  # between two lines of progress
     with ProcessPoolExecutor(max(1, workers), initializer=_begin_worker) as pool:
+        futures = [pool.submit(job, x) for x in jobs]
         try:
-            results = pool.map(job, jobs)
-            yield from tqdm(results, name, total=len(jobs), unit="scan", mininterval=seconds)
+            done = futures if ordered else as_completed(futures)
+            for future in tqdm(done, name, total=len(futures), unit="scan", mininterval=seconds):
+                yield future.result()
         except BrokenProcessPool:
             killed = "that one was killed, probably for want of memory"
             raise wrong(f"--workers {workers}", killed, "fewer") from None
         finally:
-            pool.shutdown(cancel_futures=True)
+            for future in futures:  # `shutdown` with cancel_futures may wait for ever
+                future.cancel()
 
 
 def _tried(job, x):
@@ -1766,9 +1817,9 @@ def _tried(job, x):
 
 
 def good_results(job, jobs, n, workers, name):
-    """Yield job(x) for each x. A ValueError is logged, x left out; more than 5 % of n are refused."""
+    """Yield job(x) as they come. A ValueError is logged, x left out; more than 5 % of n are refused."""
     problems = 0
-    for result in in_processes(partial(_tried, job), jobs, workers, name):
+    for result in in_processes(partial(_tried, job), jobs, workers, name, ordered=False):
         if not isinstance(result, ValueError):
             yield result
             continue
@@ -1781,7 +1832,8 @@ def good_results(job, jobs, n, workers, name):
 def _prepare_scan(items, task, cache):
     """Put the volume of these items into the cache -> its path"""
     if task.view == "whole":
-        load_volume(items[0], cache, task.size, task.hu)
+        if not volume_file(items[0], cache, task.size, task.hu).exists():
+            load_volume(items[0], cache, task.size, task.hu)
     else:
         volume, _, affine = prepare(items[0], task, cache)
         for item in items:
@@ -1795,6 +1847,7 @@ def prepare_all(items, cache, workers, task):
     if check_prepared(items, task.size, task.hu):
         return items
     scans = by_volume(items)
+    task = task._replace(records=None)  # other processes need not know this function
     job = partial(_prepare_scan, task=task, cache=cache)
     good = set(good_results(job, scans.values(), len(scans), workers, "prepare"))
     return [item for item in items if item.volume in good]
@@ -1819,6 +1872,7 @@ def begin_cache(folder, size, hu, volumes):
     files = [name for name in os.listdir(folder) if not is_hidden(name)]
     if is_cache(folder):  # asked for last: another shard may begin at this moment
         check_settings(folder, size, hu)
+        volumes = max(volumes, read_cache(folder)["volumes"])
     elif files:
         raise wrong(folder, f"other files, such as {files[0]}", "a new folder or a cache")
     with written_whole(folder / "cache.json") as file:
@@ -1837,8 +1891,8 @@ def _described(item):
 
 def _cache_volume(item, folder, shard, size, hu):
     """Put a volume into a cache folder -> its row of the manifest"""
-    volume = make_volume(item, size, hu)
     row = {"source": _source(item.volume)} | _described(item)
+    volume = make_volume(item, size, hu)
     save_array(folder / cache_name(item.id), volume.numpy(), shard)
     return row
 
@@ -1861,10 +1915,11 @@ def _compare(items, rows, folder):
         if is_new and str(raw.resolve()) != row["source"]["path"]:
             raise wrong(raw, "another content", f"that of {row['source']['path']}, which has its id")
         if is_new or row != row | _described(item):
-            differ.append(cache_name(item.id))
+            differ.append(item.id)
     if differ:
-        log.warning("%s: %d volumes have another file, report, split, patient, label or metadata now; to "
-                    "make them anew, delete %s", folder, len(differ), shorten(differ))
+        log.warning("%s: %d volumes have another file, report, split, patient, label or metadata now: %s; "
+                    "to make them anew, delete their rows in the manifest-*.jsonl", folder, len(differ),
+                    shorten(differ))
 
 
 def make_cache(args):
@@ -1874,6 +1929,8 @@ def make_cache(args):
     if is_cache(args.data):
         raise wrong(args.data, "a cache folder", "raw volumes")
     items = with_words(read_items(args.data, args.cache, with_absent=True), args.data)
+    if not items:
+        raise wrong(args.data, "no item with a report", LAYOUTS)
     check_identities(items, args.data, lambda item: item.split == "train")
     begin_cache(folder, size, args.hu, len(items))
     mine = [item for item in items if shard_of(item.id, n) == k]
@@ -1937,7 +1994,7 @@ def check(args):
     print(f"{'volume':32} {'z, y, x':>13} {'spacing (mm)':>17} {'axes':4} {'values':>13}  note")
     scans = list(by_volume(items).values())[:args.limit]
     problems = 0
-    job = partial(_tried, partial(_check_scan, task=task, hu=args.hu))
+    job = partial(_tried, partial(_check_scan, task=task and task._replace(records=None), hu=args.hu))
     for scan, line in zip(scans, in_processes(job, scans, args.workers, "check")):
         if isinstance(line, ValueError):
             problems += 1

@@ -1041,9 +1041,24 @@ def print_classes(metric, per_class, positives, intervals):
         print(f"{name:40s} {positives.get(name, ''):>9} {value:9.3f}{interval}")
 
 
+def print_protocols(protocols):
+    """The table of a retrieval: each protocol in both directions, and chance"""
+    columns = [*(f"Recall@{k}" for k in KS), "mean_rank"]
+    print(f"{'':33s} {'n':>6s}", *(f"{column:>10s}" for column in columns))
+    for name, found in protocols.items():
+        chance = {column: found[f"chance of {column}"] for column in columns}
+        rows = {"report to volume": found, "volume to report": found["volume to report"], "chance": chance}
+        for way, row in rows.items():
+            print(f"{name:16s} {way:16s} {found['n']:6d}", *(f"{row[column]:10.3f}" for column in columns))
+
+
 def print_result(result):
     more = json.loads(json.dumps(result["more"]), parse_float=lambda digits: round(float(digits), 3))
-    print_classes(result["metric"], result["per_class"], result["positives"], more.pop("intervals", {}))
+    intervals, protocols = more.pop("intervals", {}), more.pop("protocols", None)
+    if protocols:                               # they hold the numbers of per_class
+        print_protocols(protocols)
+    else:
+        print_classes(result["metric"], result["per_class"], result["positives"], intervals)
     for name, value in more.items():
         for key, content in value.items() if isinstance(value, dict) else [("", value)]:
             print(f"{name} {key}".replace("_", " ").strip() + f": {json.dumps(content, ensure_ascii=False)}")
@@ -1437,6 +1452,8 @@ class ImageFeature(torch.nn.Module):
 def export_command(args):
     """A graph for one volume on a CPU. It is written if, read again, it gives our numbers."""
     config = model.flags_of(model.read_checkpoint(args.checkpoint))
+    if "task" in config and (args.encoder or args.hu or args.merging != "auto"):
+        raise data.wrong(args.checkpoint, "weights of a task", "no --encoder, --merging or --hu")
     run = load_checkpoint(args.checkpoint) if "task" in config else load_as_run(args)
     network, kind, size = run.network.cpu().eval(), run.task.kind, args.size or run.task.size
     stride = getattr(network, "encoder", network).stride

@@ -12,10 +12,14 @@ curves.png, split.json, result.json (on the test part, which chooses nothing) an
 import argparse
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Prints every default and keeps the lines of the docstring"""
+
+
 def flags():
     on_off, unset = argparse.BooleanOptionalAction, argparse.SUPPRESS
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], argument_default=unset,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help,
+                                     argument_default=unset)
     add = parser.add_argument_group("data").add_argument
     add("--task", help="a row of TASKS in data.py")
     add("--data", help="demo, or the set as it comes: see `data.py check --task T`")
@@ -110,7 +114,9 @@ def settings_of_init(path, kind):
     beside = model.local_file(path).parent / "text_encoder"
     if saved.get("text_encoder") == "demo" and kind in WITH_TEXTS and not beside.exists():
         raise data.wrong(path, f"no folder {beside}", "the text encoder that it fits")
-    names = "encoder", "embed_dim", "text_encoder"
+    names = ["encoder", "embed_dim", "text_encoder"]
+    if "task" in saved and data.TASKS[saved["task"]].kind not in WITH_TEXTS:
+        names = ["encoder"]                     # such a run has no projections
     return {name: saved[name] for name in names if saved.get(name)}
 
 
@@ -276,6 +282,8 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}"""
     dist.broadcast_object_list(good)
     train_items, valid_items, test_items = ([item for item in part if item.id in good[0]]
                                             for part in parts)
+    if not (train_items and valid_items and test_items):
+        raise data.wrong(args.data, "a part of which no scan can be read", "some of each")
     names = [*(train_items[0].classes or ()), *(item.id for item in train_items + valid_items)]
     ids = hashlib.sha1("\n".join(names).encode()).hexdigest()
     if checkpoint and checkpoint["ids"] != ids:

@@ -15,9 +15,12 @@ DEMO = {"encoder": "swin_t", "size": [32, 32, 32], "mask_size": 8, "text_encoder
         "save_every": 65, "log_every": 1}
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Prints every default and keeps the lines of the docstring"""
+
+
 def flags():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help,
                                      epilog=f"In the demo: {DEMO}")
     on_off, kinds = argparse.BooleanOptionalAction, ["proposed", "classical"]
     add = parser.add_argument_group("data").add_argument
@@ -25,7 +28,8 @@ def flags():
     add("--fraction", type=float, default=1.0, help="of the training volumes (Table V)")
     add("--size", type=int, nargs=3, default=[128, 96, 128], help="voxels, multiples of 32")
     add("--permute_reports", action="store_true", help="control: reports of other patients")
-    add("--hu", default="auto", choices=["auto", "header", "csv"], help="Hounsfield units")
+    add("--hu", default="auto", choices=["auto", "header", "csv"],
+        help="Hounsfield units: told from the values, as stored, or rescaled by the metadata CSV")
     add("--cache", default="cache", help="folder of preprocessed volumes")
     add("--workers", type=int, default=2, help="loader processes for each GPU")
 
@@ -300,6 +304,8 @@ def save_run(out, network, optimizer, scaler, config, step, **more):
     rng = [None] * dist.get_world_size()
     dist.all_gather_object(rng, (torch.get_rng_state(), cuda))
     if dist.get_rank() == 0:
+        for part in out.glob(".*.part"):        # a kill left it
+            part.unlink()
         state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                  "world": len(rng), "rng": rng, **network_state(network, config, step), **more}
         save_file(state, out / "last.pt", before=out / "previous.pt")
@@ -506,7 +512,9 @@ def main(args, given):
     log_path, board = out / "log.jsonl", None
     nothing = know_nothing() if step == rank == 0 else None
     if rank == 0:
-        if not checkpoint:                              # an older last.pt is not of this run
+        if not checkpoint:
+            if (out / "last.pt").exists():
+                log.warning("warning: %s holds an older run, which the first checkpoint replaces", out)
             evaluation.write_result(config, out / "run.json")
         write_log(log_path, [row for row in read_log(log_path) if row["step"] < step], mode="w")
         with contextlib.suppress(ImportError):

@@ -388,12 +388,13 @@ HEADERS = {     # fields -> spacing (z, y, x), axes of the array as stored, word
     "negative, qform": ({"pixdim": [1, -1.5, 2, 3, 1, 1, 1, 1], "sform_code": 0, "qform_code": 1},
                         (3, 2, 1.5), None),
     "zero": ({"pixdim": [1, 0, 0, 0, 1, 1, 1, 1], "qform_code": 1}, (3, 2, 1.5), None),
+    "one zero": (MM_1 | {"pixdim": [1, 1.5, 0, 3, 1, 1, 1, 1], "qform_code": 1}, (3, 1, 1.5), "took pixdim"),
     "nan": ({"pixdim": [1, np.nan, 2, 3, 1, 1, 1, 1]}, (3, 2, 1.5), None),
     "unset": ({"pixdim": [1, 1, 1, 1, 1, 1, 1, 1]}, (3, 2, 1.5), None),
     "metres": ({"xyzt_units": 1}, (3000, 2000, 1500), None),
     "microns": ({"xyzt_units": 3 + 8}, (0.003, 0.002, 0.0015), None),
     "no unit": ({"xyzt_units": 0}, (3, 2, 1.5), None),
-    "turned": ({"srow_x": [-1.5, 0, 0, 40], "qform_code": 1}, (3, 2, 1.5), None),
+    "turned": ({"srow_x": [-1.5, 0, 0, 40], "qform_code": 1}, (3, 2, 1.5), "turn the scan differently"),
 }
 
 
@@ -1464,7 +1465,7 @@ def test_what_cannot_be_cached_is_refused(tmp_path, command):
         volume.write_bytes(b"broken")
     shutil.rmtree(out)
     code, text = command(*cache_flags(path, out))
-    assert code == 1 and "1 of 4 scans are wrong, more than 5 %" in text and ".nii.gz: found it cannot be read" in text
+    assert code == 1 and "1 of 4 scans are wrong, more than 5 %" in text and ".nii.gz: cannot be read" in text
     for volume in path.parent.glob("*.nii.gz"):
         volume.unlink()
     code, text = command(*cache_flags(path, out))
@@ -1629,13 +1630,14 @@ def test_a_changed_source_is_told(tmp_path, command, monkeypatch, caplog):
     assert f"{out}: raw volumes have changed: {tmp_path / 'scan2.nii.gz'}, {tmp_path / 'scan3.nii.gz'}" in caplog.text
     code, text = command(*cache_flags(path, out))
     assert code == 0 and f"{out}: 2 volumes have another file" in text
-    assert "to make them anew, delete scan2.nii.gz.npy, scan3.nii.gz.npy" in text
+    assert "metadata now: scan2.nii.gz, scan3.nii.gz; to make them anew, delete their rows" in text
     monkeypatch.setenv("RANK", "1")                                 # one process is enough
     assert hashed() == []
     monkeypatch.delenv("RANK")
     save_nifti(tmp_path / "scan2.nii.gz", chest(seed=99))
-    for name in ("scan2", "scan3"):
-        (out / f"{name}.nii.gz.npy").unlink()
+    [rows] = out.glob("manifest-*.jsonl")
+    lines = rows.read_text().splitlines(keepends=True)
+    rows.write_text("".join(line for line in lines if '"id": "scan2' not in line and '"id": "scan3' not in line))
     code, text = command(*cache_flags(path, out))
     items = {item.id: item for item in data.load_items(out)}        # of two rows the last counts
     assert code == 0 and "2 volumes to make" in text and "have changed" not in caplog.text and len(items) == 20

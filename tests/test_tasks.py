@@ -314,7 +314,7 @@ def test_cc_ccii_patient_in_two_parts(tmp_path):
     columns, *rows = list(csv.reader(train.read_text().splitlines()))
     write_csv(train, columns, rows + [["x", 1, "CP", 107, 1014]])
     write_csv(valid, columns, [["x", 1, "CP", 107, 1015]])
-    with pytest.raises(ValueError, match="the patient 107 in train and in valid, expected it in one"):
+    with pytest.raises(ValueError, match="the patient 107 in train and in test, expected it in one"):
         load_task("cc-ccii", tmp_path)
     write_csv(valid, columns, [["x", 1, "CP", 107, 1014]])
     with pytest.raises(ValueError, match=r"found 107/1014 \(.*CP/107/1014\) twice, expected it once"):
@@ -342,7 +342,7 @@ def test_cc_ccii_npy(tmp_path):
         sitk.WriteImage(sitk.GetImageFromArray(grey[z]), str(folder / f"{z}.png"))
     np.testing.assert_array_equal(data.read_volume(folder)[0], array)       # as pictures are read
     np.save(item.volume, grey.astype(np.float32))
-    message = r"p14-s64.npy: found it cannot be read: float32 of shape \(8, 16, 20\), not uint8"
+    message = r"p14-s64.npy: cannot be read: float32 of shape \(8, 16, 20\), not uint8"
     with pytest.raises(ValueError, match=message):
         data.read_volume(item.volume)
 
@@ -381,7 +381,7 @@ def test_luna16_series_without_its_raw_file(tmp_path, command):
     luna16(tmp_path)
     (tmp_path / "subset1" / "1.2.1.raw").unlink()
     code, text = command("data.py", "check", "--task", "luna16", "--data", tmp_path)
-    problem = "1.2.1.mhd +PROBLEM .*subset1/1.2.1.mhd: found it cannot be read: .*mhd with .raw"
+    problem = "1.2.1.mhd +PROBLEM .*subset1/1.2.1.mhd: cannot be read: .*with its .raw"
     assert code == 1 and re.search(problem, text)
     assert "10 volumes read, 1 of them with a problem" in text
 
