@@ -96,6 +96,7 @@ from matplotlib.patches import Patch
 from sacrebleu.metrics import BLEU
 from scipy.special import expit, logsumexp
 from scipy.stats import rankdata
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
@@ -451,6 +452,7 @@ def retrieve_reports(network, items, cache, size, hu="auto", batch_size=24):
     reports = text_features(network, [item.report for item in items])
     k = max(1, min(50, len(items) // 10))
     hits = (retrieval_ranks(reports @ volumes.T) <= k).astype(float)
+    hits = hits if k < len(items) else np.array([math.nan])     # an item alone always finds itself
     return {"k": k, "value": float(hits.mean()), "interval": list(bootstrap(np.mean, hits)),
             "chance": k / len(items), "n": len(items)}
 
@@ -568,7 +570,8 @@ def say_pairing(result):
         difference = f"{other - own:+.4f} [{low:+.4f}, {high:+.4f}]"
         verdict = "does not use the report"
         if row["uses_report"]:
-            verdict = f"uses the report, for {(other - own) / abs(own):.1%} of its value"
+            share = (other - own) / max(abs(own), 1e-9)
+            verdict = f"uses the report, for {share:.1%} of its value"
         elif row["uses_report"] is None:
             verdict = "too few batches to say"
         lines.append(f"{name:5s} {own:10.4f} {other:10.4f}  {difference:24s} "
@@ -580,7 +583,7 @@ def plot_pairing(result, out):
     """How much worse each loss is with another patient's report, in percent of its value"""
     with figure(out, 1, 1, 4.6, 3) as [[ax]]:
         for name, row in result.items():
-            percent = 100 / abs(row["own"])
+            percent = 100 / max(abs(row["own"]), 1e-9)
             colour = "tab:blue" if row["uses_report"] else "0.6"
             ax.bar(name, percent * (row["other"] - row["own"]), color=colour)
             ax.plot([name, name], percent * np.array(row["interval"]), color="black")
@@ -603,7 +606,7 @@ def load_checkpoint(path, cache="cache", device="cpu"):
     path = model.local_file(path)
     checkpoint = model.read_checkpoint(path)
     config = model.flags_of(checkpoint)
-    if config.get("task") not in data.TASKS:
+    if config.get("task") not in data.TASKS or "task" not in checkpoint:
         raise ValueError(f"{path}: found the task {config.get('task')}, expected best.pt of "
                          f"finetune.py for one of {', '.join(data.TASKS)}")
     task = data.TASKS[config["task"]]._replace(**checkpoint["task"])  # of the training
@@ -622,12 +625,18 @@ def _bar(steps, text, shown):
     return tqdm(steps, desc=text, leave=False, disable=None if shown else True)
 
 
+def _stack_inputs(items, task, cache):
+    return torch.stack([data.network_input(item, task, cache) for item in items])
+
+
 def _batches(run, items, progress=True):
     """The network's inputs (B, 1, D, H, W), in the order of the items"""
-    size = run.config["batch_size"]
-    for i in _bar(range(0, len(items), size), "predict", progress and len(items) > 1):
-        inputs = [data.network_input(item, run.task, run.cache) for item in items[i:i + size]]
-        yield torch.stack(inputs).to(run.device)
+    make = functools.partial(_stack_inputs, task=run.task._replace(records=None), cache=run.cache)
+    workers = run.config.get("workers", 0) if len(items) > 1 else 0
+    loader = DataLoader(items, run.config["batch_size"], num_workers=workers, collate_fn=make,
+                        generator=torch.Generator())    # its own: that of a training stays
+    for inputs in _bar(loader, "predict", progress and len(items) > 1):
+        yield inputs.to(run.device, non_blocking=True)
 
 
 @torch.no_grad()
@@ -783,7 +792,7 @@ def score_masks(run, items, masks, out, train_items):
         pred = nib.apply_orientation(labels, nib.io_orientation(affine)).T  # (z, y, x), RAS
         truth = data.read_volume(item.mask, is_mask=True)[0]
         scores.append(dice(pred, truth, 1 + len(names)))
-        constant.append([dice(np.full_like(truth, k), truth, 1 + k)[-1] for k in values])
+        constant.append([dice(np.ones_like(truth), truth == k, 2)[0] for k in values])
         false_alarms += sum(k in pred and k not in truth for k in values)
         if out:
             (out / "masks").mkdir(exist_ok=True)
@@ -1307,10 +1316,12 @@ def read_prompts(path):
     pairs = {}
     for where, row in data.read_table(path, "name", "positive", "negative"):
         pair = row["positive"], row["negative"]
-        if row["name"] in pairs or not all(map(data.has_words, pair)) or pair[0] == pair[1]:
+        if row["name"] in (*pairs, "") or not all(map(data.has_words, pair)) or pair[0] == pair[1]:
             raise data.wrong(where, f"the name {row['name']!r} and the texts {pair}",
                              "a name that is there once and two texts that differ")
         pairs[row["name"]] = pair
+    if not pairs:
+        raise data.wrong(path, "no row", "at least one of name,positive,negative")
     return tuple(pairs), list(itertools.chain(*pairs.values()))
 
 

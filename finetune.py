@@ -154,9 +154,9 @@ def split_items(args, task, seed):
     """Items to train on, to validate and to test. ValueError if there are none of the first two."""
     items = data.load_task(args.task, args.data, args.fold, seed, args.cache)
     train, valid, test = ([item for item in items if item.split == split] for split in data.SPLITS)
-    if not train or not valid:
-        raise data.wrong(args.data, f"{len(train)} items to train on and {len(valid)} to validate",
-                         "some of both")
+    if not (train and valid and test):
+        raise data.wrong(args.data, f"{len(train)} items to train on, {len(valid)} to validate, "
+                         f"{len(test)} to test", "some of each")
     if task.view == "cube":  # 10 negatives for a positive suffice to pick the epoch
         positive, negative = by_label(valid)
         order = pretrain.shuffled(len(negative), seed)
@@ -173,7 +173,7 @@ def demo_text_encoder(args, task, out, train_items):
     if args.init == "scratch" or not before.exists():
         texts = [item.report for item in train_items] + data.prompts(task.classes)
         phantoms.make_demo_text_encoder(out / "text_encoder", texts)
-    else:
+    elif before.resolve() != (out / "text_encoder").resolve():
         shutil.copytree(before, out / "text_encoder", dirs_exist_ok=True)
 
 
@@ -186,8 +186,7 @@ def load_init(args, task, config, network):
         fits = saved.get("clip", "task" in saved) and len(text_encoders) == 1
     else:
         fits = all(saved.get(name) == config[name] for name in ("task", "vocabulary"))
-        if fits:                                # last.pt does not tell the classes
-            fits = tuple(checkpoint.get("task", {}).get("classes", task.classes)) == task.classes
+        fits = fits and checkpoint["task"]["classes"] == task.classes
     leave_out = () if fits else network.outputs
     unexpected = model.load_weights(network, args.init, args.merging, leave_out)["unexpected"]
     left_out = [key for key in unexpected if key.startswith(network.outputs)]
@@ -381,7 +380,8 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}"""
             pretrain.write_log(log_path, [row])
         stopping = interruption.number(device)
         if step % epoch_steps == 0 or step == steps or stopping:
-            pretrain.save_run(out, network, optimizer, scaler, config, step, best=best, ids=ids)
+            pretrain.save_run(out, network, optimizer, scaler, config, step, best=best, ids=ids,
+                              task=task.settings())
     bar.close()
     interruption.end()
     if stopping:

@@ -301,6 +301,12 @@ class SwinTransformer3D(nn.Module):
         self.use_v2 = True
         for i, dim in enumerate(self.channels[:-1]):
             setattr(self, f"layers{i + 1}c", nn.ModuleList([named("layer", ResBlock(dim, dim))]))
+        self.to(self.mask_token)                # its device
+
+    def become_v1(self):
+        self.use_v2 = False
+        for i in range(len(self.channels) - 1):
+            delattr(self, f"layers{i + 1}c")
 
     def forward(self, x, mask=None):
         """x (B, C_in, D, H, W), mask (B, 1, D, H, W), 1 = masked -> maps (B, C·2^i, D/2^(i+1), ...)"""
@@ -388,7 +394,7 @@ class TextEncoder(nn.Module):
         self.requires_grad_(False)
         self.eval()
         self.vocab_size = 1 + max(self.tokenizer.get_vocab().values())  # some may have no token
-        self.check(info["missing_keys"])
+        self.check(info)
         self.width = self.bert.config.hidden_size
         special = {self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, self.tokenizer.pad_token_id}
         self.register_buffer("special_ids", torch.tensor(sorted(special - {None})))
@@ -396,7 +402,7 @@ class TextEncoder(nn.Module):
     def refuse(self, found, expected):
         raise ValueError(f"text encoder {self.name}: found {found}; expected {expected}") from None
 
-    def check(self, missing_keys):
+    def check(self, info):
         tokenizer = self.tokenizer
         # Without its files, transformers makes a tokenizer of special tokens only.
         words = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
@@ -404,9 +410,13 @@ class TextEncoder(nn.Module):
             self.refuse("a tokenizer that knows no word or is slow", "tokenizer.json or vocab.txt")
         if tokenizer.mask_token is None or tokenizer.pad_token is None:
             self.refuse("a tokenizer without mask_token or pad_token", "both, as BERT has")
-        missing = [key for key in missing_keys if not key.startswith("pooler.")]    # it is not used
-        if missing:
-            self.refuse(f"{len(missing)} missing weights, such as {missing[:3]}", "those of config.json")
+        wrong = [key for key in info["missing_keys"] if not key.startswith("pooler.")]  # it is not used
+        wrong += [key for key in info["unexpected_keys"] if re.search(r"\blayers?\.\d+\.", key)]
+        if wrong:
+            self.refuse(f"{len(wrong)} missing or unexpected weights, such as {wrong[:3]}",
+                        "those of config.json")
+        if not all(p.isfinite().all() for p in self.bert.parameters()):
+            self.refuse("weights with NaN or infinity", "finite weights")
         if self.bert.config.is_encoder_decoder:
             self.refuse(f"{type(self.bert).__name__}, which has a decoder", "an encoder alone")
         reports = torch.full((2, 1, 250), tokenizer.mask_token_id)      # the most that data.py makes
@@ -417,8 +427,6 @@ class TextEncoder(nn.Module):
         except Exception as error:  # noqa: BLE001 - each model has its own way to fail
             self.refuse(f"a model that cannot read 250 tokens of its tokenizer ({error})",
                         "as many positions, and a row of the embedding for every token")
-        if not first.isfinite().all():
-            self.refuse("weights with NaN or infinity", "finite weights")
         if torch.equal(first[:, 0], second[:, 0]):
             self.refuse("a model whose words do not see the words behind them", "an encoder")
 
@@ -481,11 +489,6 @@ class ClassicalAttention(nn.Module):
         fused = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, N, d)
         return self.out(fused.transpose(1, 2).flatten(2))
 
-    def maps(self, dominant, guide):
-        """The attention itself, for pictures: (B, N, E), (B, G, E) -> (B, heads, N, G)"""
-        q, k, _ = self.heads(dominant, guide)
-        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
-
 
 class FusionAttention(ClassicalAttention):
     """The paper's cross-modal attention, Eq. (1, 3), Fig. 4b: guide tokens are queries.
@@ -532,6 +535,11 @@ class SentenceAttention(ClassicalAttention):
         if tokens.shape[1] > 1:                 # a single token is its own mean
             tokens = tokens - tokens.mean(1, keepdim=True)
         return super().heads(self.norm_query(sentences), self.norm_tokens(tokens))
+
+    def maps(self, sentences, tokens):
+        """The attention itself, for pictures: (B, S, E_t), (B, N, E) -> (B, heads, S, N)"""
+        q, k, _ = self.heads(sentences, tokens)
+        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
 
 
 class SentenceGate(nn.Module):
@@ -648,7 +656,8 @@ class MG3D(nn.Module):
         self.losses, self.guidance = frozenset(losses), guidance
         self.encoder, self.text_encoder = encoder, text_encoder
 
-        def needed_by(names, module):           # is built first: the random draws stay the same
+        # A module that no loss needs is built and dropped: the others start from the same draws.
+        def needed_by(names, module):
             return module if self.losses.intersection(names.split()) else None
 
         self.image_proj = nn.Linear(encoder.channels[-1], E)
@@ -968,7 +977,7 @@ def monai_settings(encoder):
     if encoder.merging == "v0.9":
         note = "MONAI before 1.5 has the same numbers; another network in MONAI from 1.5 on"
         return settings | {"merging": MERGING_ORDERS["v0.9"], "note": note}
-    downsample = {"monai": "merging"}.get(encoder.merging, encoder.merging)
+    downsample = "merging" if encoder.merging == "monai" else encoder.merging
     return settings | {"downsample": downsample, "note": "MONAI from 1.5 on has the same numbers"}
 
 
@@ -1016,7 +1025,8 @@ def read_checkpoint(path):
             with safetensors.safe_open(file, "pt") as opened:
                 notes = (opened.metadata() or {}).get("mg3d", "{}")     # files of others have none
             state._metadata = {"": dict(json.loads(notes))}
-        state.keys()
+        if not isinstance(state, dict):
+            raise TypeError(f"found {type(state).__name__}")
     except FileNotFoundError:
         raise ValueError(f"{path}: found no such file, expected weights") from None
     except Exception as error:  # noqa: BLE001 - a torn file fails in many ways
@@ -1031,8 +1041,10 @@ def notes_of(checkpoint):
 
 def flags_of(checkpoint):
     """Flags of the run of ours that wrote a file; {} for files of others, whatever their `config`"""
-    config = notes_of(checkpoint).get("config")
+    notes = notes_of(checkpoint)
+    config = notes.get("config")
     is_ours = isinstance(config, dict) and config.get("encoder") in tuple(ENCODERS)
+    is_ours &= notes is not checkpoint or isinstance(checkpoint.get("model"), dict)
     return config if is_ours else {}
 
 
@@ -1043,14 +1055,27 @@ def weights_of(network):
 
 
 def fill(module, tensors, path, inside=None):
-    """Load tensors into a module, whose Swin becomes one of the second version if they are.
+    """Load the tensors that have the name and the shape of a weight of the module -> their names.
 
-    Returns the names that both have in one shape. ValueError, before anything is loaded, if not all
-    names do, of an encoder whose names begin with `inside` or else of the module.
+    A Swin becomes one of the second version if they are. ValueError, and nothing has changed: one
+    side has a name or a shape that the other lacks. With `inside`, only names that begin so count.
     """
     encoder = getattr(module, "encoder", module)
-    if encoder.merging and not encoder.use_v2 and any("layers1c." in key for key in tensors):
+    is_new = encoder.merging and not encoder.use_v2 and any("layers1c." in key for key in tensors)
+    if is_new:
         encoder.become_v2()
+    try:
+        fits = check_fit(module, tensors, path, inside)
+    except ValueError:
+        if is_new:
+            encoder.become_v1()
+        raise
+    module.load_state_dict(fits, strict=False)
+    return fits.keys()
+
+
+def check_fit(module, tensors, path, inside):
+    """What `fill` loads. ValueError if it does not fit or is not finite"""
     shapes = {key: tuple(tensor.shape) for key, tensor in weights_of(module).items()}
     found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     needed = shapes | found
@@ -1066,8 +1091,7 @@ def fill(module, tensors, path, inside=None):
     for key, tensor in fits.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: found {key} with NaN or infinity, expected finite weights")
-    module.load_state_dict(fits, strict=False)
-    return fits.keys()
+    return fits
 
 
 def restore(network, checkpoint, path):
@@ -1083,6 +1107,7 @@ def read_foreign(path):
     for key in CONTAINERS:
         if isinstance(state.get(key), dict):
             state = state[key]
+    merging = merging or notes_of(state).get("merging")
     tensors = {}
     for key, tensor in state.items():
         if not torch.is_tensor(tensor):
@@ -1129,5 +1154,7 @@ def load_weights(module, path, merging="auto", leave_out=()):
             log.warning("%s does not tell its patch merging: %r is taken; the other choice is "
                         "--merging %s", path, likely, other)
         encoder.merging = (told or likely) if merging == "auto" else merging
+        if told not in (None, encoder.merging):
+            log.warning("%s was trained with the patch merging %r", path, told)
         log.info("%s: patch merging %r", path, encoder.merging)
     return {"matched": len(matched), "missing": missing, "unexpected": unexpected}

@@ -339,7 +339,8 @@ def save_patient(out, patient, volume, mask=None):
 def save_table(path, rows):
     """Write a file: .csv from dicts, .json from pairs (key, row), others from lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w", newline="", encoding="utf-8") as file:
         if path.suffix == ".csv":
             table = csv.DictWriter(file, list(rows[0]))
             table.writeheader()
@@ -349,6 +350,7 @@ def save_table(path, rows):
             json.dump({key: [row for k, row in rows if k == key] for key in keys}, file, indent=1)
         else:
             file.writelines(f"{row}\n" for row in rows)
+    part.replace(path)
 
 
 def write_set(write, out, n, seed, workers):

@@ -151,6 +151,7 @@ names of MONAI's `SwinUNETR`: {architecture}.
 The files hold hashes of the names of the patients, so that a test can warn of them.
 """
 MAY_CHANGE = {"resume", "out", "steps", "cache", "workers", "save_every", "log_every", "data"}
+HANDLERS = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
 
 
 # ---------------------------------------- what keeps a run going, here and in finetune.py
@@ -210,8 +211,8 @@ class Interruption:
 
     def __init__(self):
         self.received = 0
-        self.before = {number: signal.signal(number, self.receive)
-                       for number in (signal.SIGTERM, signal.SIGINT)}
+        for number in HANDLERS:
+            signal.signal(number, self.receive)
 
     def receive(self, number, frame):
         self.received = number
@@ -223,7 +224,7 @@ class Interruption:
         return int(number)
 
     def end(self):
-        for number, handler in self.before.items():
+        for number, handler in HANDLERS.items():
             signal.signal(number, handler)
 
 
@@ -316,10 +317,12 @@ def load_last(out):
     last, previous, world = out / "last.pt", out / "previous.pt", dist.get_world_size()
     try:
         state = model.read_checkpoint(last)
-    except ValueError as error:
-        log.info("%s; going on from %s instead", error, previous)
+        state["world"], state["optimizer"]
+    except (ValueError, KeyError) as error:
+        log.info("%s: %s; going on from %s instead", last, error, previous)
         state = model.read_checkpoint(previous)
-        last.unlink(missing_ok=True)            # a broken file must not become previous.pt
+        if dist.get_rank() == 0 and last.exists():      # it must not become previous.pt
+            last.rename(out / "last.pt.broken")
     if state["world"] != world:
         raise ValueError(f"--resume: {out} is of {state['world']} processes, found {world}")
     return state
@@ -328,7 +331,8 @@ def load_last(out):
 def restore_run(checkpoint, optimizer, scaler):
     """What `save_run` has saved beside the network -> the step to go on with"""
     optimizer.load_state_dict(checkpoint["optimizer"])
-    scaler.load_state_dict(checkpoint["scaler"])
+    if checkpoint["scaler"]:
+        scaler.load_state_dict(checkpoint["scaler"])
     cpu, cuda = checkpoint["rng"][dist.get_rank()]
     torch.set_rng_state(cpu)
     if cuda is not None:
@@ -422,7 +426,8 @@ def save_encoder(args, encoder, patients, about, step, out, numbers="None yet: t
         return
     text = CARD.format(about=about, step=step, numbers=numbers, architecture=architecture,
                        **vars(args))
-    card.write_bytes(text.encode())
+    with data.written_whole(card) as file:
+        file.write(text.encode())
 
 
 def main(args, given):
@@ -626,8 +631,8 @@ def measure(args, network, levels, items, unseen, collate, out):
     enabled = [name for name in model.LOSSES if name in network.losses]
     batches = first_batches(unseen, collate, 24, len(unseen))
     result["pairing"] = evaluation.pairing(network, batches, enabled, args.temperature, gradients=1)
-    evaluation.plot_pairing(result["pairing"], out / "pairing.png")
     evaluation.write_result(result, out / "result.json")
+    evaluation.plot_pairing(result["pairing"], out / "pairing.png")
     return result
 
 

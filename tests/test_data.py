@@ -354,7 +354,7 @@ def broken_files(folder):
             "nan.nii": "finite", "inf.nii": "finite", "constant.nii": "differ", "rgb.nii": "one real number",
             "affine.nii": "affine", "raw.mhd": r"\.raw", "two.mha": "3D",
             "short.mha": "whole", "key.npz": "arr_0", "code.npz": "allow_pickle", "none": "DICOM",
-            "a.txt": "Unable to determine ImageIO reader"}
+            "a.txt": "neither two DICOM slices"}
 
 
 def test_broken_volumes_name_the_file(tmp_path):
@@ -1426,7 +1426,8 @@ def test_a_cache_folder_refuses_other_preprocessing(tmp_path, command, monkeypat
     assert task.hu == "header" and data.prepare_all(items, None, 1, task) == items
     assert torch.equal(data.network_input(items[0], task), data.load_volume(items[0], None, SMALL, "header"))
     monkeypatch.setattr(data, "WINDOW", (-500., 500.))
-    with pytest.raises(ValueError, match="window -1000.0 1000.0, expected --window -500.0 500.0"):
+    data.check_settings.cache_clear()
+    with pytest.raises(ValueError, match="window -1000.0 1000.0, expected window -500.0 500.0"):
         data.load_volume(items[1], None, [32, 32, 32], "header")
     (out / "cache.json").write_text('{"version": 2}')
     for refused in (command(*cache_flags(path, out))[1], command("data.py", "check", "--data", out)[1]):
@@ -1589,8 +1590,8 @@ def test_download_a_part_cache_it_delete_it(tmp_path, command, caplog):
         write_csv(tables / "metadata" / "valid.csv", "VolumeName,RescaleSlope,RescaleIntercept",
                   [["valid_1_a_1.nii.gz", 1, -1000]])                       # the voxels would be others
     code, text = command(*cache_flags(part, out))
-    assert "2 volumes have another file, report, split, patient, label or metadata now; to make them anew, " \
-           "delete valid_1_a_1.npy, valid_2_a_1.npy" in text
+    assert "2 volumes have another file, report, split, patient, label or metadata now: " \
+           "valid_1_a_1, valid_2_a_1; to make them anew, delete their rows" in text
     whole = {item.id: item for item in data.load_items(tmp_path / "all")}
     for item in data.load_items(out):
         old = whole[item.id]
