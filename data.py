@@ -340,7 +340,7 @@ def to_hounsfield(array, path, hu="auto", rescale=None):
     slope, inter = choices[np.argmax(likeness)]  # the first wins a tie
     if (slope, inter) == (1, 0):
         return array, "as stored"
-    note = f"{slope:g} and {inter:g} {'of the metadata' if rescale else 'as is usual'} applied"
+    note = f"rescale {slope:g}, {inter:g} {'of the metadata' if rescale else '(as is usual)'} applied"
     return array * np.float32(slope) + np.float32(inter), note
 
 
@@ -480,7 +480,7 @@ class Item(NamedTuple):
     id: str
     volume: Path
     report: str
-    split: str | None           # one of SPLITS; None: of a scan alone
+    split: str | None           # one of SPLITS; None, as all train: `load_task` draws it
     patient: str
     labels: np.ndarray | None = None  # (18,) float32, NaN where unknown; of other tasks (K,)
     rescale: tuple | None = None      # (slope, intercept) of the metadata
@@ -919,7 +919,7 @@ def read_cache(folder):
     path = folder / "cache.json"
     with expecting(path, "JSON that `data.py cache` wrote"):
         made = json.loads(read_text(path))
-        version, _ = made["version"], made["volumes"]
+        version = made["version"]
     if version != CACHE_VERSION:
         raise wrong(folder, f"a cache of version {version}", f"version {CACHE_VERSION}")
     return made
@@ -991,7 +991,7 @@ def has_changed(path, source):
 
 def _cache_items(folder):
     """The items of a cache folder, sorted by id. The last row of an id counts."""
-    volumes, items, touched = read_cache(folder)["volumes"], {}, {}
+    volumes, items, touched = read_cache(folder).get("volumes", 0), {}, {}
     is_first = os.environ.get("RANK", "0") == "0"  # one process is enough to look for the raw files
     for manifest, place, row in _cache_rows(folder):
         name, source, other = row["id"], row["source"], items.get(row["id"])
@@ -1152,7 +1152,7 @@ class Batches:
 
 
 # ===================================================================================== the tasks
-# A task is a row of TASKS and a records function: (folder, fold) -> items, all train without a split.
+# A task is a row of TASKS and a records function: (folder, fold) -> items.
 
 CC_CCII = ("Normal", "CP", "NCP")
 CASES = "{training: [{image, label[, fold]}][, validation, test: the same]}"
@@ -1526,7 +1526,7 @@ def _draw_fifth(items, task, seed, fold=0):
 
 
 def _draw_splits(items, task, folder, fold, seed):
-    if {item.split for item in items} == {"train"} and task.records not in OWN_SPLIT:
+    if {item.split for item in items} <= {"train", None} and task.records not in OWN_SPLIT:
         if fold > 4:
             raise wrong(folder, f"--fold {fold}, but no folds", "0 to 4, a fifth that is drawn")
         test = _draw_fifth(items, task, seed, fold)
@@ -1872,7 +1872,7 @@ def begin_cache(folder, size, hu, volumes):
     files = [name for name in os.listdir(folder) if not is_hidden(name)]
     if is_cache(folder):  # asked for last: another shard may begin at this moment
         check_settings(folder, size, hu)
-        volumes = max(volumes, read_cache(folder)["volumes"])
+        volumes = max(volumes, read_cache(folder).get("volumes", 0))
     elif files:
         raise wrong(folder, f"other files, such as {files[0]}", "a new folder or a cache")
     with written_whole(folder / "cache.json") as file:

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -1201,7 +1202,7 @@ def test_wrong_requests_are_named(stoic):
     nib.save(nib.Nifti1Image(np.eye(32, dtype=np.uint8)[..., None].repeat(8, 2), np.eye(4)), stoic / "a_mask.nii.gz")
     scan = "set/data/mha/0.mha"
     for flags, *words in ((["--task", "acdc", "--input", scan], "task stoic", "acdc"), (["--task", "lung", "--input", scan], "task stoic", "lung"),
-                          (["--task", "stoic"], "--data or --input"), (["--task", "stoic", "--input", "notes.txt"], "notes.txt", "unknown kind"),
+                          (["--task", "stoic"], "--data or --input"), (["--task", "stoic", "--input", "notes.txt"], "notes.txt", "neither two DICOM slices"),
                           (["--task", "stoic", "--input", "absent.nii"], "absent.nii"), (["--task", "stoic", "--input", "a_mask.nii.gz"], "a_mask", "Hounsfield"),
                           (["--task", "stoic", "--input", scan, "--centre", 1, 2, 3], "no --centre"), (["--task", "stoic", "--data", "nowhere"], "nowhere")):
         done = here(*flags, "--checkpoint", "best.pt", cwd=stoic)
@@ -1464,7 +1465,7 @@ def test_retrieval_from_the_command_line(towers, caplog):
         assert result["value"] == result["more"]["protocols"]["unique findings"]["Recall@5"]
         assert result["more"]["score"] == f"cosine of pooled features, taught by {taught}"
         assert ("cml.pt was trained without --clip" in caplog.text) == (name == "cml.pt")
-        assert "protocols unique findings: " in done.stdout and '"volume to report": ' in done.stdout
+        assert re.search(r"unique findings +volume to report +20 +\d", done.stdout)
     drawn(folder / "found" / "recall.png")
 
 
@@ -1479,7 +1480,7 @@ def test_what_cannot_be_compared_with_texts_is_refused(towers, encoder):
         for task in ("zeroshot", "retrieval"):
             done = here(task, "--checkpoint", name, "--data", "m.csv", "--out", "refused", cwd=folder)
             assert done.returncode == 1 and all(word in done.stderr for word in words), done.stderr
-    for name, text, *words in (("columns", "name,text\nx,y\n", "the columns", "positive"), ("none", "name,positive,negative\n", "no label", "--prompts"),
+    for name, text, *words in (("columns", "name,text\nx,y\n", "the columns", "positive"), ("none", "name,positive,negative\n", "none.csv: found no row"),
                                ("same", "name,positive,negative\nCoin,a.,a.\n", "line 2", "two texts that differ"),
                                ("empty", "name,positive,negative\nCoin,a coin,\n", "line 2", "two texts that differ"),
                                ("twice", "name,positive,negative\nCoin,a,b\nCoin,b,c\n", "line 3", "'Coin'"),

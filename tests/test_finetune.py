@@ -276,7 +276,7 @@ def load_init(tmp_path, text_folder):
         torch.manual_seed(1)
         source, target = (model.build_network(row.kind, len(row.classes), config, None) for _ in range(2))
         checkpoint = {"model": model.weights_of(source), "config": base | saved, "merging": "monai"}
-        torch.save(checkpoint | ({"task": row.settings()} if "task" in saved else {}), tmp_path / "last.pt")
+        torch.save(checkpoint | ({"task": row.settings()} if saved.get("task", task) else {}), tmp_path / "last.pt")
         args = finetune.flags().parse_args(["--task", task, "--init", str(tmp_path / "last.pt")])
         finetune.load_init(args, data.TASKS[task], config, target)
         return [name for name, p in source.named_parameters()
@@ -606,7 +606,7 @@ def test_a_run_that_cannot_begin_leaves_the_old_one_alone(run, sets):
     names = "best.pt", "last.pt", "result.json", "run.json"
     before = {name: Path("out", name).read_bytes() for name in names}
     for flags in (["--data", "nowhere"], ["--init", "nowhere.pt"], ["--min_count", 1000]):
-        with pytest.raises(ValueError):
+        with pytest.raises((ValueError, OSError)):
             run("ctrg", "--epochs", 1, *flags)
     assert before == {name: Path("out", name).read_bytes() for name in before}
 
@@ -803,7 +803,7 @@ def test_two_processes_are_one_with_twice_the_batch(sets, cache, tmp_path):
     (["--init", "nowhere.pt"], "nowhere.pt: found no such file, expected weights"),
     (["--merging", "v0.9"], "--merging v0.9: found no --init"),
     (["--spacing", 1, 1, 1], "--spacing: only scans of segmentation tasks are resampled"),
-    (["--min_count", 1000], "found no word that stands 1000 times in"),
+    (["--min_count", 1000], "found no word 1000 times in the reports"),
     (["--task", "lung"], "--task lung: expected one of cc-ccii, luna16"),
 ])
 def test_bad_flags(run, flags, message):
@@ -811,9 +811,9 @@ def test_bad_flags(run, flags, message):
         run("ctrg", *flags)
 
 
-def test_run_json_is_json(run):
-    run("ctrg", "--epochs", 1, "--steps", 1, "--clip_grad", "inf")
-    assert read_json("out/run.json")["clip_grad"] is None       # no limit, as a resumed run has it
+def test_flags_of_a_resumed_run_are_checked(run):
+    run("ctrg", "--epochs", 1, "--steps", 1, "--clip_grad", 0)
+    assert read_json("out/run.json")["clip_grad"] == 0          # no limit
     with pytest.raises(ValueError, match="--workers -1: expected at least 0"):
         run(None, "--resume", "--workers", -1)
     Path("out/result.json").unlink()
