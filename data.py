@@ -607,8 +607,10 @@ def read_table(path, *needed, labels=(), **choices):
         for name, values in choices.items():
             text = _plain(row[name])
             if text not in values:
-                fitting = list(dict.fromkeys(values.values()))
-                raise wrong(where, f"{name} {row[name]!r}", f"one of {fitting}")
+                expected = "0, 1 or, where it is unknown, -1 or nothing"
+                if values is not LABEL:
+                    expected = f"one of {list(values.values())}"
+                raise wrong(where, f"{name} {row[name]!r}", expected)
             if text == "-1":
                 _warn_once(f"{path}: labels of -1 are taken as unknown")
             row[name] = values[text]

@@ -897,7 +897,7 @@ def test_manifest(tmp_path):
      "patient a in train and in (test|valid)"),
     ({"split": ["valid", "train", "test", "test"], "patient": ["a", "a", "c", "d"]},
      "patient a in (test|valid) and in train"),
-    ({"Lung nodule": ["1", "yes", "0", "0"]}, "line 3: found Lung nodule 'yes', expected one of"),
+    ({"Lung nodule": ["1", "yes", "0", "0"]}, "line 3: found Lung nodule 'yes', expected 0, 1 or"),
     ({"volume": [f"gone{i}.nii.gz" for i in range(4)]}, "no file for 4 of 4"),
     ({"report": ["", " ", "...", "-"]}, "no item"),
 ])
@@ -1134,7 +1134,7 @@ def test_a_column_twice_is_refused(tmp_path):
 @pytest.mark.parametrize("value", ["2", "0.5", "inf", "-inf", "-2", "yes", "1e400"])
 def test_labels_are_0_or_1_or_unknown(tmp_path, value):
     path = manifest(tmp_path, **{"Lung nodule": ["1", "", value, "0"]})
-    message = f"data.csv, line 4: found Lung nodule '{value}', expected one of .0.0, 1.0, nan"
+    message = f"data.csv, line 4: found Lung nodule '{value}', expected 0, 1 or, where it is unknown, -1"
     with pytest.raises(ValueError, match=message):
         data.load_items(path)
 

@@ -685,8 +685,8 @@ def test_the_split_of_a_manifest_counts(tmp_path):
 
 
 @pytest.mark.parametrize("columns, cell, message", [
-    ("ill", "2", "my.csv, line 6: found ill '2', expected one of .0.0, 1.0, nan"),
-    ("Cardiomegaly", "maybe", "my.csv, line 6: found Cardiomegaly 'maybe', expected one of .0.0, 1.0, nan"),
+    ("ill", "2", "my.csv, line 6: found ill '2', expected 0, 1 or, where it is unknown, -1"),
+    ("Cardiomegaly", "maybe", "my.csv, line 6: found Cardiomegaly 'maybe', expected 0, 1 or, where it is unknown, -1"),
 ])
 def test_a_cell_that_is_no_label_is_named(tmp_path, columns, cell, message):
     rows = [[i % 2] for i in range(40)]
