@@ -588,7 +588,7 @@ def main(args, given):
         unseen = data.Examples(held_out or train_items, make_example, args.seed)
         levels = evaluation.levels(read_log(log_path), know_nothing())      # SFR's target has moved
         text = say_result(measure(args, network, levels, items, unseen, collate, out))
-        log.info(text)
+        log.info("%s\nwrote all of it, pictures and encoder.* to %s", text, out)
         save_encoder(args, encoder, patients, about, step, out, text)
 
 
