@@ -423,7 +423,10 @@ def split_sentences(text):
 def tokenize_report(tokenizer, sentences, max_sentences=32, max_tokens=250):
     """Tokenise the sentences of a report in a row; whole ones are kept as long as they fit, only a first
     one that is too long alone is cut. Returns input_ids, sentence_ids, word_ids (L,), the latter two -1 at
-    special tokens; sentences, the S kept ones; single_ids, S arrays, each sentence tokenised alone."""
+    special tokens; sentences, the S kept ones; single_ids, S arrays, each sentence tokenised alone; cut,
+    the number of words left out."""
+    if not sentences:
+        raise ValueError("found a report without a sentence, expected at least one")
     kept = sentences[:max_sentences]
     text = " ".join(kept)
     encoding = tokenizer(text, return_offsets_mapping=True, verbose=False)
@@ -441,7 +444,8 @@ def tokenize_report(tokenizer, sentences, max_sentences=32, max_tokens=250):
     kept = kept[:n] if counts[0] <= capacity else [text[:last_letter[fits].max() + 1]]
     single_ids = tokenizer(kept, truncation=True, max_length=max_tokens)["input_ids"]
     return {"input_ids": np.array(encoding["input_ids"])[fits], "sentence_ids": sentence_ids[fits],
-            "word_ids": word_ids[fits], "sentences": kept, "single_ids": list(map(np.array, single_ids))}
+            "word_ids": word_ids[fits], "sentences": kept, "single_ids": list(map(np.array, single_ids)),
+            "cut": len(" ".join(sentences).split()) - len(" ".join(kept).split())}
 
 
 def mask_words(input_ids, word_ids, tokenizer, generator, prob=0.15):
@@ -462,6 +466,8 @@ def mask_words(input_ids, word_ids, tokenizer, generator, prob=0.15):
 
 def mask_volume(size, mask_size, mask_ratio, generator):
     """Bool (1, D, H, W), True = masked: mask_ratio of the sub-volumes of mask_size³ voxels"""
+    if any(side % mask_size for side in size):
+        raise ValueError(f"found size {tuple(size)}, expected multiples of mask_size {mask_size}")
     grid = [side // mask_size for side in size]
     mask = generator.permutation(math.prod(grid)) < round(mask_ratio * math.prod(grid))
     return torch.from_numpy(np.kron(mask.reshape(grid), np.ones([mask_size] * 3, dtype=bool)))[None]

@@ -274,6 +274,8 @@ class SwinTransformer3D(nn.Module):
     def __init__(self, in_channels=1, feature_size=48, depths=(2, 2, 2, 2), num_heads=(3, 6, 12, 24),
                  window_size=7, merging="monai", use_checkpoint=False, use_v2=False):
         super().__init__()
+        if merging not in MERGING_ORDERS:
+            raise ValueError(f"found merging {merging!r}, expected one of {', '.join(MERGING_ORDERS)}")
         self.merging, self.use_checkpoint, self.use_v2 = merging, use_checkpoint, False
         self.settings = {"in_channels": in_channels, "feature_size": feature_size, "depths": depths,
                          "num_heads": num_heads[:len(depths)], "window_size": window_size}
@@ -1044,7 +1046,10 @@ def flags_of(checkpoint):
     notes = notes_of(checkpoint)
     config = notes.get("config")
     is_ours = isinstance(config, dict) and config.get("encoder") in tuple(ENCODERS)
-    is_ours &= notes is not checkpoint or isinstance(checkpoint.get("model"), dict)
+    if notes is checkpoint:
+        weights = checkpoint.get("model")
+        has_encoder = isinstance(weights, dict) and any(key.startswith("encoder.") for key in weights)
+        is_ours &= has_encoder or weights == {}
     return config if is_ours else {}
 
 

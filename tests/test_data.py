@@ -768,7 +768,7 @@ def decoded(tokenizer, ids):
 def test_tokens_know_their_sentence_and_word(tokenizer):
     sentences = split_sentences(REPORT)
     out = data.tokenize_report(tokenizer, sentences)
-    assert len(sentences) == 6 and out["sentences"] == sentences
+    assert len(sentences) == 6 and out["sentences"] == sentences and out["cut"] == 0
     assert out["input_ids"].tolist() == tokenizer(" ".join(sentences))["input_ids"]
     for name in ("sentence_ids", "word_ids"):
         assert out[name][0] == out[name][-1] == -1
@@ -792,8 +792,9 @@ def test_tokens_are_cut_at_sentences(tokenizer):
             assert len(out["input_ids"]) == sum(lengths[:kept]) + 2
             assert out["input_ids"][-1] == tokenizer.sep_token_id
             assert set(out["sentence_ids"]) == {-1, *range(kept)}
+            assert out["cut"] == len(" ".join(sentences[kept:]).split())
     out = data.tokenize_report(tokenizer, sentences, max_sentences=2)
-    assert out["sentences"] == sentences[:2]
+    assert out["sentences"] == sentences[:2] and out["cut"] == len(" ".join(sentences[2:]).split())
 
 
 @pytest.mark.parametrize("report", ["word " * 10_000, "pneumonia", REPORT * 200])
@@ -803,8 +804,13 @@ def test_tokens_of_extreme_reports(tokenizer, report):
     assert len(out["input_ids"]) <= 20 and max(map(len, out["single_ids"])) <= 20
     assert set(out["sentence_ids"]) == {-1, *range(len(out["sentences"]))}
     kept, whole = " ".join(out["sentences"]), " ".join(sentences)
-    assert whole.startswith(kept)
+    assert whole.startswith(kept) and out["cut"] == len(whole.split()) - len(kept.split())
     assert decoded(tokenizer, out["input_ids"]) == squeezed(kept).lower()
+
+
+def test_report_without_a_sentence_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="sentence"):
+        data.tokenize_report(tokenizer, [])
 
 
 @real_data
@@ -856,6 +862,8 @@ def test_mask_volume():
         blocks = mask[0].reshape(4, 16, 2, 16, 6, 16).float().mean((1, 3, 5))
         assert set(blocks.unique().tolist()) <= {0, 1} and blocks.sum() == round(ratio * 48)
     generator = np.random.default_rng(0)
+    with pytest.raises(ValueError, match="multiples of mask_size 16"):
+        data.mask_volume((64, 32, 90), 16, 0.5, generator)
     mean = torch.stack([data.mask_volume(SMALL, 8, 0.5, generator).float() for _ in range(300)]).mean(0)
     assert mean.min() > 0.35 and mean.max() < 0.65
 

@@ -185,6 +185,8 @@ def test_any_number_of_stages(depths):
 @pytest.mark.parametrize("merging, order", [("monai", "000 100 010 001 110 101 011 111"),
                                             ("v0.9", "000 100 010 001 101 010 001 111")])
 def test_merging_orders(merging, order):
+    with pytest.raises(ValueError, match="merging"):
+        SwinTransformer3D(merging="v2")
     merge = model.PatchMerging(1)
     merge.norm = merge.reduction = nn.Identity()
     x = torch.arange(8.).view(1, 2, 2, 2, 1)                                        # value = 4 i + 2 j + k
@@ -952,6 +954,9 @@ def test_only_our_own_flags_are_flags():
     for foreign in ({"config": None}, {"config": "swin.yaml"}, {"config": {"encoder": ["swin_t"]}},
                     {"config": {"encoder": "resnet"}}, {"config": {"task": "segmentation", "size": 96}}, {}):
         assert model.flags_of({"model": weights} | foreign) == {}
+    for model_of_others in ({"swinViT.mask_token": torch.zeros(2)}, "swin_b", None):
+        assert model.flags_of({"model": model_of_others, "config": ours}) == {}
+    assert model.flags_of({"state_dict": weights, "config": ours}) == {}
 
 
 @pytest.mark.parametrize("kind", ["classify", "segment", "report"])
