@@ -486,7 +486,7 @@ class Item(NamedTuple):
     id: str
     volume: Path
     report: str
-    split: str | None           # one of SPLITS; None, as all train: `load_task` draws it
+    split: str | None           # one of SPLITS; None, as all train: drawn
     patient: str
     labels: np.ndarray | None = None  # (18,) float32, NaN where unknown; of other tasks (K,)
     rescale: tuple | None = None      # (slope, intercept) of the metadata
@@ -912,7 +912,6 @@ def file_name(text):
 
 
 def cache_name(name):
-    """The file of an id in a cache folder"""
     name = file_name(name)
     if len(name.encode()) > 150:  # systems end at 255, temporary files have more behind
         name = f"{name[:30]}%-{hashlib.sha1(name.encode()).hexdigest()}"

@@ -111,7 +111,7 @@ SACREBLEU = BLEU(tokenize="none", smooth_method="none", effective_order=True)
 PENALTIES = np.logspace(-1, 5, 25)  # of the ridge regression
 WEIGHTED = "mean weighted by positives"
 KS = (1, 5, 10, 50, 100)            # of Recall@K
-PRETRAINING = data.TASKS["ct-rate-vocab"]._replace(kind="encode", classes=())   # the same input
+PRETRAINING = data.TASKS["ct-rate-vocab"]._replace(kind="encode", classes=())
 
 
 # --------------------------------- metrics
@@ -617,7 +617,7 @@ def load_checkpoint(path, cache="cache", device="cpu"):
 
 def _run_on_volumes(network, cache, size, hu, batch_size):
     """A run that sees the volumes of pre-training"""
-    task = data.TASKS["ct-rate-vocab"]._replace(size=tuple(size), hu=hu)
+    task = PRETRAINING._replace(size=tuple(size), hu=hu)
     return Run(network, task, {"batch_size": batch_size}, cache, next(network.parameters()).device)
 
 

@@ -303,7 +303,7 @@ class SwinTransformer3D(nn.Module):
         self.use_v2 = True
         for i, dim in enumerate(self.channels[:-1]):
             setattr(self, f"layers{i + 1}c", nn.ModuleList([named("layer", ResBlock(dim, dim))]))
-        self.to(self.mask_token)                # its device
+        self.to(self.mask_token)
 
     def become_v1(self):
         self.use_v2 = False

@@ -317,9 +317,10 @@ def load_last(out):
     last, previous, world = out / "last.pt", out / "previous.pt", dist.get_world_size()
     try:
         state = model.read_checkpoint(last)
-        state["world"], state["optimizer"]
-    except (ValueError, KeyError) as error:
-        log.info("%s: %s; going on from %s instead", last, error, previous)
+        if "optimizer" not in state:
+            raise data.wrong(last, "weights alone", "a whole run")
+    except ValueError as error:
+        log.info("%s; going on from %s instead", error, previous)
         state = model.read_checkpoint(previous)
         if dist.get_rank() == 0 and last.exists():      # it must not become previous.pt
             last.rename(out / "last.pt.broken")
@@ -647,9 +648,9 @@ def say_result(result):
         lines.append(f"{name:6s} {numbers}  {verdict}")
     if "moved" in result:
         lines.append(f"the encoder's weights moved by {result['moved']:.1%}")
-    for name in ("probe", "retrieval", "lesion_attention", "pairing"):
-        if name in result:
-            lines.append(getattr(evaluation, f"say_{name}")(result[name]))
+    say = {"probe": evaluation.say_probe, "retrieval": evaluation.say_retrieval,
+           "lesion_attention": evaluation.say_lesion_attention, "pairing": evaluation.say_pairing}
+    lines += [say[name](result[name]) for name in say if name in result]
     return "\n".join(lines)
 
 

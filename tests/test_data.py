@@ -457,6 +457,23 @@ def test_other_lengths_than_mm_are_refused(tmp_path, end, old, new):
         data.read_volume(path)
 
 
+def test_nrrd_without_a_space_in_other_lengths_is_refused(tmp_path):
+    path = tmp_path / "a.nhdr"
+    sitk.WriteImage(itk_image(chest()), str(path))
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("space")]
+    lines.insert(-1, 'spacings: 1.5 2 3\nunits: "cm" "cm" "cm"')
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="cm, not mm"):
+        data.read_volume(path)
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.vtk"])
+def test_kinds_without_a_known_grid_are_refused(tmp_path, name):
+    sitk.WriteImage(itk_image(chest()), str(tmp_path / name))
+    with pytest.raises(ValueError, match=f"{name}: cannot be read: neither two DICOM slices"):
+        data.read_volume(tmp_path / name)
+
+
 def test_colour_is_no_volume(tmp_path):
     for name, shape in (("a.mha", (6, 7, 3)), ("b.mha", (1, 6, 7, 3))):
         picture = sitk.GetImageFromArray(np.zeros(shape, np.uint8), isVector=True)
@@ -1652,6 +1669,12 @@ def test_a_changed_source_is_told(tmp_path, command, monkeypatch, caplog):
     assert code == 0 and "2 volumes to make" in text and "have changed" not in caplog.text and len(items) == 20
     raw = data.Item("", tmp_path / "scan2.nii.gz", "", "train", "")
     assert torch.equal(data.load_volume(items["scan2.nii.gz"], None, SMALL), data.load_volume(raw, None, SMALL))
+
+
+def test_jobs_that_cannot_travel_are_no_endless_wait():
+    code = "import data; list(data.in_processes(lambda x: x, range(20), 1, 'jobs'))"
+    done = python("-c", code)
+    assert done.returncode == 1 and "pickle" in done.stderr
 
 
 def test_two_sources_with_one_id(tmp_path, command):

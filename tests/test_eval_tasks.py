@@ -164,7 +164,7 @@ def test_bleu_by_hand():
     found = evaluation.bleu(["a b x c"], ["a b c d e"])
     assert found == pytest.approx([100 * math.exp(-0.25) * 3 / 4, 100 * math.exp(-0.25) * math.sqrt(3 / 4 / 3), 0, 0])
     assert evaluation.bleu(["the the the"], ["the lung"])[0] == pytest.approx(100 / 3)      # a word matches once
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="zip"):
         evaluation.bleu(["a", "b"], ["a"])
 
 

@@ -463,6 +463,8 @@ def test_a_broken_checkpoint_falls_back_to_the_one_before(run, copied, uninterru
     assert load(last)["step"] == STEPS[1]
     assert load(copied / "previous.pt")["step"] < STEPS[1]      # the torn file is gone
 
+    last.write_bytes((copied / "encoder.pt").read_bytes())       # weights alone
+    assert "found weights alone" in run(f"--out {copied} --resume").succeeded().text
     for name in ("last.pt", "previous.pt"):
         (copied / name).write_bytes(b"no checkpoint")
     again = run(f"--out {copied} --resume")

@@ -391,6 +391,38 @@ def test_luna16_to_test_on(tmp_path):
     assert {item.split for item in load_task("luna16", tmp_path)} == {"test"}
 
 
+def test_a_set_with_a_split_of_its_own_is_not_split_anew(tmp_path):
+    luna16(tmp_path / "luna", subsets=range(7))
+    ct_rate(tmp_path / "ct")
+    shutil.rmtree(tmp_path / "ct" / "valid")
+    for name, folder in (("luna16", "luna"), ("ct-rate-vocab", "ct"), ("ct-rate-retrieval", "ct")):
+        with pytest.raises(ValueError, match="none for the part test"):
+            load_task(name, tmp_path / folder)
+
+
+def test_luna16_lacks_few_scans_of_the_subsets_that_are_there(tmp_path):
+    luna16(tmp_path)
+    (tmp_path / "subset3" / "1.2.3.mhd").rename(tmp_path / "subset2" / "1.2.30.mhd")
+    with pytest.raises(ValueError, match="no .mhd for 1 of 10 series"):
+        (tmp_path / "subset3" / "1.2.31.mhd").write_text("")
+        load_task("luna16", tmp_path)
+
+
+def test_labels_in_each_part_of_a_split(tmp_path):
+    labels(tmp_path)
+    path = tmp_path / "manifest.csv"
+    rows = [[f"ct/{i}.nii.gz", ("train", "valid", "test")[i % 3], (i % 2, i % 2, "")[i % 3]] for i in range(10)]
+    write_csv(path, "volume,split,ill", rows)
+    with pytest.raises(ValueError, match="no label in the part test"):
+        load_task("labels", tmp_path)
+
+
+def test_cc_ccii_names_of_patients_may_have_letters(tmp_path):
+    cc_ccii(tmp_path, csvs=False)
+    (tmp_path / "Normal" / "100").rename(tmp_path / "Normal" / "A100")
+    assert len(load_task("cc-ccii", tmp_path)) == 20
+
+
 @pytest.mark.parametrize("old, new, message", [
     ("5.5,6,3,0", "5.5,six,3,0", "candidates_V2.csv, line 2: found .* 'six', expected a number"),
     ("6,3,1", "6,3,2", "candidates_V2.csv, line 3: found class '2', expected one of .'0', '1'"),
