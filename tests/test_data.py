@@ -460,9 +460,8 @@ def test_other_lengths_than_mm_are_refused(tmp_path, end, old, new):
 def test_nrrd_without_a_space_in_other_lengths_is_refused(tmp_path):
     path = tmp_path / "a.nhdr"
     sitk.WriteImage(itk_image(chest()), str(path))
-    lines = [line for line in path.read_text().splitlines() if not line.startswith("space")]
-    lines.insert(-1, 'spacings: 1.5 2 3\nunits: "cm" "cm" "cm"')
-    path.write_text("\n".join(lines))
+    text = re.sub("(?m)^space.*\n", "", path.read_text())
+    path.write_text(text.replace("kinds:", 'spacings: 1.5 2 3\nunits: "cm" "cm" "cm"\nkinds:'))
     with pytest.raises(ValueError, match="cm, not mm"):
         data.read_volume(path)
 
