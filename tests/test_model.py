@@ -708,7 +708,7 @@ def bart(vocab_size, **_):
 
 
 @pytest.mark.parametrize("faults, found", [
-    ({"tokens": "none"}, "knows no word.*tokenizer.json"),
+    ({"tokens": "none"}, "(knows no word|load tokenizer).*tokenizer"),     # transformers 5, 4
     ({"drop": ["mask_token"]}, "without mask_token"),
     ({"drop": ["pad_token"]}, "without mask_token or pad_token"),
     ({"extra_rows": -1}, "cannot read 250 tokens.*out of range.*a row of the embedding for every token"),

@@ -105,7 +105,7 @@ def execute(flags, folder, name, environment, prepare):
     multiprocessing.set_start_method("fork", force=True)    # of the loader's workers: the usual one
     for number, ending in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{name}.{ending}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    faulthandler.dump_traceback_later(100)      # says where it hangs, if it does
+    faulthandler.dump_traceback_later(280)      # says where it hangs, if it does
     prepare()
     sys.argv = [SCRIPT, *flags.split()]
     runpy.run_path(SCRIPT, run_name="__main__")
@@ -146,7 +146,7 @@ class Run:
     def wait(self):
         """The exit code; `text` and `errors` hold what the first process printed."""
         for process in self.processes:
-            process.join(120)
+            process.join(300)
             if process.exitcode is None:
                 for hanging in self.processes:      # or pytest itself would wait for them, for ever
                     hanging.kill()
