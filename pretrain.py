@@ -167,7 +167,7 @@ def start():
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if dist.is_initialized():                   # by a run in this process that an error ended
-        dist.destroy_process_group()
+        leave_group()
     group = {"backend": "gloo"}
     if world == 1:
         group["store"] = dist.HashStore()
@@ -177,10 +177,14 @@ def start():
     return rank, world, device
 
 
+def leave_group():
+    dist.barrier()  # else torch 2.6 may wait for ever in the next line
+    dist.destroy_process_group()
+
+
 def finish(stopping, step, out):
     """Leave the group; after a signal, say where the run stands and exit as it asks."""
-    dist.barrier()  # without it a gloo process once hung in destroy_process_group
-    dist.destroy_process_group()
+    leave_group()
     if stopping:
         name = signal.Signals(stopping).name
         log.info("%s: saved after step %d; go on with --resume --out %s", name, step, out)

@@ -188,6 +188,7 @@ def _as_process(rank, world, folder):
         dist.all_reduce(scale_grad)             # DistributedDataParallel takes the mean over processes
         result[name] = value, (scale_grad / world).item(), leaf_grad / world
     torch.save(result, f"{folder}/{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 
@@ -249,6 +250,7 @@ def _passes_of_a_process(rank, world, folder):
     mine = {name: [a.detach().chunk(world)[rank].clone() for a in arguments]
             for name, arguments in example().items()}
     torch.save(one_after_the_other(mine, [1, 1]), f"{folder}/{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 
