@@ -1048,8 +1048,7 @@ def flags_of(checkpoint):
     is_ours = isinstance(config, dict) and config.get("encoder") in tuple(ENCODERS)
     if notes is checkpoint:
         weights = checkpoint.get("model")
-        has_encoder = isinstance(weights, dict) and any(key.startswith("encoder.") for key in weights)
-        is_ours &= has_encoder or weights == {}
+        is_ours &= isinstance(weights, dict) and any(key.startswith("encoder.") for key in weights)
     return config if is_ours else {}
 
 

@@ -1011,7 +1011,8 @@ def test_a_checkpoint_comes_back(tmp_path, monkeypatch, task):
 
 def test_what_is_no_checkpoint_of_a_task_is_refused(tmp_path, encoder):
     torch.save(model.export_encoder(encoder), tmp_path / "encoder.pt")
-    torch.save({"model": {}, "config": {"encoder": "swin_t", "steps": 9}}, tmp_path / "last.pt")
+    weights = {"encoder.w": torch.zeros(1)}
+    torch.save({"model": weights, "config": {"encoder": "swin_t", "steps": 9}}, tmp_path / "last.pt")
     (tmp_path / "text.pt").write_text("no weights")
     for name, found in (("encoder.pt", "best.pt of finetune.py"), ("last.pt", "best.pt of finetune.py"), ("text.pt", "read"),
                         ("absent.pt", "")):

@@ -219,7 +219,7 @@ def test_defaults_come_from_the_task_and_of_a_demo_from_its_column():
 def test_the_file_of_init_knows_its_encoder_and_flags_overrule_it(tmp_path):
     (tmp_path / "text_encoder").mkdir()
     config = {"encoder": "swin_l", "embed_dim": 48, "text_encoder": "demo", "lr": 7}
-    torch.save({"model": {}, "config": config}, tmp_path / "last.pt")
+    torch.save({"model": {"encoder.w": torch.zeros(1)}, "config": config}, tmp_path / "last.pt")
     flags = ["--task", "ct-rate-vocab", "--data", "demo", "--init", tmp_path / "last.pt"]
     args = completed(*flags)
     assert (args.encoder, args.embed_dim, args.text_encoder, args.lr) == ("swin_l", 48, "demo", 3e-4)
@@ -845,7 +845,8 @@ def test_resume_needs_a_run_and_the_same_flags(run):
 
 
 def test_projections_need_their_text_encoder(run, tmp_path):
-    torch.save({"model": {}, "config": {"encoder": "swin_t", "text_encoder": "demo"}}, "alone.pt")
+    weights = {"encoder.w": torch.zeros(1)}
+    torch.save({"model": weights, "config": {"encoder": "swin_t", "text_encoder": "demo"}}, "alone.pt")
     message = "alone.pt: found no folder .*text_encoder, expected the text encoder that it fits"
     with pytest.raises(ValueError, match=message):
         run("ct-rate-retrieval", "--init", "alone.pt")

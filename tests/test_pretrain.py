@@ -529,8 +529,7 @@ def group():
     """A group of one process"""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
-    dist.barrier()
-    dist.destroy_process_group()
+    pretrain.leave_group()
 
 
 def test_a_checkpoint_of_code_is_not_executed(tmp_path, monkeypatch, uninterrupted, group):
