@@ -425,8 +425,7 @@ def tokenize_report(tokenizer, sentences, max_sentences=32, max_tokens=250):
     one that is too long alone is cut. Returns input_ids, sentence_ids, word_ids (L,), the latter two -1 at
     special tokens; sentences, the S kept ones; single_ids, S arrays, each sentence tokenised alone; cut,
     the number of words left out."""
-    if not sentences:
-        raise ValueError("found a report without a sentence, expected at least one")
+    # NOTE(paper): no length is given; 250 tokens are the release's.
     kept = sentences[:max_sentences]
     text = " ".join(kept)
     encoding = tokenizer(text, return_offsets_mapping=True, verbose=False)
@@ -448,6 +447,24 @@ def tokenize_report(tokenizer, sentences, max_sentences=32, max_tokens=250):
             "cut": len(" ".join(sentences).split()) - len(" ".join(kept).split())}
 
 
+def check_reports(text_encoder, texts, source):
+    """Warns of words that are not read, unknown ones and ends of reports; ValueError if most are unknown"""
+    tokenizer = text_encoder.tokenizer
+    reports = [tokenize_report(tokenizer, split_sentences(text)) for text in texts]
+    unknown = [np.count_nonzero(report["input_ids"] == tokenizer.unk_token_id) for report in reports]
+    tokens = sum(np.count_nonzero(report["word_ids"] >= 0) for report in reports)
+    if 2 * sum(unknown) > tokens:
+        text_encoder.refuse(f"{sum(unknown)} unknown words among {tokens} of {source}", "one that knows most")
+    lacking = list(itertools.compress(texts, unknown))
+    if lacking:
+        log.warning("warning: %s: the text encoder lacks words of %d of %d texts: %.90s", source,
+                    len(lacking), len(texts), shorten(lacking))
+    unread = sum(report["cut"] for report in reports) / sum(len(text.split()) for text in texts)
+    if unread:
+        log.warning("warning: %s: of %d reports the ends, %.0f %% of their words, are not read: at most 250 "
+                    "tokens and 32 sentences", source, len(texts), 100 * unread)
+
+
 def mask_words(input_ids, word_ids, tokenizer, generator, prob=0.15):
     """Whole-word masking as in BERT -> masked_ids, labels (-100 where no word was chosen), both (L,). 80 %
     of the chosen words become the mask token, 10 % random tokens that are not special, 10 % stay."""
@@ -466,8 +483,6 @@ def mask_words(input_ids, word_ids, tokenizer, generator, prob=0.15):
 
 def mask_volume(size, mask_size, mask_ratio, generator):
     """Bool (1, D, H, W), True = masked: mask_ratio of the sub-volumes of mask_size³ voxels"""
-    if any(side % mask_size for side in size):
-        raise ValueError(f"found size {tuple(size)}, expected multiples of mask_size {mask_size}")
     grid = [side // mask_size for side in size]
     mask = generator.permutation(math.prod(grid)) < round(mask_ratio * math.prod(grid))
     return torch.from_numpy(np.kron(mask.reshape(grid), np.ones([mask_size] * 3, dtype=bool)))[None]
@@ -1982,8 +1997,7 @@ def _check_scan(items, task, hu):
         values, counts = np.unique(read_mask(item, task, array.shape, affine), return_counts=True)
         note += "; voxels " + ", ".join(f"{value}: {count}" for value, count in zip(values, counts))
     if item.report:
-        sentences = split_sentences(item.report)
-        note += f"; {len(item.report.split())} words in {len(sentences)} sentences"
+        note += f"; {len(item.report.split())} words in {len(split_sentences(item.report))} sentences"
     shape, mm = "x".join(map(str, array.shape)), " ".join(f"{side:.2f}" for side in spacing)
     return f"{shape:>13} {mm:>17} {axes:4} {f'{array.min():.0f}..{array.max():.0f}':>13}  {note}"
 
@@ -2015,9 +2029,6 @@ def check(args):
         if len(labels):
             counts = zip((labels == 1).sum(0), task.classes if task else LABELS)
             print(f"{'':14} {', '.join(f'{count} {name}' for count, name in counts)}")
-    long = sum(len(split_sentences(item.report)) > 32 for item in items)
-    if long:
-        print(f"{long} reports have more than 32 sentences; pre-training leaves out the last ones")
     left_out = len(listed) - len(items)
     print(f"{len(scans)} volumes read, {problems} of them with a problem; {left_out} left out")
     return problems + left_out

@@ -1354,18 +1354,15 @@ def towers_command(args):
                     "of volumes and reports: expect chance", args.checkpoint)
     items = tested_part(data.load_items(args.data, args.cache), args.split, args.data)
     task, texts = run.task._replace(kind="retrieve", metric="Recall@50"), None
+    checked, source = [item.report for item in items[:100]], args.data
     if args.command == "zeroshot":
         names, texts = data.LABELS, data.demo_prompts() if args.data == "demo" else None
         if args.prompts:
             names, texts = read_prompts(args.prompts)
         items = label_items(items, names, args.data)
         task = run.task._replace(kind="prompt", metric="AUC", classes=names)
-        prompts, tokenizer = texts or data.prompts(names), run.network.text_encoder.tokenizer
-        run.network.text_encoder.check_words(prompts, args.prompts or "the prompts")
-        lacking = [text for text in prompts if tokenizer.unk_token in tokenizer.tokenize(text)]
-        if lacking:
-            log.warning("warning: the text encoder lacks words of %d of %d prompts: %s",
-                        len(lacking), len(prompts), data.shorten(lacking))
+        checked, source = texts or data.prompts(names), args.prompts or "the prompts"
+    data.check_reports(run.network.text_encoder, checked, source)
     run = run._replace(task=task, config=run.config | {"task": args.command, "prompts": texts})
     seen = count_seen(items, patients_of(args.checkpoint), args.checkpoint)
     save_evaluation(run, items, args.out, score=f"cosine of pooled features, taught by {teacher}",

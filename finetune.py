@@ -295,7 +295,7 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}"""
             texts = data.prompts(task.classes)
             prompts = data.text_batch(tokenizer, texts)
             prompts = {key: value.to(device) for key, value in prompts.items()}
-        network.text_encoder.check_words(texts, args.data)
+        data.check_reports(network.text_encoder, texts, args.data)
     make_example = functools.partial(
         data.task_example, task=task._replace(records=None), cache=args.cache, tokenizer=tokenizer,
         vocabulary={word: number for number, word in enumerate(config["vocabulary"] or ())})

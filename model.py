@@ -432,14 +432,6 @@ class TextEncoder(nn.Module):
         if torch.equal(first[:, 0], second[:, 0]):
             self.refuse("a model whose words do not see the words behind them", "an encoder")
 
-    def check_words(self, texts, source):
-        """ValueError if the tokenizer does not know most words of texts from `source`."""
-        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        tokens = list(itertools.chain(*encoded))
-        unknown = tokens.count(self.tokenizer.unk_token_id)
-        if 2 * unknown > len(tokens):
-            self.refuse(f"{unknown} unknown words among {len(tokens)} of {source}", "one that knows most")
-
     def train(self, mode=True):
         return super().train(False)
 

@@ -478,7 +478,7 @@ def main(args, given):
     torch.manual_seed(args.seed)                        # the same weights on every process
     network = model.build_network("pretrain", 0, vars(args), out)
     encoder, tokenizer = network.encoder, network.text_encoder.tokenizer
-    network.text_encoder.check_words([item.report for item in train_items[:100]], args.data)
+    data.check_reports(network.text_encoder, [item.report for item in train_items[:100]], args.data)
     patients = data.patient_hashes(item.patient for item in train_items)
     if checkpoint:
         model.restore(network, checkpoint, out / "last.pt")

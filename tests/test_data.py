@@ -824,11 +824,6 @@ def test_tokens_of_extreme_reports(tokenizer, report):
     assert decoded(tokenizer, out["input_ids"]) == squeezed(kept).lower()
 
 
-def test_report_without_a_sentence_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="sentence"):
-        data.tokenize_report(tokenizer, [])
-
-
 @real_data
 def test_tokens_of_real_reports(tokenizer):
     for report in real_reports()[::40]:
@@ -878,8 +873,6 @@ def test_mask_volume():
         blocks = mask[0].reshape(4, 16, 2, 16, 6, 16).float().mean((1, 3, 5))
         assert set(blocks.unique().tolist()) <= {0, 1} and blocks.sum() == round(ratio * 48)
     generator = np.random.default_rng(0)
-    with pytest.raises(ValueError, match="multiples of mask_size 16"):
-        data.mask_volume((64, 32, 90), 16, 0.5, generator)
     mean = torch.stack([data.mask_volume(SMALL, 8, 0.5, generator).float() for _ in range(300)]).mean(0)
     assert mean.min() > 0.35 and mean.max() < 0.65
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -1442,7 +1443,7 @@ def test_zeroshot_of_the_findings_and_its_parts(towers, caplog):
     result = json.loads((folder / "of18" / "result.json").read_text())
     assert result["n"] == 8 and result["split"] == "train" and "mean of 1 findings (the other 17 have one class alone)" in result["protocol"]
     assert result["value"] == result["per_class"]["Cardiomegaly"] and result["per_class"]["Emphysema"] is None
-    assert "the text encoder lacks words of 18 of 36 prompts: not Medical material." in caplog.text      # "not" is in no report
+    assert "the prompts: the text encoder lacks words of 18 of 36 texts: not Medical material." in caplog.text      # "not" is in no report
     items = data.load_items(folder / "m.csv")
     assert {item.split for item in evaluation.tested_part(items, None, "")} == {"test"}
     rest = [item for item in items if item.split != "test"]
@@ -1456,6 +1457,7 @@ def test_retrieval_from_the_command_line(towers, caplog):
     folder, network, config = towers
     cml = model.MG3D(network.encoder, network.text_encoder, ["cml"], embed_dim=24)
     save_pretrained(folder / "cml.pt", cml, config | {"clip": False, "cml": True})
+    shutil.copytree(folder / "text_encoder", folder / "task" / "text_encoder")
     save_checkpoint(folder / "task" / "best.pt", "ct-rate-retrieval")
     for name, taught in (("cml.pt", "nothing"), ("task/best.pt", "ct-rate-retrieval")):
         caplog.clear()

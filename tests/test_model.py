@@ -767,11 +767,26 @@ def test_weights_of_text_encoders(tmp_path, change, found):
         model.TextEncoder(folder)
 
 
-def test_reports_in_words_that_the_tokenizer_does_not_know(text_folder):
+def test_reports_in_words_that_the_tokenizer_does_not_know(text_folder, caplog):
     text = model.TextEncoder(str(text_folder))
-    text.check_words([*REPORTS, "Das Herz ist normal."], "m.csv")
+    data.check_reports(text, REPORTS, "m.csv")
+    assert not caplog.records
+    data.check_reports(text, [*REPORTS, "Das Herz ist normal."], "m.csv")
+    [record] = caplog.records
+    found = f"m.csv: the text encoder lacks words of 1 of {len(REPORTS) + 1} texts: Das Herz ist normal."
+    assert found in record.getMessage()
     with pytest.raises(ValueError, match=f"{text_folder}: found 3 unknown words among 5 of m.csv"):
-        text.check_words(["The Herz ist gross."], "m.csv")
+        data.check_reports(text, ["The Herz ist gross."], "m.csv")
+
+
+@pytest.mark.parametrize("report, read", [
+    ("No effusion. " * 40, 32 * 2),                             # 32 sentences
+    ((("effusion " * 50).strip() + ". ") * 10, 4 * 50)])        # 51 tokens a sentence, 248 beside the special ones
+def test_reports_that_are_too_long(text_folder, caplog, report, read):
+    text = model.TextEncoder(str(text_folder))
+    data.check_reports(text, ["No effusion.", report], "m.csv")
+    words = len(report.split())
+    assert f"m.csv: of 2 reports the ends, {100 * (words - read) / (words + 2):.0f} % of their words, are not read" in caplog.text
 
 
 def test_text_folder_without_weights(tmp_path, text_folder):
