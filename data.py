@@ -23,6 +23,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
 import threading
 import uuid
@@ -91,6 +92,12 @@ def check_numbers(args):
             numbers = [] if value is None else np.ravel(value).tolist()
             if not all(map(is_good, numbers)):
                 raise ValueError(f"--{name} {' '.join(map(str, numbers))}: expected {expected}")
+
+
+def check_size(size, multiple=32):
+    if any(side % multiple for side in size):
+        found = " ".join(map(str, size))
+        raise ValueError(f"--size {found}: every side must be a multiple of {multiple}")
 
 
 # --------------------------------------------------------------------------------------- volumes
@@ -249,9 +256,9 @@ def read_stored(path):
     readers = {".nii": _read_nifti, ".gz": _read_nifti, ".npz": _read_npz, ".npy": _read_grey,
                ".mha": _read_itk, ".mhd": _read_itk, ".nrrd": _read_itk, ".nhdr": _read_itk}
     read = readers.get(path.suffix.lower(), _read_dicom)
-    if path.is_dir() and _grey_files(path):
-        read = _read_grey
     try:
+        if path.is_dir() and _grey_files(path):
+            read = _read_grey
         return read(path)
     except Exception as error:  # the libraries raise a dozen kinds for a broken file
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -341,6 +348,8 @@ def to_hounsfield(array, path, hu="auto", rescale=None):
     if (slope, inter) == (1, 0):
         return array, "as stored"
     note = f"rescale {slope:g}, {inter:g} {'of the metadata' if rescale else '(as is usual)'} applied"
+    if hu == "auto":
+        _warn_once(f"--hu auto: {note} to some volumes; `data.py check` tells to which")
     return array * np.float32(slope) + np.float32(inter), note
 
 
@@ -420,11 +429,16 @@ def split_sentences(text):
     return [" ".join(sentence.split()) for sentence in sentences if has_words(sentence)]
 
 
+def letters(texts):
+    """How many, signs included; words would not do for Chinese"""
+    return sum(map(len, "".join(texts).split()))
+
+
 def tokenize_report(tokenizer, sentences, max_sentences=32, max_tokens=250):
     """Tokenise the sentences of a report in a row; whole ones are kept as long as they fit, only a first
     one that is too long alone is cut. Returns input_ids, sentence_ids, word_ids (L,), the latter two -1 at
     special tokens; sentences, the S kept ones; single_ids, S arrays, each sentence tokenised alone; cut,
-    the number of words left out."""
+    the number of letters left out."""
     # NOTE(paper): no length is given; 250 tokens are the release's.
     kept = sentences[:max_sentences]
     text = " ".join(kept)
@@ -444,7 +458,12 @@ def tokenize_report(tokenizer, sentences, max_sentences=32, max_tokens=250):
     single_ids = tokenizer(kept, truncation=True, max_length=max_tokens)["input_ids"]
     return {"input_ids": np.array(encoding["input_ids"])[fits], "sentence_ids": sentence_ids[fits],
             "word_ids": word_ids[fits], "sentences": kept, "single_ids": list(map(np.array, single_ids)),
-            "cut": len(" ".join(sentences).split()) - len(" ".join(kept).split())}
+            "cut": letters(sentences) - letters(kept)}
+
+
+def some_reports(items):
+    """The reports of 500 items at most, spread evenly"""
+    return [item.report for item in items[::1 + len(items) // 500]]
 
 
 def check_reports(text_encoder, texts, source):
@@ -459,10 +478,10 @@ def check_reports(text_encoder, texts, source):
     if lacking:
         log.warning("warning: %s: the text encoder lacks words of %d of %d texts: %.90s", source,
                     len(lacking), len(texts), shorten(lacking))
-    unread = sum(report["cut"] for report in reports) / sum(len(text.split()) for text in texts)
+    unread = sum(report["cut"] for report in reports) / letters(texts)
     if unread:
-        log.warning("warning: %s: of %d reports the ends, %.0f %% of their words, are not read: at most 250 "
-                    "tokens and 32 sentences", source, len(texts), 100 * unread)
+        log.warning("warning: %s: of %d reports looked at the ends, %.2g %% of their text, are not read: at "
+                    "most 250 tokens and 32 sentences", source, len(texts), 100 * unread)
 
 
 def mask_words(input_ids, word_ids, tokenizer, generator, prob=0.15):
@@ -662,6 +681,12 @@ def _path(value):
     return path.replace("\\", "/")
 
 
+def _rescale(row):
+    """(slope, intercept) of a row of metadata, or None"""
+    pair = tuple(row.get(column, math.nan) for column in NUMBERS[:2])
+    return None if np.isnan(pair).any() else pair
+
+
 def _manifest_items(path, rows):
     items = []
     for where, row in rows:
@@ -671,7 +696,7 @@ def _manifest_items(path, rows):
         mask = path.parent / _path(row["mask"]) if row.get("mask") else None
         report, patient = _text(row.get("report")), row.get("patient") or volume
         items.append(Item(volume, path.parent / volume, report, SPLIT_NAMES[split], patient,
-                          _labels(row), mask=mask))
+                          _labels(row), _rescale(row), mask))
     return items
 
 
@@ -730,25 +755,29 @@ def _ct_rate_items(folder, with_absent=False):
                 for line in read_text(file).splitlines()}
     if with_absent:  # to be downloaded, or deleted
         files += [folder / f"{name}.nii.gz" for name in sorted(reports - set(map(stem, files)))]
-    items = []
+    items, silent = [], []
     for file in files:
         name = stem(file)
-        if name not in reports or name in no_chest:
+        if name in no_chest or not ENDING.search(file.name):
+            continue
+        if name not in reports:
+            silent.append(name)
             continue
         split = name.split("_")[0]
         if split not in SPLIT_NAMES:
             raise wrong(folder, f"the volume {name}", "names train_… and valid_…")
         row = {column: value for column, (value, _) in told[name].items()}
         report = _text([row["Findings_EN"], row.get("Impressions_EN", "")])
-        rescale = tuple(row.get(column, math.nan) for column in NUMBERS[:2])
-        rescale = None if np.isnan(rescale).any() else rescale
         where = told[name].get("XYSpacing", ("", f"{folder}, metadata of {name}"))[1]
         geometry = where, *(row.get(column, "") for column in GEOMETRY)
         patient = "_".join(name.split("_")[:2])
-        items.append(Item(name, file, report, SPLIT_NAMES[split], patient, _labels(row), rescale,
+        items.append(Item(name, file, report, SPLIT_NAMES[split], patient, _labels(row), _rescale(row),
                           geometry=geometry))
-    if len(items) < len(reports) and not with_absent:  # most have all CSVs and a part of the volumes
-        log.warning("%s: %d of %d reports have a volume here", folder, len(items), len(reports))
+    if silent:
+        log.warning("%s: left out %d volumes without a report: %s", folder, len(silent), shorten(silent))
+    wanted = len(reports - no_chest)
+    if len(items) < wanted and not with_absent:  # most have all CSVs and a part of the volumes
+        log.warning("%s: %d of %d reports have a volume here", folder, len(items), wanted)
     return items
 
 
@@ -1181,6 +1210,7 @@ CASES = "{training: [{image, label[, fold]}][, validation, test: the same]}"
 NNUNET = r"(.*/)images(Tr|Ts)/(.+)_0000", r"\1labels\2/\3"  # patterns of an image and its mask
 BOX = 384.  # mm, side of the box around the middle of a scan (view "box")
 FEW_SHOT_VOLUMES = 1000  # training volumes of the two CT-RATE tasks, as in the paper
+MOST_WORDS = 150        # and full stops of a generated report, as in the release
 
 
 def _cc_ccii_items(folder, fold):
@@ -1454,10 +1484,11 @@ def _demo(epochs, batch_size, size=(32, 32, 32), lr=1e-3, **more):
             "batch_size": batch_size, "lr": lr, "lr_encoder": lr, **more}
 
 
-# NOTE(paper): most settings are those of the released scripts. Ours, as none are given: the recipe of
-# ct-rate-retrieval (as pre-training), epochs of luna16, batch of segmentation, probabilities of rot90
-# and affine (luna16), affine and zoom (msd-lung), clip_grad but for msd-lung and covid-19-20, LayerNorm
-# of luna16. msd-lung is not cropped to the foreground: patches beside a tumour lie in the body.
+# NOTE(paper): most settings are those of the released scripts. Ours: the recipe of ct-rate-retrieval (as
+# pre-training), epochs and decay of luna16, batch of segmentation, probabilities of rot90 and affine
+# (luna16), affine and zoom (msd-lung), angles of all affine ones, contrast about the mean (cc-ccii),
+# clip_grad but for msd-lung and covid-19-20, LayerNorm of luna16. msd-lung is not cropped to the
+# foreground: patches beside a tumour lie in the body.
 LISTED = f", a JSON {CASES} anywhere in it, or nnU-Net's imagesTr/*_0000, labelsTr/*"
 CT_RATE = "a CT-RATE folder (volumes, CSVs of reports, labels), a cache folder or a manifest .csv"
 MILD = {"affine": .3, "zoom": .3, "scale": .3, "shift": .3}
@@ -1467,7 +1498,7 @@ TASKS = {
         "{Normal,CP,NCP}/PATIENT/SCAN/*.png|jpg or p{patient}-s{scan}.npy; *fold0*{train,valid}*.csv",
         ("normal", "common pneumonia", "COVID-19"), "ACC", (32, 384, 384), (-1000., 1000.), None,
         _recipe(130, 30, 2, 3e-4, weight_decay=0.01), _demo(40, 4, lr=3e-4),
-        {"flip": .5, "brightness": .07, "contrast": .05}, exclusive=True),
+        {"flip": (.5, 0, 0), "brightness": .07, "contrast": .05}, exclusive=True),
     "luna16": Task("classify", "cube", _luna16_items,
         "subset{0-9}/*.mhd (0-4 train, 5-6 valid, 7-9 test); candidates_V2.csv or candidates.csv",
         ("nodule",), "AUC", (64, 64, 64), (-1000., 600.), None,
@@ -1482,7 +1513,7 @@ TASKS = {
         "volume-covid19-A-XXXX_ct.nii.gz and volume-covid19-A-XXXX_seg.nii.gz" + LISTED,
         ("COVID-19 lesion",), "Dice", (32, 192, 192), (-1000., 500.), (5., 1.25, 1.25),
         _recipe(1000, 50, 1, 7.5e-5, weight_decay=1e-5), SEGMENT_DEMO,
-        {"flip": .5, "affine": .15, "noise": .01}, patches=3),
+        {"flip": .5, "affine": .15, "noise": .15}, patches=3),
     "acdc": Task("segment", "patch", partial(_segment_items, patient=r".*(patient\d+).*",
             image=r"(.*/(patient\d+)/\2_frame\d+)", mask=r"\1_gt"),
         "[training/, testing/]patientXXX/patientXXX_frameYY.nii.gz, …_frameYY_gt.nii.gz" + LISTED,
@@ -1567,7 +1598,7 @@ def _draw_splits(items, task, folder, fold, seed):
     return items
 
 
-def load_task(name, folder, fold=0, seed=0, cache="cache"):
+def load_task(name, folder, fold=0, seed=0, cache="cache", with_absent=False):
     """The data of a task in its native layout -> list of Item. The split or fold of the set counts; else a
     fifth of the patients, drawn with `seed`, is test. Without a valid part a fifth of the training patients
     becomes it. "demo" is drawn and cached once. ValueError for a patient in two splits, a case without
@@ -1577,11 +1608,14 @@ def load_task(name, folder, fold=0, seed=0, cache="cache"):
         folder = Path(cache, f"demo-{name}-{phantoms.VERSION}")
         if not folder.exists():
             phantoms.write_task_demo(name, folder.with_suffix(".part")).rename(folder)
-    items = with_a_file(task.records(folder, fold), folder)
+    items = task.records(folder, fold)
+    items = items if with_absent else with_a_file(items, folder)
     if not items:
         raise wrong(folder, f"nothing of {name}", task.layout)
     if fold and task.records in OWN_SPLIT:
         raise wrong(folder, f"--fold {fold}, but no folds", "no --fold")
+    if task.view == "whole" and (task.window, task.spacing) != (WINDOW, None):
+        raise wrong(name, f"window {task.window}, spacing {task.spacing}", f"{WINDOW}, None: it is whole")
     if task.kind == "segment":
         without = [item.mask or item.id for item in items if not (item.mask and item.mask.exists())]
         if without:
@@ -1626,13 +1660,13 @@ def prepare(item, task, cache="cache"):
     task; "slices": to 4/3 of its size in plane; "box": its middle BOX mm, to its size."""
     size = task.size if task.view in ("slices", "box") else None
     path = cache_file(cache, filter(None, (item.volume, item.mask)), task.view, size, task.window,
-                      task.spacing, len(task.classes), item.rescale)
+                      task.spacing, len(task.classes), item.rescale, task.hu)
     mask_path, affine_path = path.with_suffix(".mask.npy"), path.with_suffix(".affine.npy")
     if not path.exists():
         array, spacing, affine = to_ras(item.volume, *read_item(item))
         mask = read_mask(item, task, array.shape, affine) if item.mask else None
         if task.window:
-            array, _ = to_hounsfield(array, item.volume, "auto", item.rescale)
+            array, _ = to_hounsfield(array, item.volume, task.hu, item.rescale)
             array = scale(array, task.window)
         else:
             inside = array != 0
@@ -1705,13 +1739,14 @@ def network_input(item, task, cache="cache"):
     return cut_views(item, task, cache)[0][0]
 
 
-def augment(volume, mask, generator, settings):
+def augment(volume, mask, generator, settings, spacing=(1, 1, 1)):
     """A volume (1, D, H, W) and its mask (D, H, W) or None, changed alike. settings: probability of flip
-    (each axis), rot90 (in plane), affine (rotation up to π/15), zoom (±10 %), scale and shift (of values,
-    ±0.1); largest change for brightness, contrast; standard deviation for noise."""
+    (each axis, or of one each), rot90 (in plane), affine (rotation up to π/15), zoom (±10 %), scale and
+    shift (of values, ±0.1), noise (of 0.01); largest change for brightness, contrast."""
     def happens(name):
         return generator.random() < settings.get(name, 0)
-    axes = [axis for axis in (-3, -2, -1) if happens("flip")]
+    flips = np.broadcast_to(settings.get("flip", 0), 3)
+    axes = [axis for axis, probability in zip((-3, -2, -1), flips) if generator.random() < probability]
     _, _, height, width = volume.shape
     turns = generator.integers(1, 4) if happens("rot90") and height == width else 0
     volume = volume.flip(axes).rot90(turns, (-2, -1))
@@ -1722,7 +1757,7 @@ def augment(volume, mask, generator, settings):
         angles = generator.uniform(-math.pi / 15, math.pi / 15, 3) * is_turned  # (x, y, z)
         matrix = Rotation.from_euler("XYZ", angles * [1, -1, 1]).as_matrix()
         matrix /= generator.uniform(0.9, 1.1) if is_zoomed else 1
-        sides = np.array(volume.shape[:0:-1], float)  # (x, y, z), as grid_sample wants
+        sides = np.multiply(volume.shape[1:], spacing)[::-1]  # mm (x, y, z), as grid_sample wants
         matrix = matrix * sides / sides[:, None]  # coordinates run from -1 to 1 on each axis
         theta = torch.from_numpy(np.c_[matrix, np.zeros(3)]).float()[None]
         grid = F.affine_grid(theta, (1, *volume.shape), align_corners=False)
@@ -1737,9 +1772,9 @@ def augment(volume, mask, generator, settings):
     volume = volume + generator.uniform(-1, 1) * settings.get("brightness", 0)
     contrast = 1 + generator.uniform(-1, 1) * settings.get("contrast", 0)
     volume = (volume - volume.mean()) * contrast + volume.mean()
-    if "noise" in settings:
+    if "noise" in settings and happens("noise"):
         noise = generator.standard_normal(volume.shape, dtype=np.float32)
-        volume = volume + settings["noise"] * torch.from_numpy(noise)
+        volume = volume + 0.01 * torch.from_numpy(noise)
     return volume, mask
 
 
@@ -1756,29 +1791,35 @@ def report_words(report, with_stops=False):
 
 
 def build_vocabulary(reports, min_count=3):
-    """4 special words, then those at least min_count times in the reports"""
-    count = Counter(word for report in reports for word in report_words(report, with_stops=True))
+    """4 special words, then those at least min_count times in the reports. Warns of words that no report of
+    the generator has room for."""
+    reports = [report_words(report, with_stops=True) for report in reports]
+    count = Counter(itertools.chain(*reports))
+    beyond = sum(len(words[MOST_WORDS:]) for words in reports)
+    if beyond:
+        log.warning("warning: %.0f %% of the words of the reports, the ends of long ones, are not learned: a "
+                    "generated report has at most %d", 100 * beyond / count.total(), MOST_WORDS)
     words = sorted(word for word, times in count.items() if times >= min_count)
     if not words:
         raise ValueError(f"found no word {min_count} times in the reports, expected a vocabulary")
     return ["<pad>", "<bos>", "<eos>", "<unk>", *words]
 
 
-def task_example(item, generator, task, cache="cache", vocabulary=(), max_length=150, tokenizer=None):
+def task_example(item, generator, task, cache="cache", vocabulary=(), max_length=MOST_WORDS, tokenizer=None):
     """A training example: volume (P, 1, D, H, W) and label (P, K), mask (P, D, H, W), tokens (L,) or what
     `MG3D.encode_text` takes. vocabulary: {word: number}"""
     volumes, masks = cut_views(item, task, cache, generator)
     if task.augment and not (task.view == "cube" and item.labels[0] == 0):  # no negative candidate
         for i, volume in enumerate(volumes):
             mask = None if masks is None else masks[i]
-            volumes[i], mask = augment(volume, mask, generator, task.augment)
+            volumes[i], mask = augment(volume, mask, generator, task.augment, task.spacing or (1, 1, 1))
             if masks is not None:
                 masks[i] = mask
     if task.kind == "segment":
         return {"volume": volumes, "mask": masks}
     if task.kind == "report":
-        words = ["<bos>", *report_words(item.report, with_stops=True)[:max_length], "<eos>"]
-        tokens = [vocabulary.get(word, vocabulary["<unk>"]) for word in words]
+        words = ["<bos>", *report_words(item.report, with_stops=True), "<eos>"]
+        tokens = [vocabulary.get(word, vocabulary["<unk>"]) for word in words[:max_length + 2]]
         return {"volume": volumes, "tokens": torch.tensor(tokens)}
     if task.kind == "retrieve":
         report = tokenize_report(tokenizer, split_sentences(item.report))
@@ -1802,6 +1843,11 @@ def by_volume(items):
     for item in items:
         groups[item.volume].append(item)
     return groups
+
+
+def ignore_sigterm(worker):
+    """Of a loader's worker: a signal to the whole group would else end the run before it has saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _begin_worker():
@@ -1913,8 +1959,8 @@ def _described(item):
 
 def _cache_volume(item, folder, shard, size, hu):
     """Put a volume into a cache folder -> its row of the manifest"""
-    row = {"source": _source(item.volume)} | _described(item)
     volume = make_volume(item, size, hu)
+    row = {"source": _source(item.volume)} | _described(item)
     save_array(folder / cache_name(item.id), volume.numpy(), shard)
     return row
 
@@ -1959,6 +2005,9 @@ def make_cache(args):
     rows = _made_rows(folder, items)
     _compare([item for item in mine if item.id in rows], rows, folder)
     todo = [item for item in mine if item.id not in rows and item.volume.exists()]
+    absent = [item.volume for item in mine if item.id not in rows and not item.volume.exists()]
+    if absent:
+        log.warning("%s: no file for %d volumes of this shard: %s", args.data, len(absent), shorten(absent))
     needed = len(todo) * math.prod(size) * 2 / 1e9  # GB
     free = shutil.disk_usage(folder).free / 1e9
     print(f"shard {args.shard}: {len(todo)} volumes to make, {needed:.2f} of {free:.2f} GB", flush=True)
@@ -2007,7 +2056,8 @@ def check(args):
     task = TASKS.get(args.task)
     if task:
         print(f"{args.task} lies on disk as: {task.layout}")
-        listed = items = load_task(args.task, args.data, args.fold, cache=args.cache)
+        listed = load_task(args.task, args.data, args.fold, cache=args.cache, with_absent=True)
+        items = with_a_file(listed, args.data)
         task = with_classes(task, items)
     else:
         listed = read_items(args.data, args.cache)
@@ -2063,6 +2113,7 @@ def main():
         if args.command == "check":
             sys.exit(int(check(args) > 0))
         elif args.command == "cache":
+            check_size(args.size)
             make_cache(args)
         elif args.task:
             print(phantoms.write_task_demo(args.task, args.out, args.n, args.seed))

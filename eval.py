@@ -601,6 +601,14 @@ class Run(NamedTuple):
     device: str
 
 
+def check_preprocessing(config, source):
+    """Warn if a file's network was trained with another crop or window than those of data.py."""
+    for name, ours in (("crop", data.CROP), ("window", data.WINDOW)):
+        if tuple(config.get(name, ours)) != ours:
+            log.warning("warning: %s was trained with the %s %s, here it is %s", source, name, config[name],
+                        ours)
+
+
 def load_checkpoint(path, cache="cache", device="cpu"):
     """best.pt of finetune.py -> Run, its network in eval mode. ValueError for any other file."""
     path = model.local_file(path)
@@ -610,6 +618,8 @@ def load_checkpoint(path, cache="cache", device="cpu"):
         raise ValueError(f"{path}: found the task {config.get('task')}, expected best.pt of "
                          f"finetune.py for one of {', '.join(data.TASKS)}")
     task = data.TASKS[config["task"]]._replace(**checkpoint["task"])  # of the training
+    if task.view == "whole":
+        check_preprocessing(config, path)
     network = model.build_network(task.kind, len(task.classes), config, path.parent)
     model.restore(network, checkpoint, path)
     return Run(network.to(device).eval(), task, config, cache, device)
@@ -848,14 +858,15 @@ def _words_of(report, with_stops=False):
 
 
 def constant_report(reports):
-    """Of 100 reports the one that fits 200 best, by BLEU-4"""
-    rng = np.random.default_rng(0)
-    some, sample = ([reports[i] for i in rng.permutation(len(reports))[:n]] for n in (100, 200))
-    sample = list(map(_words_of, sample))
-
-    def fit(report):
-        return bleu([_words_of(report)] * len(sample), sample)[3]
-    return max(sorted(set(some)), key=fit)
+    """The report that fits the others best by BLEU-4: of 1,000 the 30 that fit 20 best, of these the one that
+    fits 300"""
+    order = np.random.default_rng(0).permutation(len(reports))
+    some = sorted({reports[i] for i in order[:1000]})
+    for n, kept in ((20, 30), (300, 1)):
+        sample = [_words_of(reports[i]) for i in order[:n]]
+        some.sort(key=lambda report: bleu([_words_of(report)] * len(sample), sample)[3])
+        some = some[-kept:]
+    return some[0]
 
 
 def score_reports(run, items, reports, out, train_items):
@@ -874,6 +885,7 @@ def score_reports(run, items, reports, out, train_items):
     released = [" ".join(word if word in known else "<unk>" for word in text.split()[:150])
                 for text in truth]
     said = [" ".join(filter(data.has_words, report.split())) for report in reports]  # no full stops
+    most = [_words_of(" ".join(_words_of(item.report, True).split()[:data.MOST_WORDS])) for item in items]
     counts = np.stack([_bleu_counts(*pair) for pair in zip(said, truth)])  # (n, 10)
     source = "training" if train_items else "same"
     words = "Chinese characters" if any(map(data.CHARACTER.search, truth)) else "words"
@@ -882,6 +894,7 @@ def score_reports(run, items, reports, out, train_items):
               "protocol": f"{words} of whole references; chance: a constant report of the {source} "
                           "part",
               "more": {"bleu_released": bleu(said, released), "bleu_constant": constant,
+                       "bleu_at_most": bleu(most, truth),
                        "ROUGE-L": float(np.mean(list(map(rouge_l, said, truth)))),
                        "ROUGE-L_constant": float(np.mean(list(map(rouge_l, same, truth)))),
                        "findings": score_findings(items, reports, best, known),
@@ -1234,10 +1247,8 @@ def load_as_run(args):
     encoder, config = load_encoder(args.checkpoint, args.encoder, args.merging)
     is_whole = "task" not in config or data.TASKS[config["task"]].view == "whole"   # no patch
     size = args.size or is_whole and config.get("size") or data.SIZE
-    for name, ours in (("crop", data.CROP), ("window", data.WINDOW)):
-        if tuple(config.get(name, ours)) != ours:
-            log.warning("warning: %s was trained with the %s %s, here it is %s", args.checkpoint,
-                        name, config[name], ours)
+    data.check_size(size, encoder.stride)
+    check_preprocessing(config, args.checkpoint)
     task = PRETRAINING._replace(size=tuple(size), hu=args.hu or config.get("hu", "auto"))
     return Run(encoder.to(DEVICE), task, config, args.cache, DEVICE)
 
@@ -1248,6 +1259,7 @@ def load_pretrained(path, cache="cache", device="cpu"):
     config = model.flags_of(checkpoint)
     if "task" in config or "mlm_prob" not in config:
         raise data.wrong(path, "no text side", "last.pt of pretrain.py")
+    check_preprocessing(config, path)
     network = model.build_network("pretrain", 0, config, model.local_file(path).parent)
     model.restore(network, checkpoint, path)
     task = PRETRAINING._replace(size=tuple(config["size"]), hu=config["hu"])
@@ -1275,7 +1287,8 @@ def count_seen(items, hashes, source):
 
 
 def probe_command(args):
-    run, items = load_as_run(args), data.load_items(args.data, args.cache)
+    run = load_as_run(args)
+    items = data.prepare_all(data.load_items(args.data, args.cache), args.cache, 2, run.task)
     inputs = items, args.cache, run.task.size, run.task.hu, args.batch_size
     features = probe_features(run.network, *inputs)
     left_out = len(items) - sum(map(len, features))
@@ -1354,7 +1367,7 @@ def towers_command(args):
                     "of volumes and reports: expect chance", args.checkpoint)
     items = tested_part(data.load_items(args.data, args.cache), args.split, args.data)
     task, texts = run.task._replace(kind="retrieve", metric="Recall@50"), None
-    checked, source = [item.report for item in items[:100]], args.data
+    checked, source = data.some_reports(items), args.data
     if args.command == "zeroshot":
         names, texts = data.LABELS, data.demo_prompts() if args.data == "demo" else None
         if args.prompts:
@@ -1405,6 +1418,9 @@ def pairing_command(args):
     write_result(result, out / "pairing.json")
     plot_pairing(result, out / "pairing.png")
     print(f"wrote {out / 'pairing.json'} and pairing.png")
+    if isinstance(network.sentence_attention, model.SentenceAttention):
+        volume = data.load_volume(items[0], args.cache, task.size, task.hu)
+        plot_attention(network, items[0], volume, out / "attention.png")
 
 
 def find_scans(folder):
@@ -1464,9 +1480,7 @@ def export_command(args):
         raise data.wrong(args.checkpoint, "weights of a task", "no --encoder, --merging or --hu")
     run = load_checkpoint(args.checkpoint) if "task" in config else load_as_run(args)
     network, kind, size = run.network.cpu().eval(), run.task.kind, args.size or run.task.size
-    stride = getattr(network, "encoder", network).stride
-    if any(side % stride for side in size):
-        raise ValueError(f"found the size {tuple(size)}, expected multiples of {stride}")
+    data.check_size(size, 16 if kind == "classify" else getattr(network, "encoder", network).stride)
     notes = {**run.task.settings(), "task": config.get("task"), "size": size, "crop": data.CROP,
              "vocabulary": config.get("vocabulary"), "axes": "z, y, x of a scan in RAS",
              "values": "HU, window to [0, 1]" if run.task.window else "z-score of all voxels but 0"}
@@ -1542,6 +1556,8 @@ def task_command(args):
         if run.task.kind == "classify" and classes != run.task.classes:
             raise data.wrong(args.data, f"the labels {classes}", f"{run.task.classes} as in training")
         chosen = tested_part(items, args.split, args.data)
+    if run.task.kind == "retrieve":
+        data.check_reports(run.network.text_encoder, data.some_reports(chosen), args.data)
     if args.input:
         centre = args.centre
         if (centre is not None) != (run.task.view == "cube"):

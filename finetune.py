@@ -181,7 +181,10 @@ def load_init(args, task, config, network):
     """Fill a network from --init, less outputs that meant other classes, words or texts there."""
     checkpoint = model.read_checkpoint(args.init)
     saved = model.flags_of(checkpoint)
-    if task.kind in WITH_TEXTS:                 # clip alone makes volumes and reports alike
+    if task.view == "whole":
+        evaluation.check_preprocessing(saved, args.init)
+    if task.kind in WITH_TEXTS:
+        # NOTE(paper): its projections are kept if --clip taught them; the six losses do not compare them.
         text_encoders = {Path(flags.get("text_encoder", "")).name for flags in (saved, config)}
         fits = saved.get("clip", "task" in saved) and len(text_encoders) == 1
     else:
@@ -241,7 +244,7 @@ def train(args, task, out, seed, rank, world, device):
     patients = {split: sorted({item.patient for item in part})
                 for split, part in zip(data.SPLITS, parts)}
     config = {name: value for name, value in vars(args).items() if name not in ("resume", "out")}
-    config |= {"seed": seed, "vocabulary": None,
+    config |= {"seed": seed, "vocabulary": None, "crop": data.CROP, "window": data.WINDOW,
                "patients": sorted({*patients["train"], *patients["valid"]}), "pretrained_on": []}
     if task.kind == "report":
         reports = [item.report for item in train_items]
@@ -290,7 +293,7 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}"""
     tokenizer, prompts = None, {}
     if with_texts:
         tokenizer = network.text_encoder.tokenizer
-        texts = [item.report for item in train_items[:100]]
+        texts = data.some_reports(train_items)
         if task.kind == "prompt":
             texts = data.prompts(task.classes)
             prompts = data.text_batch(tokenizer, texts)
@@ -320,18 +323,19 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}"""
             return 0.8 ** (step // epoch_steps)
         return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate, last_epoch=step - 1)
-    batches = data.Batches(len(dataset), batch_size, rank, world, seed, step)
+    batches = data.Batches(len(dataset), batch_size, rank, world, seed, step,
+                           [item.patient for item in positives if task.kind == "retrieve"])
     # The loader has its own generator: it must not advance the global one, of which dropout draws.
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate,
                         num_workers=args.workers, pin_memory=device.type == "cuda",
-                        generator=torch.Generator())
+                        worker_init_fn=data.ignore_sigterm, generator=torch.Generator())
     log.info(f"run        steps {step} to {steps} ({epoch_steps} an epoch) of {batch_size} × {world} "
              f"on {device} in {precision}, seed {seed}, out in {out}")
     if task.kind == "retrieve" and batch_size * world == 1:
         log.warning("warning: in a batch of one there is no other patient: nothing is learned")
 
     # ---------------------------------------- loop
-    log_path = out / "log.jsonl"
+    log_path, board = out / "log.jsonl", None
     if rank == 0:
         if not checkpoint and seed == args.seed:        # all is checked
             forget_older_run(Path(args.out))
@@ -339,6 +343,7 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}"""
         evaluation.write_result(patients, out / "split.json")
         rows = [row for row in pretrain.read_log(log_path) if row["step"] < step]
         pretrain.write_log(log_path, rows, "w")
+        board = pretrain.open_board(out)
     run = evaluation.Run(network, task, config, args.cache, device)
     interruption, stopping, bad_steps, stream = pretrain.Interruption(), 0, 0, iter(loader)
     bar = tqdm(total=steps, initial=step, desc=args.task, disable=None if rank == 0 else True)
@@ -377,7 +382,7 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}"""
                     pretrain.save_file(state | {"task": task.settings()}, out / "best.pt")
             dist.barrier()
         if rank == 0:
-            pretrain.write_log(log_path, [row])
+            pretrain.write_log(log_path, [row], board=board)
         stopping = interruption.number(device)
         if step % epoch_steps == 0 or step == steps or stopping:
             pretrain.save_run(out, network, optimizer, scaler, config, step, best=best, ids=ids,

@@ -194,9 +194,9 @@ def finish(stopping, step, out):
 def check_flags(args):
     """ValueError, naming the flag, for a value that cannot be; for the flags of both scripts."""
     data.check_numbers(args)
-    if any(side % 32 for side in args.size):
-        size = " ".join(map(str, args.size))
-        raise ValueError(f"--size {size}: every side must be a multiple of 32")
+    task = data.TASKS.get(vars(args).get("task"))       # of finetune.py
+    is_one_map = task and task.kind == "classify"       # Swin fills up its last map, of LUNA16's 48³, too
+    data.check_size(args.size, 16 if is_one_map else 32)
     if args.merging != "auto" and args.init in (None, "scratch"):
         raise ValueError(f"--merging {args.merging}: found no --init, expected a file trained so")
 
@@ -273,11 +273,13 @@ def update(network, optimizer, scaler, clip_grad, loss, bad_steps, step_name):
     else:
         log.warning("%s; loss %g, gradient %g: not finite, the step is skipped",
                     step_name, loss, norm)
-        if bad_steps == 9:
-            raise SystemExit("error: 10 steps in a row were not finite; last.pt is good")
+    is_stepped = is_good and math.isfinite(norm)
+    most = 40 if is_good else 10                # GradScaler looks for its scale from 2^16 down
+    if not is_stepped and bad_steps + 1 >= most:
+        raise SystemExit(f"error: {most} steps in a row were not finite; what was saved is good")
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return norm.item(), 0 if is_good else bad_steps + 1
+    return norm.item(), 0 if is_stepped else bad_steps + 1
 
 
 def save_file(state, path, before=None, write=torch.save):
@@ -351,10 +353,21 @@ def read_log(path):
     return [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]
 
 
-def write_log(path, rows, mode="a"):
-    """Append rows to log.jsonl, or write it anew (mode "w")."""
+def write_log(path, rows, mode="a", board=None):
+    """Append rows to log.jsonl, or write it anew (mode "w"), and to a TensorBoard."""
     with open(path, mode) as file:
         file.writelines(json.dumps(row) + "\n" for row in evaluation.without_nan(rows))
+    for row in rows if board else ():
+        for name, value in row.items():
+            if isinstance(value, float):
+                board.add_scalar(name, value, row["step"])
+
+
+def open_board(out):
+    """A TensorBoard, where one is installed"""
+    with contextlib.suppress(ImportError):
+        from torch.utils.tensorboard import SummaryWriter
+        return SummaryWriter(out)
 
 
 # ---------------------------------------- the run
@@ -478,10 +491,11 @@ def main(args, given):
     torch.manual_seed(args.seed)                        # the same weights on every process
     network = model.build_network("pretrain", 0, vars(args), out)
     encoder, tokenizer = network.encoder, network.text_encoder.tokenizer
-    data.check_reports(network.text_encoder, [item.report for item in train_items[:100]], args.data)
+    data.check_reports(network.text_encoder, data.some_reports(train_items), args.data)
     patients = data.patient_hashes(item.patient for item in train_items)
     if checkpoint:
         model.restore(network, checkpoint, out / "last.pt")
+        evaluation.check_preprocessing(checkpoint["config"], out)
         patients.update(checkpoint["patients"])
     elif args.init:
         model.load_weights(encoder, args.init, args.merging)
@@ -508,8 +522,10 @@ def main(args, given):
                            step * args.accumulate, [item.patient for item in train_items])
     examples = data.Examples(train_items, make_example, args.seed)
     loader = DataLoader(examples, batch_sampler=batches, collate_fn=collate,
-                        num_workers=args.workers, pin_memory=device.type == "cuda")
+                        num_workers=args.workers, pin_memory=device.type == "cuda",
+                        worker_init_fn=data.ignore_sigterm)
     config = {name: value for name, value in vars(args).items() if name not in ("resume", "out")}
+    config |= {"crop": data.CROP, "window": data.WINDOW}
     about = describe(args, network, weight, len(train_items), len(held_out), world)
     log.info(f"{about}\nrun        steps {step} to {args.steps} on {device} in {precision}, "
              f"seed {args.seed}, out in {out}, cache in {args.cache}")
@@ -527,11 +543,9 @@ def main(args, given):
                 log.warning("warning: %s holds an older run, which the first checkpoint replaces", out)
             evaluation.write_result(config, out / "run.json")
         write_log(log_path, [row for row in read_log(log_path) if row["step"] < step], mode="w")
-        with contextlib.suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-            board = SummaryWriter(out)
+        board = open_board(out)
     interruption, stopping = Interruption(), 0
-    bad_steps, unreadable, stream = 0, set(), iter(loader)
+    bad_steps, unreadable, tried, stream = 0, set(), 0, iter(loader)
     bar = tqdm(total=args.steps, initial=step, desc="pretrain", disable=None if rank == 0 else True)
     while step < args.steps and not stopping:
         started = time.perf_counter()
@@ -539,8 +553,10 @@ def main(args, given):
         waited = time.perf_counter() - started
         volumes = [name for batch in passes for name in batch.pop("ids")]
         unreadable.update(*(batch.pop("skipped") for batch in passes))
-        if len(unreadable) > 0.05 * len(train_items):
-            raise ValueError(f"{len(unreadable)} of {len(train_items)} volumes cannot be read, "
+        tried += len(volumes)
+        share = max(len(train_items) / world, min(tried, len(train_items)))     # of this process
+        if len(unreadable) > 0.05 * share:
+            raise ValueError(f"{len(unreadable)} of {share:.0f} volumes cannot be read, "
                              f"more than 5 %: {sorted(unreadable)[:5]}")
         total, values = 0.0, dict.fromkeys(enabled, 0.0)
         for batch, share in zip(passes, losses.shares(passes, enabled, device)):
@@ -566,12 +582,9 @@ def main(args, given):
         if device.type == "cuda":
             row["gpu_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         if rank == 0 and (step % args.log_every == 0 or step == args.steps - 1):
-            if board:
-                for name, value in row.items():
-                    board.add_scalar(name, value, step)
             if step == 0:
                 row["nothing"] = nothing
-            write_log(log_path, [row])
+            write_log(log_path, [row], board=board)
             bar.set_postfix({name: f"{values[name]:.3f}" for name in enabled}, refresh=False)
         schedule.step()
         step += 1
@@ -593,7 +606,8 @@ def main(args, given):
         unseen = data.Examples(held_out or train_items, make_example, args.seed)
         levels = evaluation.levels(read_log(log_path), know_nothing())      # SFR's target has moved
         text = say_result(measure(args, network, levels, items, unseen, collate, out))
-        log.info("%s\nwrote all of it, pictures and encoder.* to %s", text, out)
+        log.info("%s\nwrote all of it, pictures and encoder.* to %s; %s", text, out,
+                 model.monai_settings(encoder)["note"])
         save_encoder(args, encoder, patients, about, step, out, text)
 
 
@@ -609,12 +623,13 @@ def measure(args, network, levels, items, unseen, collate, out):
     device, size = next(network.parameters()).device, tuple(args.size)
     has_maps = isinstance(network.sentence_attention, model.SentenceAttention)  # a gate has none
     batch = first_batches(unseen, collate, 4, 4)[0]
+    shown = next(item for item in unseen.items if item.id == batch["ids"][0])
     batch = {key: value.to(device) for key, value in batch.items() if torch.is_tensor(value)}
     if network.mim_decoder is not None:
         evaluation.plot_reconstruction(network, batch, out / "reconstruction.png")
     if has_maps:
         volume = batch["volume"][0].cpu()
-        evaluation.plot_attention(network, unseen.items[0], volume, out / "attention.png")
+        evaluation.plot_attention(network, shown, volume, out / "attention.png")
 
     result = {"levels": levels}
     untrained = evaluation.untrained_encoder(vars(args))

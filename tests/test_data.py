@@ -543,11 +543,17 @@ def hounsfield_cases(hu, path):
 
 
 @pytest.mark.parametrize("padding", [None, -1024, -2048, -3024])
-def test_hounsfield_check(padding):
+def test_hounsfield_check(padding, caplog):
     hu = chest((40, 48, 56)).astype(np.float32)
     if padding:
         hu[:, :10] = padding
+    data._warn_once.cache_clear()
     hounsfield_cases(hu, "scan.nii.gz")
+    told = "--hu auto: rescale 1, -1024 (as is usual) applied to some volumes"
+    assert told in caplog.text
+    caplog.clear()
+    data.to_hounsfield(hu + 1024, "another.nii")                                # once is enough
+    assert not caplog.records
 
 
 def test_air_and_tissue_must_both_be_there(tmp_path):
@@ -808,9 +814,9 @@ def test_tokens_are_cut_at_sentences(tokenizer):
             assert len(out["input_ids"]) == sum(lengths[:kept]) + 2
             assert out["input_ids"][-1] == tokenizer.sep_token_id
             assert set(out["sentence_ids"]) == {-1, *range(kept)}
-            assert out["cut"] == len(" ".join(sentences[kept:]).split())
+            assert out["cut"] == len(squeezed(" ".join(sentences[kept:])))
     out = data.tokenize_report(tokenizer, sentences, max_sentences=2)
-    assert out["sentences"] == sentences[:2] and out["cut"] == len(" ".join(sentences[2:]).split())
+    assert out["sentences"] == sentences[:2] and out["cut"] == len(squeezed(" ".join(sentences[2:])))
 
 
 @pytest.mark.parametrize("report", ["word " * 10_000, "pneumonia", REPORT * 200])
@@ -820,7 +826,7 @@ def test_tokens_of_extreme_reports(tokenizer, report):
     assert len(out["input_ids"]) <= 20 and max(map(len, out["single_ids"])) <= 20
     assert set(out["sentence_ids"]) == {-1, *range(len(out["sentences"]))}
     kept, whole = " ".join(out["sentences"]), " ".join(sentences)
-    assert whole.startswith(kept) and out["cut"] == len(whole.split()) - len(kept.split())
+    assert whole.startswith(kept) and out["cut"] == len(squeezed(whole)) - len(squeezed(kept))
     assert decoded(tokenizer, out["input_ids"]) == squeezed(kept).lower()
 
 
@@ -987,7 +993,7 @@ def test_ct_rate_folder(tmp_path, kind, caplog):
     ct_rate(tmp_path, names, kind)
     (tmp_path / "no_chest_train.txt").write_text("train/train_3/train_3_a/train_3_a_1.nii.gz\n")
     items = {item.id: item for item in data.load_items(tmp_path)}
-    assert set(items) == set(names) - {"train_3_a_1"} and "4 of 5 reports" in caplog.text
+    assert set(items) == set(names) - {"train_3_a_1"} and not caplog.records
     assert [items[name].patient for name in names[:3]] == ["train_1", "train_1", "train_2"]
     assert items["valid_1_a_1"].split == "valid" and items["train_2_a_1"].split == "train"
     assert items["train_1_a_1"].report == "Finding of train_1_a_1.nii.gz\nNormal."
@@ -995,6 +1001,17 @@ def test_ct_rate_folder(tmp_path, kind, caplog):
     assert items["train_1_a_1"].rescale is None and items["train_1_a_2"].rescale == (1, -1024)
     np.testing.assert_array_equal(items["train_2_a_1"].labels, np.arange(18) == 2)
     assert torch.isfinite(data.load_volume(items["train_1_a_2"], None, SMALL)).all()
+
+
+def test_ct_rate_volumes_without_report_and_reports_without_volume(tmp_path, caplog, command):
+    ct_rate(tmp_path, ["train_1_a_1", "train_2_a_1", "train_3_a_1", "valid_1_a_1"])
+    (tmp_path / "no_chest_train.txt").write_text("train/train_3/train_3_a/train_3_a_1.nii.gz\n")
+    for name in ("train_4_a_1", "valid_2_a_1"):
+        save_nifti(tmp_path / f"{name}.nii.gz", chest())
+    (tmp_path / "train" / "train_2" / "train_2_a" / "train_2_a_1.nii.gz").unlink()
+    assert {item.id for item in data.load_items(tmp_path)} == {"train_1_a_1", "valid_1_a_1"}
+    assert f"{tmp_path}: left out 2 volumes without a report: train_4_a_1, valid_2_a_1" in caplog.text
+    assert f"{tmp_path}: 2 of 3 reports have a volume here" in caplog.text
 
 
 AXIAL, CORONAL = "[1.0, 0.0, 0.0, 0.0, 1.0, 0.0]", "[1, 0, 0, 0, 0, -1]"
@@ -1862,6 +1879,9 @@ def test_check_command(tmp_path, command):
     manifest(tmp_path, report=["Fine.", "Fine.", "", "Fine."])
     code, text = command("data.py", "check", "--data", path, "--limit", 1)
     assert code == 1 and "1 left out" in text
+    code, text = command("data.py", "cache", "--data", path, "--out", tmp_path / "made", "--size", 32, 48, 32)
+    assert code == 1 and "--size 32 48 32: every side must be a multiple of 32" in text
+    assert not (tmp_path / "made").exists()
     path.write_text("volume\n")
     code, text = command("data.py", "check", "--data", path)
     assert code == 1 and f"{path}: " in text and "expected also ['report']" in text

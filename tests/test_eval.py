@@ -219,6 +219,13 @@ def test_probe_command(labelled, encoder):
     assert "macro AUC of 13 findings (the other 5 have one class alone)" in done.stdout and "n = 13" in done.stdout
     assert "some.csv: labels of -1 are taken as unknown" in done.stderr
     assert "some.csv: left out 1 of 40 volumes without all 18 labels" in done.stderr
+    (labelled / "torn.nii.gz").write_bytes((labelled / "39.nii.gz").read_bytes()[:5000])
+    rows = list(csv.reader((labelled / "m.csv").open()))
+    rows[-1][0] = "torn.nii.gz"
+    with (labelled / "torn.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    done = run("--data", "torn.csv", "--encoder", "swin_t", "--out", "torn")
+    assert done.returncode == 0 and "torn.nii.gz: cannot be read" in done.stderr and "n = 13" in done.stdout
     refused = run("--data", "m.csv")
     assert refused.returncode == 1 and "--encoder" in refused.stderr and "Traceback" not in refused.stderr
 

@@ -646,6 +646,8 @@ def test_reports_under_both_protocols(constant_inputs, tmp_path):
     assert result["interval"][0] <= result["value"] <= result["interval"][1] and result["n"] == 4
     assert more["bleu_constant"] == pytest.approx(bleu_by_loops(["the lung is clear no effusion"] * 4, whole))
     assert result["chance"] == more["bleu_constant"][3] and "training part" in result["protocol"]
+    whole_of_150 = [*whole[:2], " ".join(["heart"] * 150), whole[3]]
+    assert more["bleu_at_most"] == pytest.approx(bleu_by_loops(whole_of_150, whole))
     assert more["distinct_reports"] == 1
     assert result["protocol"].startswith("words of whole references")
     rows = json.loads((tmp_path / "reports.json").read_text())
@@ -1101,8 +1103,8 @@ def test_what_cannot_be_exported_is_named(tmp_path, monkeypatch, encoder):
     export = partial(here, "export", "--out", "old.pt2", cwd=tmp_path)
     for flags, words in ((["encoder.pt"], "does not say which encoder it holds: give --encoder"),
                          (["encoder.pt", "--encoder", "unet"], "does not fill the encoder"),
-                         (["encoder.pt", "--encoder", "swin_t", "--size", 32, 32, 36], r"(32, 32, 36), expected multiples of 8"),
-                         (["best.pt", "--size", 20, 16, 16], "(20, 16, 16), expected multiples of 8"),
+                         (["encoder.pt", "--encoder", "swin_t", "--size", 32, 32, 36], "--size 32 32 36: every side must be a multiple of 8"),
+                         (["best.pt", "--size", 20, 16, 16], "--size 20 16 16: every side must be a multiple of 16"),
                          (["absent.pt"], "absent.pt: found no such file")):
         done = export("--checkpoint", *flags)
         assert done.returncode == 1 and words in done.stderr

@@ -10,8 +10,10 @@ import os
 import shutil
 import signal
 import statistics
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -414,6 +416,28 @@ def test_augmentation_keeps_lengths_and_angles():
     assert offset.norm() == pytest.approx(52 ** 0.5, abs=0.5)       # as far from the middle as before
 
 
+def test_a_ball_of_thick_slices_stays_a_ball():
+    spacing = np.array([5, 1.25, 1.25])
+    z, y, x = torch.meshgrid(*(spacing[i] * (torch.arange(n) - (n - 1) / 2)
+                               for i, n in enumerate((16, 64, 64))), indexing="ij")      # mm
+    ball = ((z ** 2 + (y - 10) ** 2 + (x + 8) ** 2) < 18 ** 2).long()
+    for seed in range(3):
+        _, moved = data.augment(ball[None].float(), ball, np.random.default_rng(seed), {"affine": 1}, spacing)
+        at = moved.nonzero() * torch.from_numpy(spacing)
+        assert (at.amax(0) - at.amin(0) - 36).abs().max() <= 6
+        offset = at.mean(0) - torch.from_numpy(spacing * [7.5, 31.5, 31.5])
+        assert offset.norm() == pytest.approx(164 ** 0.5, abs=1)
+        assert not torch.equal(moved, ball)
+
+
+def test_cc_ccii_turns_the_order_of_slices_alone():
+    volume = torch.arange(24.).view(1, 2, 3, 4)
+    settings = {"flip": data.TASKS["cc-ccii"].augment["flip"]}
+    seen = [data.augment(volume, None, np.random.default_rng(seed), settings)[0] for seed in range(20)]
+    turned = sum(torch.equal(one, volume.flip(1)) for one in seen)
+    assert 0 < turned < 20 and turned + sum(torch.equal(one, volume) for one in seen) == 20
+
+
 def test_values_change_as_told():
     volume = torch.rand(1, 4, 4, 4)
     generator = np.random.default_rng(0)
@@ -426,8 +450,11 @@ def test_values_change_as_told():
     harder, _ = data.augment(volume, None, generator, {"contrast": 0.05})
     a, _ = np.polyfit(volume.flatten(), harder.flatten(), 1)
     assert 0 < abs(a - 1) <= 0.05 and harder.mean() == pytest.approx(volume.mean().item(), abs=1e-6)
-    noisy, _ = data.augment(torch.zeros(1, 32, 32, 32), None, generator, {"noise": 0.01})
+    noisy, _ = data.augment(torch.zeros(1, 32, 32, 32), None, generator, {"noise": 1})
     assert noisy.std() == pytest.approx(0.01, rel=0.05)
+    changed = [data.augment(volume, None, np.random.default_rng(seed), {"noise": 0.15})[0].ne(volume).any()
+               for seed in range(200)]
+    assert 10 <= sum(changed) <= 50
 
 
 def test_small_scans_are_filled_up():
@@ -809,6 +836,27 @@ def test_two_processes_are_one_with_twice_the_batch(sets, cache, tmp_path):
 def test_bad_flags(run, flags, message):
     with pytest.raises(ValueError, match=message):
         run("ctrg", *flags)
+
+
+class Board:
+    """In the place of TensorBoard's SummaryWriter"""
+    scalars = {}
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def add_scalar(self, name, value, step):
+        self.scalars[self.folder, name, step] = value
+
+
+def test_a_tensorboard_shows_what_the_log_holds(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Board))
+    run("ctrg", "--epochs", 1, "--steps", 2)
+    rows = pretrain.read_log(Path("out/log.jsonl"))
+    assert len(rows) == 2 and Board.scalars
+    for (folder, name, step), value in Board.scalars.items():
+        assert folder == Path("out") and rows[step][name] == value
+    assert {("loss", 0), ("loss", 1), ("lr", 1), ("valid", 1)} <= {key[1:] for key in Board.scalars}
 
 
 def test_flags_of_a_resumed_run_are_checked(run):

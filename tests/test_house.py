@@ -7,16 +7,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {
-    "lines": {"losses": 215, "model": 1159, "phantoms": 570, "data": 2076, "pretrain": 665, "finetune": 475,
-              "eval": 1590},
-    "lines in all": 6750,
-    "bytes in all": 350_000,
+    "lines": {"losses": 215, "model": 1159, "phantoms": 570, "data": 2130, "pretrain": 685, "finetune": 475,
+              "eval": 1595},
+    "lines in all": 6815,
+    "bytes in all": 355_000,
     "columns": 110,
     "wide": 100,                            # columns beyond which a line counts as wide
     "share of wide lines": 0.04,             # of all lines of the seven files
     "width": 52.5,                          # bytes a line, the mean of all
     "function": 60,                         # lines
-    "long functions": {"flags": None, "pretrain.main": 165, "finetune.train": 165},     # None: any length
+    "long functions": {"flags": None, "pretrain.main": 165, "finetune.train": 167},     # None: any length
     "imports": {"losses": (), "model": (), "phantoms": (), "data": ("phantoms",),
                 "eval": ("losses", "model", "data"),
                 "pretrain": ("losses", "model", "data", "eval", "phantoms"),

@@ -780,13 +780,22 @@ def test_reports_in_words_that_the_tokenizer_does_not_know(text_folder, caplog):
 
 
 @pytest.mark.parametrize("report, read", [
-    ("No effusion. " * 40, 32 * 2),                             # 32 sentences
-    ((("effusion " * 50).strip() + ". ") * 10, 4 * 50)])        # 51 tokens a sentence, 248 beside the special ones
+    ("No effusion. " * 40, 32 * len("Noeffusion.")),            # 32 sentences
+    ((("effusion " * 50).strip() + ". ") * 10, 4 * (50 * len("effusion") + 1)),     # 51 tokens each, 248 of the words
+    ("heart,effusion;" * 200, 32 * len("heart,effusion;")),     # forgotten blanks
+    ("effusion" + " effusion" * 299, 248 * len("effusion"))])   # a single sentence
 def test_reports_that_are_too_long(text_folder, caplog, report, read):
     text = model.TextEncoder(str(text_folder))
     data.check_reports(text, ["No effusion.", report], "m.csv")
-    words = len(report.split())
-    assert f"m.csv: of 2 reports the ends, {100 * (words - read) / (words + 2):.0f} % of their words, are not read" in caplog.text
+    whole = len("".join(report.split()))
+    share = 100 * (whole - read) / (whole + len("Noeffusion."))
+    assert f"m.csv: of 2 reports looked at the ends, {share:.2g} % of their text, are not read" in caplog.text
+
+
+def test_reports_to_look_at_are_spread_over_all():
+    items = [data.Item(str(i), None, f"report {i}", "train", str(i)) for i in range(1200)]
+    assert data.some_reports(items) == [f"report {i}" for i in range(0, 1200, 3)]
+    assert data.some_reports(items[:499]) == [f"report {i}" for i in range(499)]
 
 
 def test_text_folder_without_weights(tmp_path, text_folder):

@@ -424,9 +424,13 @@ def test_different_parameters_on_two_processes_stop_the_run(run, folder):
 def test_stopped_killed_and_resumed_it_equals_the_uninterrupted_run(run, folder, uninterrupted, world):
     """Bit for bit."""
     out = folder / f"broken{world}"
-    stopped = run(f"{SMALL} --out {out.name} --steps {STEPS[world]}", world=world)
+    stopped = run(f"{SMALL} --workers 1 --out {out.name} --steps {STEPS[world]}", world=world)
     stopped.until_step(0, out)
-    os.kill(stopped.processes[-1].pid, signal.SIGTERM)      # one process is told, all of them stop
+    told = stopped.processes[-1].pid                        # one process is told, all of them stop
+    workers = Path(f"/proc/{told}/task/{told}/children").read_text().split()
+    assert workers
+    for pid in (*workers, told):                            # as to a group: the loader's worker, too
+        os.kill(int(pid), signal.SIGTERM)
     assert stopped.wait() == 128 + signal.SIGTERM, stopped.errors
     assert "SIGTERM: saved after step" in stopped.text and (out / "encoder.pt").exists()
     assert load(out / "last.pt")["step"] == len(read_log(out)) < STEPS[world]
@@ -440,7 +444,7 @@ def test_stopped_killed_and_resumed_it_equals_the_uninterrupted_run(run, folder,
         os.kill(process.pid, signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
 
-    run(f"--out {out.name} --resume --workers 2", world=world).succeeded()
+    run(f"--out {out.name} --resume --workers 0", world=world).succeeded()
     assert equal_runs(out, uninterrupted[world][0])
     assert len(load(out / "last.pt")["rng"]) == world
 
@@ -588,6 +592,7 @@ def test_init_of_the_second_version(run, folder, tmp_path):
     run(f"{flags} --merging monai --steps 2 --out v2").succeeded()
     first = run(f"{flags} --merging monai --steps 1 --out v2_1").succeeded()
     assert "does not tell" not in first.text
+    assert f"encoder.* to v2_1; {model.monai_settings(voco)['note']}" in first.text
     run("--out v2_1 --resume --steps 2").succeeded()
     assert load(folder / "v2_1" / "last.pt")["merging"] == "monai"
     x = torch.rand(1, 1, 32, 32, 32)
@@ -660,6 +665,25 @@ def test_ten_such_steps_in_a_row_stop_the_run(run, folder):
     flags = f"{SMALL} {ONLY_MIM} --steps 12 --save_every 100 --out nans"
     run(flags, prepare=mim_is_always_nan).refused("10 steps in a row were not finite")
     assert len(read_log(folder / "nans")) == 9  # the tenth ends it
+
+
+def test_gradients_that_no_scale_makes_finite_stop_the_run(group):
+    """In fp16 GradScaler skips a step with an infinite gradient and halves its scale: a few times only."""
+    layer = torch.nn.Linear(1, 1)
+    optimizer, scaler = torch.optim.SGD(layer.parameters(), 0.1), torch.amp.GradScaler("cpu")
+
+    def step(gradient, bad_steps):
+        loss = scaler.scale(layer(torch.ones(1, 1)).sum())
+        loss.backward()
+        layer.weight.grad *= gradient
+        return pretrain.update(layer, optimizer, scaler, 0, 1.0, bad_steps, "step 7")[1]
+    bad = 0
+    for count in range(39):
+        bad = step(math.inf if count % 2 else math.nan, bad)
+        assert bad == count + 1
+    assert step(1.0, bad) == 0 and scaler.get_scale() == 2.0 ** (16 - 39)
+    with pytest.raises(SystemExit, match="40 steps in a row were not finite"):
+        step(math.inf, 39)
 
 
 # ------------------------------------------------------------------------------------- bad input
@@ -758,6 +782,17 @@ def test_a_volume_that_cannot_be_read_is_skipped_and_many_stop_the_run(run, fold
     assert math.isfinite(read_log(folder / "torn")[0]["loss"])
     many = run(f"{SMALL} {ONLY_MIM} --steps 1 --out torn_too --data torn2.csv")             # 2 of 24
     many.refused("2 of 24 volumes cannot be read", *(f"torn{index}.nii.gz" for index, _ in batch))
+    shared = run(f"{SMALL} {ONLY_MIM} --batch_size 1 --steps 1 --out torn_apart --data torn2.csv", world=2)
+    shared.refused("1 of 12 volumes cannot be read")            # each process sees a half
+
+
+def test_another_crop_is_told(command, copied, folder, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(data, "CROP", (0.5, 0.5, 0.5))
+    for name in ("last.pt", "encoder.pt"):
+        caplog.clear()
+        flags = ["--input", folder / "0.nii.gz", "--out", tmp_path / "features.npz"]
+        assert command("eval.py", "embed", "--checkpoint", copied / name, *flags)[0] == 0
+        assert f"{name} was trained with the crop (0.88, 0.66, 0.88), here it is (0.5, 0.5, 0.5)" in caplog.text
 
 
 def test_a_batch_of_one_warns_and_stays_finite(run, folder):
@@ -824,7 +859,7 @@ def test_pairing_command(command, uninterrupted, folder, tmp_path):
     found = json.loads((tmp_path / "pairing.json").read_text())
     assert set(found) == {"mim", "mlm", "sfr", "cml", "ssm", "dfa"}
     assert ("too few batches to say" in text) == (found["mlm"]["uses_report"] is None)
-    assert (tmp_path / "pairing.png").stat().st_size > 5000
+    assert (tmp_path / "pairing.png").stat().st_size > 5000 and (tmp_path / "attention.png").stat().st_size > 5000
     code, text = command("eval.py", *flags, "--checkpoint", run_folder / "encoder.pt")
     assert code == 1 and "encoder.pt: found no text side, expected last.pt of pretrain.py" in text
     rows = [["0.nii.gz", "A nodule. The heart is normal.", "train"], ["1.nii.gz", "A nodule. No effusion.", "test"]]

@@ -232,16 +232,53 @@ def test_drawn_folds_are_fifths_that_share_no_patient(n, tmp_path):
         load_task("stoic", tmp_path, fold=5)
 
 
-def test_missing_scans(tmp_path, caplog):
+def test_missing_scans(tmp_path, caplog, command):
     stoic(tmp_path, 40)
     (tmp_path / "data" / "mha" / "7.mha").unlink()
     assert len(load_task("stoic", tmp_path)) == 39
     assert re.search("found no file for 1 of 40 volumes: .*7.mha; left out", caplog.text)
+    code, text = command("data.py", "check", "--task", "stoic", "--data", tmp_path, "--limit", 2)
+    assert code == 1 and "2 volumes read, 0 of them with a problem; 1 left out" in text
     for i in (8, 9):
         (tmp_path / "data" / "mha" / f"{i}.mha").unlink()
     message = "no file for 3 of 40 volumes: .*7.mha.*8.mha.*9.mha, expected at most 5 %"
     with pytest.raises(ValueError, match=message):
         load_task("stoic", tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"window": (-175., 250.)}, {"spacing": (1., 1., 1.)}])
+def test_a_row_of_whole_scans_has_the_preprocessing_of_pretraining(tmp_path, monkeypatch, change):
+    ctrg(tmp_path)
+    monkeypatch.setitem(TASKS, "ctrg", TASKS["ctrg"]._replace(**change))
+    with pytest.raises(ValueError, match=r"ctrg: found window .*, expected \(-1000.0, 1000.0\), None: it is whole"):
+        load_task("ctrg", tmp_path)
+
+
+def test_a_task_may_take_its_values_as_stored(tmp_path):
+    stoic(tmp_path)
+    item, task = load_task("stoic", tmp_path)[0], TASKS["stoic"]._replace(size=(16, 16, 16))
+    values = np.random.default_rng(0).normal(-1000, 20, (16, 16, 8)).astype(np.int16)
+    values[4:12, 4:12, 2:6] = 40
+    scan(item.volume, values + np.int16(1024))
+    assert data.prepare(item, task, tmp_path / "cache")[0].min() == 0               # guessed: air again
+    with pytest.raises(ValueError, match="air near -1000"):
+        data.prepare(item, task._replace(hu="header"), tmp_path / "cache")
+
+
+def test_the_end_of_a_long_report_is_told_and_not_taught(tmp_path, caplog):
+    ctrg(tmp_path)
+    task, item = TASKS["ctrg"]._replace(size=(32, 32, 32)), load_task("ctrg", tmp_path)[0]
+    reports = {n: " ".join(["heart"] * n) for n in (149, 150, 151, 400)}
+    words = data.build_vocabulary([reports[149], reports[150]])
+    assert not caplog.records
+    assert data.build_vocabulary(reports.values()) == words
+    share = 100 * (1 + 250) / (149 + 150 + 151 + 400)
+    assert f"{share:.0f} % of the words of the reports, the ends of long ones, are not learned" in caplog.text
+    number = {word: i for i, word in enumerate(words)}
+    for n, report in reports.items():
+        tokens = data.task_example(item._replace(report=report), None, task, vocabulary=number)["tokens"].tolist()
+        expected = ["<bos>", *["heart"] * min(n, 151), *["<eos>"] * (n <= 150)]     # <eos> where it ends alone
+        assert [words[token] for token in tokens] == expected
 
 
 @pytest.mark.parametrize("name", ["luna16", "msd-lung", "stoic", "ctrg"])
