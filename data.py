@@ -1845,9 +1845,16 @@ def by_volume(items):
     return groups
 
 
-def ignore_sigterm(worker):
-    """Of a loader's worker: a signal to the whole group would else end the run before it has saved."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def outlive_sigterm(worker):
+    """Begin a loader's worker that SIGTERM ends only if the run itself sends it: one to all processes, as of
+    torchrun and SLURM, would else end the run before it has saved."""
+    def wait():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=wait, daemon=True).start()
 
 
 def _begin_worker():

@@ -328,7 +328,7 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}"""
     # The loader has its own generator: it must not advance the global one, of which dropout draws.
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate,
                         num_workers=args.workers, pin_memory=device.type == "cuda",
-                        worker_init_fn=data.ignore_sigterm, generator=torch.Generator())
+                        worker_init_fn=data.outlive_sigterm, generator=torch.Generator())
     log.info(f"run        steps {step} to {steps} ({epoch_steps} an epoch) of {batch_size} × {world} "
              f"on {device} in {precision}, seed {seed}, out in {out}")
     if task.kind == "retrieve" and batch_size * world == 1:

@@ -523,7 +523,7 @@ def main(args, given):
     examples = data.Examples(train_items, make_example, args.seed)
     loader = DataLoader(examples, batch_sampler=batches, collate_fn=collate,
                         num_workers=args.workers, pin_memory=device.type == "cuda",
-                        worker_init_fn=data.ignore_sigterm)
+                        worker_init_fn=data.outlive_sigterm)
     config = {name: value for name, value in vars(args).items() if name not in ("resume", "out")}
     config |= {"crop": data.CROP, "window": data.WINDOW}
     about = describe(args, network, weight, len(train_items), len(held_out), world)

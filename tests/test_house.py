@@ -7,9 +7,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {
-    "lines": {"losses": 215, "model": 1159, "phantoms": 570, "data": 2130, "pretrain": 685, "finetune": 475,
+    "lines": {"losses": 215, "model": 1159, "phantoms": 570, "data": 2136, "pretrain": 685, "finetune": 475,
               "eval": 1595},
-    "lines in all": 6815,
+    "lines in all": 6820,
     "bytes in all": 355_000,
     "columns": 110,
     "wide": 100,                            # columns beyond which a line counts as wide
