@@ -864,8 +864,8 @@ def constant_report(reports):
     some = sorted({reports[i] for i in order[:1000]})
     for n, kept in ((20, 30), (300, 1)):
         sample = [_words_of(reports[i]) for i in order[:n]]
-        some.sort(key=lambda report: bleu([_words_of(report)] * len(sample), sample)[3])
-        some = some[-kept:]
+        scores = {report: bleu([_words_of(report)] * len(sample), sample)[3] for report in some}
+        some = sorted(some, key=scores.get, reverse=True)[:kept]
     return some[0]
 
 
@@ -1556,8 +1556,8 @@ def task_command(args):
         if run.task.kind == "classify" and classes != run.task.classes:
             raise data.wrong(args.data, f"the labels {classes}", f"{run.task.classes} as in training")
         chosen = tested_part(items, args.split, args.data)
-    if run.task.kind == "retrieve":
-        data.check_reports(run.network.text_encoder, data.some_reports(chosen), args.data)
+        if run.task.kind == "retrieve":
+            data.check_reports(run.network.text_encoder, data.some_reports(chosen), args.data)
     if args.input:
         centre = args.centre
         if (centre is not None) != (run.task.view == "cube"):

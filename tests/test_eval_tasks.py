@@ -659,6 +659,14 @@ def test_reports_under_both_protocols(constant_inputs, tmp_path):
     assert "case_2" in page and "case_3" not in page and all(f">{word}<" in page for word in whole[1].split())
 
 
+def test_the_constant_report_is_the_best_of_many():
+    rng = np.random.default_rng(0)
+    reports = [" ".join(rng.choice(WORDS, 8, p=np.arange(1, len(WORDS) + 1) / np.arange(len(WORDS) + 1).sum())) for _ in range(60)]
+    fits = [bleu_by_loops([report] * 60, reports)[3] for report in reports]
+    found = evaluation.constant_report(reports)
+    assert fits[reports.index(found)] == pytest.approx(max(fits))
+
+
 def test_chinese_reports_are_compared_by_characters(constant_inputs):
     vocabulary = ["<pad>", "<bos>", "<eos>", "<unk>", *"两肺纹理清晰心影不大"]
     said = [" ".join("两肺纹理清晰"), " ".join("心影不大")]

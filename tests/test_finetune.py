@@ -851,7 +851,7 @@ class Board:
 
 def test_a_tensorboard_shows_what_the_log_holds(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Board))
-    run("ctrg", "--epochs", 1, "--steps", 2)
+    run("ctrg", "--epochs", 2, "--steps", 2)
     rows = pretrain.read_log(Path("out/log.jsonl"))
     assert len(rows) == 2 and Board.scalars
     for (folder, name, step), value in Board.scalars.items():
