@@ -349,7 +349,7 @@ def to_hounsfield(array, path, hu="auto", rescale=None):
         return array, "as stored"
     note = f"rescale {slope:g}, {inter:g} {'of the metadata' if rescale else '(as is usual)'} applied"
     if hu == "auto":
-        _warn_once(f"--hu auto: {note} to some volumes; `data.py check` tells to which")
+        _warn_once(f"Hounsfield units: {note} to some volumes; `data.py check` tells to which")
     return array * np.float32(slope) + np.float32(inter), note
 
 
@@ -440,6 +440,8 @@ def tokenize_report(tokenizer, sentences, max_sentences=32, max_tokens=250):
     special tokens; sentences, the S kept ones; single_ids, S arrays, each sentence tokenised alone; cut,
     the number of letters left out."""
     # NOTE(paper): no length is given; 250 tokens are the release's.
+    if not sentences:
+        raise ValueError("found a report without a sentence, expected at least one")
     kept = sentences[:max_sentences]
     text = " ".join(kept)
     encoding = tokenizer(text, return_offsets_mapping=True, verbose=False)
@@ -476,11 +478,16 @@ def check_reports(text_encoder, texts, source):
         text_encoder.refuse(f"{sum(unknown)} unknown words among {tokens} of {source}", "one that knows most")
     lacking = list(itertools.compress(texts, unknown))
     if lacking:
-        log.warning("warning: %s: the text encoder lacks words of %d of %d texts: %.90s", source,
-                    len(lacking), len(texts), shorten(lacking))
+        words = set()
+        for text in lacking:
+            found = tokenizer(text, return_offsets_mapping=True, verbose=False)
+            for number, (start, end) in zip(found["input_ids"], found["offset_mapping"]):
+                words |= {text[start:end]} if number == tokenizer.unk_token_id else set()
+        log.warning("warning: %s: in %d of %d texts there are words that the text encoder does not know: %s",
+                    source, len(lacking), len(texts), shorten(sorted(words)))
     unread = sum(report["cut"] for report in reports) / letters(texts)
     if unread:
-        log.warning("warning: %s: of %d reports looked at the ends, %.2g %% of their text, are not read: at "
+        log.warning("warning: %s: of %d reports looked at the ends, %.1f %% of their text, are not read: at "
                     "most 250 tokens and 32 sentences", source, len(texts), 100 * unread)
 
 
@@ -495,7 +502,7 @@ def mask_words(input_ids, word_ids, tokenizer, generator, prob=0.15):
     labels = np.where(draw < 1, input_ids, -100)
     masked_ids = np.where(draw < 0.8, tokenizer.mask_token_id, input_ids)
     is_random = (draw >= 0.8) & (draw < 0.9)
-    ordinary = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
+    ordinary = np.delete(np.arange(len(tokenizer)), tokenizer.all_special_ids)
     masked_ids[is_random] = generator.choice(ordinary, size=is_random.sum())
     return masked_ids, labels
 
@@ -803,7 +810,7 @@ def permute_reports(items, seed):
 
 
 def patient_hashes(patients):
-    """A set of short hashes: they tell whether a patient is among these, but name none."""
+    """A set of short hashes: they tell whether a patient of a known name is among these."""
     return {hashlib.sha1(patient.encode()).hexdigest()[:12] for patient in patients}
 
 
@@ -1210,7 +1217,7 @@ CASES = "{training: [{image, label[, fold]}][, validation, test: the same]}"
 NNUNET = r"(.*/)images(Tr|Ts)/(.+)_0000", r"\1labels\2/\3"  # patterns of an image and its mask
 BOX = 384.  # mm, side of the box around the middle of a scan (view "box")
 FEW_SHOT_VOLUMES = 1000  # training volumes of the two CT-RATE tasks, as in the paper
-MOST_WORDS = 150        # and full stops of a generated report, as in the release
+MOST_WORDS = 150        # and full stops of a generated report, as in the release; see ReportGenerator
 
 
 def _cc_ccii_items(folder, fold):
@@ -1359,6 +1366,7 @@ def _with_test(items):
     """The items; where a set has no test part, its valid part is the one to report on"""
     if any(item.split == "test" for item in items):
         return items
+    log.info("no part test: it is the part valid")
     return [item._replace(split="test") if item.split == "valid" else item for item in items]
 
 
@@ -1601,21 +1609,23 @@ def _draw_splits(items, task, folder, fold, seed):
 def load_task(name, folder, fold=0, seed=0, cache="cache", with_absent=False):
     """The data of a task in its native layout -> list of Item. The split or fold of the set counts; else a
     fifth of the patients, drawn with `seed`, is test. Without a valid part a fifth of the training patients
-    becomes it. "demo" is drawn and cached once. ValueError for a patient in two splits, a case without
-    mask, over 5 % of volumes without a file, a class that none or all of a part have."""
+    becomes it. "demo" is drawn and cached once. with_absent: also what has no file, last. ValueError for a
+    patient in two splits, a case without mask, over 5 % of volumes without a file, a class that none or all
+    of a part have."""
     task, folder = TASKS[name], Path(folder)
     if str(folder) == "demo":
         folder = Path(cache, f"demo-{name}-{phantoms.VERSION}")
         if not folder.exists():
             phantoms.write_task_demo(name, folder.with_suffix(".part")).rename(folder)
-    items = task.records(folder, fold)
-    items = items if with_absent else with_a_file(items, folder)
+    listed = task.records(folder, fold)
+    items = with_a_file(listed, folder)
     if not items:
         raise wrong(folder, f"nothing of {name}", task.layout)
     if fold and task.records in OWN_SPLIT:
         raise wrong(folder, f"--fold {fold}, but no folds", "no --fold")
     if task.view == "whole" and (task.window, task.spacing) != (WINDOW, None):
-        raise wrong(name, f"window {task.window}, spacing {task.spacing}", f"{WINDOW}, None: it is whole")
+        raise wrong(name, f"window {task.window} and spacing {task.spacing} of a whole scan",
+                    f"{WINDOW} and None, as in pre-training")
     if task.kind == "segment":
         without = [item.mask or item.id for item in items if not (item.mask and item.mask.exists())]
         if without:
@@ -1636,7 +1646,8 @@ def load_task(name, folder, fold=0, seed=0, cache="cache", with_absent=False):
             raise wrong(folder, f"none or all of the part {split} with {bad[0]}", "some of both")
         if bad:
             log.warning("%s: none or all of the part %s have %s", folder, split, shorten(bad))
-    return items
+    absent = [item for item in listed if not item.volume.exists()] if with_absent else []
+    return items + absent
 
 
 # -------------------------------------------------------------------- what a network sees of a scan
@@ -1660,7 +1671,7 @@ def prepare(item, task, cache="cache"):
     task; "slices": to 4/3 of its size in plane; "box": its middle BOX mm, to its size."""
     size = task.size if task.view in ("slices", "box") else None
     path = cache_file(cache, filter(None, (item.volume, item.mask)), task.view, size, task.window,
-                      task.spacing, len(task.classes), item.rescale, task.hu)
+                      task.spacing, len(task.classes), item.rescale, *[task.hu] * (task.hu != "auto"))
     mask_path, affine_path = path.with_suffix(".mask.npy"), path.with_suffix(".affine.npy")
     if not path.exists():
         array, spacing, affine = to_ras(item.volume, *read_item(item))
@@ -1797,7 +1808,7 @@ def build_vocabulary(reports, min_count=3):
     count = Counter(itertools.chain(*reports))
     beyond = sum(len(words[MOST_WORDS:]) for words in reports)
     if beyond:
-        log.warning("warning: %.0f %% of the words of the reports, the ends of long ones, are not learned: a "
+        log.warning("warning: %.1f %% of the words of the reports, the ends of long ones, are not learned: a "
                     "generated report has at most %d", 100 * beyond / count.total(), MOST_WORDS)
     words = sorted(word for word, times in count.items() if times >= min_count)
     if not words:
@@ -1819,6 +1830,7 @@ def task_example(item, generator, task, cache="cache", vocabulary=(), max_length
         return {"volume": volumes, "mask": masks}
     if task.kind == "report":
         words = ["<bos>", *report_words(item.report, with_stops=True), "<eos>"]
+        # A report that is longer has no <eos>: it does not end there.
         tokens = [vocabulary.get(word, vocabulary["<unk>"]) for word in words[:max_length + 2]]
         return {"volume": volumes, "tokens": torch.tensor(tokens)}
     if task.kind == "retrieve":
@@ -1846,10 +1858,12 @@ def by_volume(items):
 
 
 def outlive_sigterm(worker):
-    """Begin a loader's worker that SIGTERM ends only if the run itself sends it: one to all processes, as of
-    torchrun and SLURM, would else end the run before it has saved."""
+    """Begin a loader's worker, a fork, that SIGTERM ends only if the run itself sends it: one to all
+    processes, as of torchrun and SLURM, would else end the run before it has saved."""
+    run = multiprocessing.parent_process().pid
+
     def wait():
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != run:
             pass
         os._exit(0)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
@@ -2011,9 +2025,10 @@ def make_cache(args):
     mine = [item for item in items if shard_of(item.id, n) == k]
     rows = _made_rows(folder, items)
     _compare([item for item in mine if item.id in rows], rows, folder)
-    todo = [item for item in mine if item.id not in rows and item.volume.exists()]
-    absent = [item.volume for item in mine if item.id not in rows and not item.volume.exists()]
-    if absent:
+    lacking = [item for item in mine if item.id not in rows]
+    todo = [item for item in lacking if item.volume.exists()]
+    if len(todo) < len(lacking) and args.data.is_file():  # of CT-RATE people have parts
+        absent = [item.volume for item in lacking if item not in todo]
         log.warning("%s: no file for %d volumes of this shard: %s", args.data, len(absent), shorten(absent))
     needed = len(todo) * math.prod(size) * 2 / 1e9  # GB
     free = shutil.disk_usage(folder).free / 1e9
@@ -2064,7 +2079,7 @@ def check(args):
     if task:
         print(f"{args.task} lies on disk as: {task.layout}")
         listed = load_task(args.task, args.data, args.fold, cache=args.cache, with_absent=True)
-        items = with_a_file(listed, args.data)
+        items = [item for item in listed if item.volume.exists()]
         task = with_classes(task, items)
     else:
         listed = read_items(args.data, args.cache)
@@ -2072,7 +2087,8 @@ def check(args):
     print(f"{'volume':32} {'z, y, x':>13} {'spacing (mm)':>17} {'axes':4} {'values':>13}  note")
     scans = list(by_volume(items).values())[:args.limit]
     problems = 0
-    job = partial(_tried, partial(_check_scan, task=task and task._replace(records=None), hu=args.hu))
+    job = partial(_tried, partial(_check_scan, task=task and task._replace(records=None),
+                                  hu=task.hu if task else args.hu))
     for scan, line in zip(scans, in_processes(job, scans, args.workers, "check")):
         if isinstance(line, ValueError):
             problems += 1

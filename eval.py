@@ -72,7 +72,7 @@ def flags():
     command("retrieval", "out/retrieval", weights, sets, part)
     add = command("probe", "out/probe", weights, sets, encoders)
     add("--batch_size", type=int, default=8, help="volumes at a time")
-    add("--few", type=int, default=100, help="labels of a second probe, the mean of 10 draws")
+    add("--few", type=int, default=100, help="labels of a second probe of last.pt, the mean of 10 draws")
     add = command("pairing", None, weights, sets)
     add("--batch_size", type=int, default=24, help="volumes that stand against each other")
     add("--seed", type=int, default=0, help="of the batches and masks")
@@ -604,7 +604,7 @@ class Run(NamedTuple):
 def check_preprocessing(config, source):
     """Warn if a file's network was trained with another crop or window than those of data.py."""
     for name, ours in (("crop", data.CROP), ("window", data.WINDOW)):
-        if tuple(config.get(name, ours)) != ours:
+        if tuple(config.get(name) or ours) != ours:
             log.warning("warning: %s was trained with the %s %s, here it is %s", source, name, config[name],
                         ours)
 
@@ -644,6 +644,7 @@ def _batches(run, items, progress=True):
     make = functools.partial(_stack_inputs, task=run.task._replace(records=None), cache=run.cache)
     workers = run.config.get("workers", 0) if len(items) > 1 else 0
     loader = DataLoader(items, run.config["batch_size"], num_workers=workers, collate_fn=make,
+                        worker_init_fn=data.outlive_sigterm,
                         generator=torch.Generator())    # its own: that of a training stays
     for inputs in _bar(loader, "predict", progress and len(items) > 1):
         yield inputs.to(run.device, non_blocking=True)
@@ -861,12 +862,13 @@ def constant_report(reports):
     """The report that fits the others best by BLEU-4: of 1,000 the 30 that fit 20 best, of these the one that
     fits 300"""
     order = np.random.default_rng(0).permutation(len(reports))
-    some = sorted({reports[i] for i in order[:1000]})
-    for n, kept in ((20, 30), (300, 1)):
+
+    def best_first(candidates, n):
         sample = [_words_of(reports[i]) for i in order[:n]]
-        scores = {report: bleu([_words_of(report)] * len(sample), sample)[3] for report in some}
-        some = sorted(some, key=scores.get, reverse=True)[:kept]
-    return some[0]
+        scores = {report: bleu([_words_of(report)] * len(sample), sample)[3] for report in candidates}
+        return sorted(candidates, key=scores.get, reverse=True)
+    finalists = best_first(sorted({reports[i] for i in order[:1000]}), 20)[:30]
+    return best_first(finalists, 300)[0]
 
 
 def score_reports(run, items, reports, out, train_items):
@@ -885,7 +887,8 @@ def score_reports(run, items, reports, out, train_items):
     released = [" ".join(word if word in known else "<unk>" for word in text.split()[:150])
                 for text in truth]
     said = [" ".join(filter(data.has_words, report.split())) for report in reports]  # no full stops
-    most = [_words_of(" ".join(_words_of(item.report, True).split()[:data.MOST_WORDS])) for item in items]
+    starts = [data.report_words(item.report, with_stops=True)[:data.MOST_WORDS] for item in items]
+    most = [" ".join(filter(data.has_words, words)) for words in starts]
     counts = np.stack([_bleu_counts(*pair) for pair in zip(said, truth)])  # (n, 10)
     source = "training" if train_items else "same"
     words = "Chinese characters" if any(map(data.CHARACTER.search, truth)) else "words"
@@ -1247,7 +1250,7 @@ def load_as_run(args):
     encoder, config = load_encoder(args.checkpoint, args.encoder, args.merging)
     is_whole = "task" not in config or data.TASKS[config["task"]].view == "whole"   # no patch
     size = args.size or is_whole and config.get("size") or data.SIZE
-    data.check_size(size, encoder.stride)
+    data.check_size(size, min(16, encoder.stride))      # the last map alone is used
     check_preprocessing(config, args.checkpoint)
     task = PRETRAINING._replace(size=tuple(size), hu=args.hu or config.get("hu", "auto"))
     return Run(encoder.to(DEVICE), task, config, args.cache, DEVICE)
@@ -1272,8 +1275,7 @@ def patients_of(path):
     config, notes = model.flags_of(state), model.notes_of(state)
     if notes is state and not config:           # a file of others
         return set()
-    return {*notes.get("patients", ()), *config.get("pretrained_on", ()),
-            *data.patient_hashes(config.get("patients", ()))}
+    return {*notes.get("patients", ()), *config.get("pretrained_on", ()), *config.get("patients", ())}
 
 
 def count_seen(items, hashes, source):
@@ -1288,12 +1290,14 @@ def count_seen(items, hashes, source):
 
 def probe_command(args):
     run = load_as_run(args)
-    items = data.prepare_all(data.load_items(args.data, args.cache), args.cache, 2, run.task)
+    listed = data.load_items(args.data, args.cache)
+    fit, held_out = split_labelled(listed)
+    items = data.prepare_all(fit + held_out, args.cache, 2, run.task)
     inputs = items, args.cache, run.task.size, run.task.hu, args.batch_size
     features = probe_features(run.network, *inputs)
-    left_out = len(items) - sum(map(len, features))
+    left_out = len(listed) - len(fit) - len(held_out)
     if left_out:
-        log.warning("%s: left out %d of %d volumes without all 18 labels", args.data, left_out, len(items))
+        log.warning("%s: left out %d of %d volumes without all 18 labels", args.data, left_out, len(listed))
     scores, truth = probe(features, items)
     value, interval = macro_auroc(scores, truth), bootstrap(macro_auroc, scores, truth)
     per_class = dict(zip(data.LABELS, auroc(scores, truth)))
@@ -1362,6 +1366,9 @@ def towers_command(args):
         raise data.wrong(args.checkpoint, "no projection of whole reports", "last.pt of a run with --clip, "
                          "or best.pt of ct-rate-vocab or ct-rate-retrieval")
     teacher = config.get("task") or ("--clip" if config.get("clip") else "nothing")
+    if config.get("permute_reports"):
+        teacher += " with the reports of other patients"
+        log.warning("warning: %s was trained with --permute_reports: expect chance", args.checkpoint)
     if teacher == "nothing":
         log.warning("warning: %s was trained without --clip, the only loss that compares the features "
                     "of volumes and reports: expect chance", args.checkpoint)
@@ -1419,8 +1426,10 @@ def pairing_command(args):
     plot_pairing(result, out / "pairing.png")
     print(f"wrote {out / 'pairing.json'} and pairing.png")
     if isinstance(network.sentence_attention, model.SentenceAttention):
-        volume = data.load_volume(items[0], args.cache, task.size, task.hu)
-        plot_attention(network, items[0], volume, out / "attention.png")
+        item = next(item for item in items if item.id == batches[0]["ids"][0])
+        volume = data.load_volume(item, args.cache, task.size, task.hu)
+        plot_attention(network, item, volume, out / "pairing_attention.png")
+        print(f"wrote {out / 'pairing_attention.png'}: where sentences of {item.id} look")
 
 
 def find_scans(folder):
@@ -1570,7 +1579,7 @@ def task_command(args):
         item = data.Item(name, args.input, "", None, name, centre=centre)
         return predict_scan(run, item, out, chosen)
     tested = chosen if args.split == "test" else []
-    seen = count_seen(tested, data.patient_hashes(config["patients"]), args.checkpoint)
+    seen = count_seen(tested, config["patients"], args.checkpoint)
     seen_before = count_seen(tested, config.get("pretrained_on", ()), config.get("init"))
     train_items = [item for item in items if item.split == "train"]
     save_evaluation(run, chosen, out, train_items, patients_seen_in_training=seen,

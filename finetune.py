@@ -200,6 +200,8 @@ def load_init(args, task, config, network):
 
 def forget_older_run(out):
     """Delete what an older run in this folder, or a repeat of it, could be resumed from."""
+    if (out / "result.json").exists():
+        log.warning("warning: %s holds an older run, which this one replaces", out)
     for name in ("last.pt", "previous.pt", "best.pt", "result.json"):
         for file in (out / name, *out.glob(f"repeat_*/{name}")):
             file.unlink(missing_ok=True)
@@ -244,8 +246,9 @@ def train(args, task, out, seed, rank, world, device):
     patients = {split: sorted({item.patient for item in part})
                 for split, part in zip(data.SPLITS, parts)}
     config = {name: value for name, value in vars(args).items() if name not in ("resume", "out")}
-    config |= {"seed": seed, "vocabulary": None, "crop": data.CROP, "window": data.WINDOW,
-               "patients": sorted({*patients["train"], *patients["valid"]}), "pretrained_on": []}
+    config |= {"seed": seed, "vocabulary": None, "window": task.window, "pretrained_on": [],
+               "crop": data.CROP if task.view == "whole" else None,
+               "patients": sorted(data.patient_hashes(patients["train"] + patients["valid"]))}
     if task.kind == "report":
         reports = [item.report for item in train_items]
         config["vocabulary"] = data.build_vocabulary(reports, args.min_count)

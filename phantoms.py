@@ -380,7 +380,9 @@ def write_demo(out, n=64, seed=0, workers=None):
     manifest = Path(out, "manifest.csv")
     if manifest.exists():
         with manifest.open(encoding="utf-8", newline="") as file:
-            patients = [row["patient"] for row in csv.DictReader(file)]
+            patients = [row.get("patient", "") for row in csv.DictReader(file)]
+        if not all(patient.startswith("demo") for patient in patients):
+            raise ValueError(f"{manifest}: found a manifest of others, expected none")
         if patients == [f"demo{VERSION}-{seed}-{index:04d}" for index in range(n)]:
             return manifest
         manifest.unlink()

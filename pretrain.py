@@ -75,7 +75,7 @@ def flags():
     add("--resume", action="store_true", help="go on from OUT/last.pt, bit for bit on a CPU")
     add("--init", help="weights of the encoder to start from: a file or hf:owner/name[/file]")
     add("--merging", default="auto", choices=["auto", "monai", "v0.9", "mergingv2"],
-        help="of patches in the file of --init, where it does not tell; v0.9: MONAI before 1.5")
+        help="of patches, whatever the file of --init tells; v0.9: as in MONAI before 1.5")
     add("--seed", type=int, default=0, help="of weights, order, masks")
     add("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
         help="auto: bf16 where the GPU has it, else fp16; fp32 on a CPU")
@@ -195,8 +195,8 @@ def check_flags(args):
     """ValueError, naming the flag, for a value that cannot be; for the flags of both scripts."""
     data.check_numbers(args)
     task = data.TASKS.get(vars(args).get("task"))       # of finetune.py
-    is_one_map = task and task.kind == "classify"       # Swin fills up its last map, of LUNA16's 48³, too
-    data.check_size(args.size, 16 if is_one_map else 32)
+    # A classifier has no decoder: Swin pads what it cannot halve, such as 48 for LUNA16's cubes.
+    data.check_size(args.size, 16 if task and task.kind == "classify" else 32)
     if args.merging != "auto" and args.init in (None, "scratch"):
         raise ValueError(f"--merging {args.merging}: found no --init, expected a file trained so")
 
@@ -232,6 +232,13 @@ class Interruption:
             signal.signal(number, handler)
 
 
+def total_of(number, device):
+    """The sum of an int over all processes"""
+    number = torch.tensor(number, device=device)
+    dist.all_reduce(number)
+    return int(number)
+
+
 def mixed_precision(precision, device):
     """auto, bf16, fp16, fp32 -> which is meant, autocast, GradScaler. ValueError: fp16 on a CPU."""
     on_gpu = device.type == "cuda"
@@ -260,7 +267,8 @@ def parameter_groups(network, args):
 def update(network, optimizer, scaler, clip_grad, loss, bad_steps, step_name):
     """Clip the gradients and step; skip the step if they or the loss (a float) are not finite.
 
-    Returns their norm, and the number of steps skipped in a row: the tenth ends the run.
+    Returns their norm, and the number of steps skipped in a row: the tenth ends the run, in fp16 the
+    fortieth, as GradScaler looks for its scale from 2^16 down.
     """
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(network.parameters(), clip_grad or math.inf)
@@ -274,7 +282,7 @@ def update(network, optimizer, scaler, clip_grad, loss, bad_steps, step_name):
         log.warning("%s; loss %g, gradient %g: not finite, the step is skipped",
                     step_name, loss, norm)
     is_stepped = is_good and math.isfinite(norm)
-    most = 40 if is_good else 10                # GradScaler looks for its scale from 2^16 down
+    most = 40 if scaler.is_enabled() else 10
     if not is_stepped and bad_steps + 1 >= most:
         raise SystemExit(f"error: {most} steps in a row were not finite; what was saved is good")
     scaler.update()
@@ -545,18 +553,20 @@ def main(args, given):
         write_log(log_path, [row for row in read_log(log_path) if row["step"] < step], mode="w")
         board = open_board(out)
     interruption, stopping = Interruption(), 0
-    bad_steps, unreadable, tried, stream = 0, set(), 0, iter(loader)
+    bad_steps, unreadable, stream = 0, set(), iter(loader)
+    epoch_passes = len(train_items) // batches.size
     bar = tqdm(total=args.steps, initial=step, desc="pretrain", disable=None if rank == 0 else True)
     while step < args.steps and not stopping:
         started = time.perf_counter()
         passes = [next(stream) for _ in range(args.accumulate)]
         waited = time.perf_counter() - started
         volumes = [name for batch in passes for name in batch.pop("ids")]
+        if step * args.accumulate % epoch_passes < args.accumulate:
+            unreadable = set()                          # of an epoch, in which processes share nothing
         unreadable.update(*(batch.pop("skipped") for batch in passes))
-        tried += len(volumes)
-        share = max(len(train_items) / world, min(tried, len(train_items)))     # of this process
-        if len(unreadable) > 0.05 * share:
-            raise ValueError(f"{len(unreadable)} of {share:.0f} volumes cannot be read, "
+        count = total_of(len(unreadable), device)
+        if count > 0.05 * len(train_items):
+            raise ValueError(f"{count} of {len(train_items)} volumes cannot be read, "
                              f"more than 5 %: {sorted(unreadable)[:5]}")
         total, values = 0.0, dict.fromkeys(enabled, 0.0)
         for batch, share in zip(passes, losses.shares(passes, enabled, device)):
@@ -606,8 +616,9 @@ def main(args, given):
         unseen = data.Examples(held_out or train_items, make_example, args.seed)
         levels = evaluation.levels(read_log(log_path), know_nothing())      # SFR's target has moved
         text = say_result(measure(args, network, levels, items, unseen, collate, out))
-        log.info("%s\nwrote all of it, pictures and encoder.* to %s; %s", text, out,
-                 model.monai_settings(encoder)["note"])
+        log.info("%s\nwrote all of it, pictures and encoder.* to %s", text, out)
+        if encoder.merging == "v0.9":
+            log.warning("warning: encoder.pt: %s", model.monai_settings(encoder)["note"])
         save_encoder(args, encoder, patients, about, step, out, text)
 
 

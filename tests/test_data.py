@@ -549,7 +549,7 @@ def test_hounsfield_check(padding, caplog):
         hu[:, :10] = padding
     data._warn_once.cache_clear()
     hounsfield_cases(hu, "scan.nii.gz")
-    told = "--hu auto: rescale 1, -1024 (as is usual) applied to some volumes"
+    told = "Hounsfield units: rescale 1, -1024 (as is usual) applied to some volumes"
     assert told in caplog.text
     caplog.clear()
     data.to_hounsfield(hu + 1024, "another.nii")                                # once is enough
@@ -830,6 +830,11 @@ def test_tokens_of_extreme_reports(tokenizer, report):
     assert decoded(tokenizer, out["input_ids"]) == squeezed(kept).lower()
 
 
+def test_report_without_a_sentence_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="sentence"):
+        data.tokenize_report(tokenizer, [])
+
+
 @real_data
 def test_tokens_of_real_reports(tokenizer):
     for report in real_reports()[::40]:
@@ -1003,7 +1008,25 @@ def test_ct_rate_folder(tmp_path, kind, caplog):
     assert torch.isfinite(data.load_volume(items["train_1_a_2"], None, SMALL)).all()
 
 
-def test_ct_rate_volumes_without_report_and_reports_without_volume(tmp_path, caplog, command):
+def test_a_manifest_may_tell_the_rescale(tmp_path):
+    path = manifest(tmp_path, n=3, RescaleSlope=[1, "", 1], RescaleIntercept=[-1024, "", 0])
+    save_nifti(tmp_path / "scan0.nii.gz", chest(seed=0) + np.int16(1024))
+    items = data.load_items(path)
+    assert [item.rescale for item in items] == [(1, -1024), None, (1, 0)]
+    assert torch.equal(data.load_volume(items[0], None, SMALL, "csv"),
+                       data.load_volume(items[0], None, SMALL, "auto"))
+    with pytest.raises(ValueError, match="RescaleSlope"):
+        data.load_volume(items[1], None, SMALL, "csv")
+
+
+def test_a_folder_of_phantoms_replaces_no_other_manifest(tmp_path, command):
+    path = manifest(tmp_path, n=1).rename(tmp_path / "manifest.csv")
+    before = path.read_bytes()
+    code, text = command("data.py", "demo", "--out", tmp_path, "--n", 1)
+    assert code == 1 and f"{path}: found a manifest of others" in text and path.read_bytes() == before
+
+
+def test_ct_rate_volumes_without_report_and_reports_without_volume(tmp_path, caplog):
     ct_rate(tmp_path, ["train_1_a_1", "train_2_a_1", "train_3_a_1", "valid_1_a_1"])
     (tmp_path / "no_chest_train.txt").write_text("train/train_3/train_3_a/train_3_a_1.nii.gz\n")
     for name in ("train_4_a_1", "valid_2_a_1"):

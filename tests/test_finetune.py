@@ -430,6 +430,31 @@ def test_a_ball_of_thick_slices_stays_a_ball():
         assert not torch.equal(moved, ball)
 
 
+def test_patches_are_turned_in_millimetres(sets, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(data, "augment", lambda volume, mask, generator, settings, spacing: (
+        seen.append(spacing), (volume, mask))[1])
+    item = data.load_task("msd-lung", sets("msd-lung"))[0]
+    for spacing, expected in (((6., 3., 3.), (6., 3., 3.)), (None, (1, 1, 1))):
+        task = data.TASKS["msd-lung"]._replace(size=CUBE, spacing=spacing, patches=1)
+        data.task_example(item, np.random.default_rng(0), task, tmp_path)
+        assert seen.pop() == expected
+
+
+def test_retrieval_keeps_scans_of_a_patient_apart(run, monkeypatch):
+    seen = []
+
+    class Batches(data.Batches):
+        def __init__(self, *settings):
+            super().__init__(*settings)
+            seen.append((self.n, len(self.patients)))
+    monkeypatch.setattr(data, "Batches", Batches)
+    for task in ("ct-rate-retrieval", "ct-rate-vocab"):
+        run(task, "--epochs", 1, "--steps", 1, out=task)
+    (n, patients), (_, none) = seen
+    assert n == patients > 0 == none
+
+
 def test_cc_ccii_turns_the_order_of_slices_alone():
     volume = torch.arange(24.).view(1, 2, 3, 4)
     settings = {"flip": data.TASKS["cc-ccii"].augment["flip"]}

@@ -7,16 +7,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {
-    "lines": {"losses": 215, "model": 1159, "phantoms": 570, "data": 2136, "pretrain": 685, "finetune": 475,
-              "eval": 1595},
-    "lines in all": 6820,
-    "bytes in all": 355_000,
+    "lines": {"losses": 215, "model": 1159, "phantoms": 570, "data": 2155, "pretrain": 695, "finetune": 478,
+              "eval": 1605},
+    "lines in all": 6865,
+    "bytes in all": 358_000,
     "columns": 110,
     "wide": 100,                            # columns beyond which a line counts as wide
     "share of wide lines": 0.04,             # of all lines of the seven files
     "width": 52.5,                          # bytes a line, the mean of all
     "function": 60,                         # lines
-    "long functions": {"flags": None, "pretrain.main": 165, "finetune.train": 167},     # None: any length
+    "long functions": {"flags": None, "pretrain.main": 165, "finetune.train": 168},     # None: any length
     "imports": {"losses": (), "model": (), "phantoms": (), "data": ("phantoms",),
                 "eval": ("losses", "model", "data"),
                 "pretrain": ("losses", "model", "data", "eval", "phantoms"),

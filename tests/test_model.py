@@ -773,7 +773,7 @@ def test_reports_in_words_that_the_tokenizer_does_not_know(text_folder, caplog):
     assert not caplog.records
     data.check_reports(text, [*REPORTS, "Das Herz ist normal."], "m.csv")
     [record] = caplog.records
-    found = f"m.csv: the text encoder lacks words of 1 of {len(REPORTS) + 1} texts: Das Herz ist normal."
+    found = f"m.csv: in 1 of {len(REPORTS) + 1} texts there are words that the text encoder does not know: Das, Herz, ist"
     assert found in record.getMessage()
     with pytest.raises(ValueError, match=f"{text_folder}: found 3 unknown words among 5 of m.csv"):
         data.check_reports(text, ["The Herz ist gross."], "m.csv")
@@ -789,7 +789,7 @@ def test_reports_that_are_too_long(text_folder, caplog, report, read):
     data.check_reports(text, ["No effusion.", report], "m.csv")
     whole = len("".join(report.split()))
     share = 100 * (whole - read) / (whole + len("Noeffusion."))
-    assert f"m.csv: of 2 reports looked at the ends, {share:.2g} % of their text, are not read" in caplog.text
+    assert f"m.csv: of 2 reports looked at the ends, {share:.1f} % of their text, are not read" in caplog.text
 
 
 def test_reports_to_look_at_are_spread_over_all():

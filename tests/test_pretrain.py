@@ -427,8 +427,8 @@ def test_stopped_killed_and_resumed_it_equals_the_uninterrupted_run(run, folder,
     stopped = run(f"{SMALL} --workers 1 --out {out.name} --steps {STEPS[world]}", world=world)
     stopped.until_step(0, out)
     told = stopped.processes[-1].pid                        # one process is told, all of them stop
-    workers = Path(f"/proc/{told}/task/{told}/children").read_text().split()
-    assert workers
+    children = Path(f"/proc/{told}/task/{told}/children")
+    workers = children.read_text().split() if children.exists() else []         # macOS has no /proc
     for pid in (*workers, told):                            # as to a group: the loader's worker, too
         os.kill(int(pid), signal.SIGTERM)
     assert stopped.wait() == 128 + signal.SIGTERM, stopped.errors
@@ -592,7 +592,9 @@ def test_init_of_the_second_version(run, folder, tmp_path):
     run(f"{flags} --merging monai --steps 2 --out v2").succeeded()
     first = run(f"{flags} --merging monai --steps 1 --out v2_1").succeeded()
     assert "does not tell" not in first.text
-    assert f"encoder.* to v2_1; {model.monai_settings(voco)['note']}" in first.text
+    assert "encoder.pt: MONAI" not in first.text
+    old = run(f"{flags} --merging v0.9 --steps 1 --out v2_old").succeeded()
+    assert "encoder.pt: MONAI before 1.5 has the same numbers; another network in MONAI from 1.5 on" in old.text
     run("--out v2_1 --resume --steps 2").succeeded()
     assert load(folder / "v2_1" / "last.pt")["merging"] == "monai"
     x = torch.rand(1, 1, 32, 32, 32)
@@ -678,7 +680,7 @@ def test_gradients_that_no_scale_makes_finite_stop_the_run(group):
         layer.weight.grad *= gradient
         return pretrain.update(layer, optimizer, scaler, 0, 1.0, bad_steps, "step 7")[1]
     bad = 0
-    for count in range(39):
+    for count in range(39):     # a search that finds its scale at last
         bad = step(math.inf if count % 2 else math.nan, bad)
         assert bad == count + 1
     assert step(1.0, bad) == 0 and scaler.get_scale() == 2.0 ** (16 - 39)
@@ -783,7 +785,7 @@ def test_a_volume_that_cannot_be_read_is_skipped_and_many_stop_the_run(run, fold
     many = run(f"{SMALL} {ONLY_MIM} --steps 1 --out torn_too --data torn2.csv")             # 2 of 24
     many.refused("2 of 24 volumes cannot be read", *(f"torn{index}.nii.gz" for index, _ in batch))
     shared = run(f"{SMALL} {ONLY_MIM} --batch_size 1 --steps 1 --out torn_apart --data torn2.csv", world=2)
-    shared.refused("1 of 12 volumes cannot be read")            # each process sees a half
+    shared.refused("2 of 24 volumes cannot be read")            # each process met one
 
 
 def test_another_crop_is_told(command, copied, folder, tmp_path, monkeypatch, caplog):
@@ -859,7 +861,8 @@ def test_pairing_command(command, uninterrupted, folder, tmp_path):
     found = json.loads((tmp_path / "pairing.json").read_text())
     assert set(found) == {"mim", "mlm", "sfr", "cml", "ssm", "dfa"}
     assert ("too few batches to say" in text) == (found["mlm"]["uses_report"] is None)
-    assert (tmp_path / "pairing.png").stat().st_size > 5000 and (tmp_path / "attention.png").stat().st_size > 5000
+    assert (tmp_path / "pairing.png").stat().st_size > 5000
+    assert (tmp_path / "pairing_attention.png").stat().st_size > 5000 and "pairing_attention.png: where" in text
     code, text = command("eval.py", *flags, "--checkpoint", run_folder / "encoder.pt")
     assert code == 1 and "encoder.pt: found no text side, expected last.pt of pretrain.py" in text
     rows = [["0.nii.gz", "A nodule. The heart is normal.", "train"], ["1.nii.gz", "A nodule. No effusion.", "test"]]
