@@ -445,7 +445,7 @@ def test_ct_rate(demo, caplog):
     assert (folder / "metadata/no_chest_train.txt").read_text() == "train_1_a_2.nii.gz\n"
     expected = {f"{'train' if k % 5 < 3 else 'valid'}_{k + 1}_a_1" for k in range(8)}
     assert items.keys() - {"train_7_a_2"} == expected
-    assert "9 of 10 reports" in caplog.text
+    assert not caplog.records                   # the one that is no chest is not missed
     for item in items.values():
         assert item.labels.shape == (18,) and item.rescale == (1, -1024) and "Not given" not in item.report
         _, _, impression = item.report.partition("\n")

@@ -275,7 +275,7 @@ def test_the_end_of_a_long_report_is_told_and_not_taught(tmp_path, caplog):
     assert not caplog.records
     assert data.build_vocabulary(reports.values()) == words
     share = 100 * (1 + 250) / (149 + 150 + 151 + 400)
-    assert f"{share:.0f} % of the words of the reports, the ends of long ones, are not learned" in caplog.text
+    assert f"{share:.1f} % of the words of the reports, the ends of long ones, are not learned" in caplog.text
     number = {word: i for i, word in enumerate(words)}
     for n, report in reports.items():
         tokens = data.task_example(item._replace(report=report), None, task, vocabulary=number)["tokens"].tolist()
