@@ -481,8 +481,8 @@ def check_reports(text_encoder, texts, source):
         words = set()
         for text in lacking:
             found = tokenizer(text, return_offsets_mapping=True, verbose=False)
-            for number, (start, end) in zip(found["input_ids"], found["offset_mapping"]):
-                words |= {text[start:end]} if number == tokenizer.unk_token_id else set()
+            places = zip(found["input_ids"], found["offset_mapping"])
+            words |= {text[i:j] for number, (i, j) in places if number == tokenizer.unk_token_id}
         log.warning("warning: %s: in %d of %d texts there are words that the text encoder does not know: %s",
                     source, len(lacking), len(texts), shorten(sorted(words)))
     unread = sum(report["cut"] for report in reports) / letters(texts)
@@ -2028,7 +2028,7 @@ def make_cache(args):
     lacking = [item for item in mine if item.id not in rows]
     todo = [item for item in lacking if item.volume.exists()]
     if len(todo) < len(lacking) and args.data.is_file():  # of CT-RATE people have parts
-        absent = [item.volume for item in lacking if item not in todo]
+        absent = [item.volume for item in lacking if not item.volume.exists()]
         log.warning("%s: no file for %d volumes of this shard: %s", args.data, len(absent), shorten(absent))
     needed = len(todo) * math.prod(size) * 2 / 1e9  # GB
     free = shutil.disk_usage(folder).free / 1e9
