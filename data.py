@@ -61,6 +61,7 @@ NO_TEXT = ("", "nan", "none", "null", "na", "n/a", "not given", "not given.")
 LPS_TO_RAS = np.diag([-1, -1, 1, 1])  # from the axes of DICOM and ITK
 ENDING = re.compile(r"\.(nii|nii\.gz|mha|mhd|nrrd|nhdr|npz|npy)$", re.IGNORECASE)  # of a volume
 CACHE_VERSION = 1               # of the folders that `data.py cache --out` writes
+BAR_SECONDS = 0.1 if sys.stderr.isatty() else 60        # between two states of a progress bar
 DEMO_SIZE = 1430                # phantoms of --data demo: 1001 to train on, 429 held out
 
 
@@ -1882,12 +1883,11 @@ def _begin_worker():
 
 def in_processes(job, jobs, workers, name, ordered=True):
     """Yield job(x) for each of `jobs`, in order or as they come, from `workers` processes"""
-    seconds = 0.1 if sys.stderr.isatty() else 60  # between two lines of progress
     with ProcessPoolExecutor(max(1, workers), initializer=_begin_worker) as pool:
         futures = [pool.submit(job, x) for x in jobs]
         try:
             done = futures if ordered else as_completed(futures)
-            for future in tqdm(done, name, total=len(futures), unit="scan", mininterval=seconds):
+            for future in tqdm(done, name, total=len(futures), unit="scan", mininterval=BAR_SECONDS):
                 yield future.result()
         except BrokenProcessPool:
             killed = "that one was killed, probably for want of memory"

@@ -349,7 +349,7 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}"""
         board = pretrain.open_board(out)
     run = evaluation.Run(network, task, config, args.cache, device)
     interruption, stopping, bad_steps, stream = pretrain.Interruption(), 0, 0, iter(loader)
-    bar = tqdm(total=steps, initial=step, desc=args.task, disable=None if rank == 0 else True)
+    bar = tqdm(total=steps, initial=step, desc=args.task, disable=rank > 0, mininterval=data.BAR_SECONDS)
     while step < steps and not stopping:
         started = time.perf_counter()
         batch = next(stream)

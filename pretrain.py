@@ -555,7 +555,8 @@ def main(args, given):
     interruption, stopping = Interruption(), 0
     bad_steps, unreadable, stream = 0, set(), iter(loader)
     epoch_passes = len(train_items) // batches.size
-    bar = tqdm(total=args.steps, initial=step, desc="pretrain", disable=None if rank == 0 else True)
+    bar = tqdm(total=args.steps, initial=step, desc="pretrain", disable=rank > 0,
+               mininterval=data.BAR_SECONDS)
     while step < args.steps and not stopping:
         started = time.perf_counter()
         passes = [next(stream) for _ in range(args.accumulate)]
