@@ -863,25 +863,24 @@ def test_bad_flags(run, flags, message):
         run("ctrg", *flags)
 
 
-class Board:
-    """In the place of TensorBoard's SummaryWriter"""
+def test_a_tensorboard_shows_what_the_log_holds(run, monkeypatch):
     scalars = {}
 
-    def __init__(self, folder):
-        self.folder = folder
+    class Board:
+        """In the place of TensorBoard's SummaryWriter"""
 
-    def add_scalar(self, name, value, step):
-        self.scalars[self.folder, name, step] = value
+        def __init__(self, folder):
+            self.folder = folder
 
-
-def test_a_tensorboard_shows_what_the_log_holds(run, monkeypatch):
+        def add_scalar(self, name, value, step):
+            scalars[self.folder, name, step] = value
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Board))
     run("ctrg", "--epochs", 2, "--steps", 2)
     rows = pretrain.read_log(Path("out/log.jsonl"))
-    assert len(rows) == 2 and Board.scalars
-    for (folder, name, step), value in Board.scalars.items():
+    assert len(rows) == 2
+    for (folder, name, step), value in scalars.items():
         assert folder == Path("out") and rows[step][name] == value
-    assert {("loss", 0), ("loss", 1), ("lr", 1), ("valid", 1)} <= {key[1:] for key in Board.scalars}
+    assert {("loss", 0), ("loss", 1), ("lr", 1), ("valid", 1)} <= {key[1:] for key in scalars}
 
 
 def test_flags_of_a_resumed_run_are_checked(run):
