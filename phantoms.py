@@ -542,6 +542,8 @@ TASK_DEMOS = {  # patients by default, and what writes one of them
 
 def write_task_demo(task, out, n=None, seed=0, workers=None):
     """Write n patients of a task in its native layout; returns what `--data` takes."""
+    if task not in TASK_DEMOS:
+        raise ValueError(f"{task}: found no set to draw, expected a row of phantoms.TASK_DEMOS")
     default_n, write = TASK_DEMOS[task]
     seed += 1000 * (1 + list(TASK_DEMOS).index(task))
     write_set(write, out, n or default_n, seed, workers)

@@ -256,6 +256,14 @@ def test_a_row_of_whole_scans_has_the_preprocessing_of_pretraining(tmp_path, mon
         load_task("ctrg", tmp_path)
 
 
+def test_a_task_of_ones_own_has_no_drawn_set(tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "mine", TASKS["stoic"])
+    with pytest.raises(ValueError, match="mine: found no set to draw"):
+        load_task("mine", "demo", cache=tmp_path)
+    stoic(tmp_path / "set")
+    assert load_task("mine", tmp_path / "set")
+
+
 def test_a_task_may_take_its_values_as_stored(tmp_path):
     stoic(tmp_path)
     item, task = load_task("stoic", tmp_path)[0], TASKS["stoic"]._replace(size=(16, 16, 16))
