@@ -431,7 +431,7 @@ def split_sentences(text):
 
 
 def letters(texts):
-    """How many, signs included; words would not do for Chinese"""
+    """The number of characters without blanks: Chinese has no words between blanks."""
     return sum(map(len, "".join(texts).split()))
 
 
@@ -510,6 +510,8 @@ def mask_words(input_ids, word_ids, tokenizer, generator, prob=0.15):
 
 def mask_volume(size, mask_size, mask_ratio, generator):
     """Bool (1, D, H, W), True = masked: mask_ratio of the sub-volumes of mask_size³ voxels"""
+    if any(side % mask_size for side in size):
+        raise ValueError(f"found size {tuple(size)}, expected multiples of mask_size {mask_size}")
     grid = [side // mask_size for side in size]
     mask = generator.permutation(math.prod(grid)) < round(mask_ratio * math.prod(grid))
     return torch.from_numpy(np.kron(mask.reshape(grid), np.ones([mask_size] * 3, dtype=bool)))[None]
@@ -1367,7 +1369,8 @@ def _with_test(items):
     """The items; where a set has no test part, its valid part is the one to report on"""
     if any(item.split == "test" for item in items):
         return items
-    log.info("no part test: it is the part valid")
+    if any(item.split == "valid" for item in items):
+        log.info("no part test: the part valid is reported on")
     return [item._replace(split="test") if item.split == "valid" else item for item in items]
 
 
@@ -1671,8 +1674,9 @@ def prepare(item, task, cache="cache"):
     its shape or None; affine 4×4 of the scan as it was. View "patch": resampled to the spacing of the
     task; "slices": to 4/3 of its size in plane; "box": its middle BOX mm, to its size."""
     size = task.size if task.view in ("slices", "box") else None
+    hu = () if task.hu == "auto" else (task.hu,)  # so that older caches stay good
     path = cache_file(cache, filter(None, (item.volume, item.mask)), task.view, size, task.window,
-                      task.spacing, len(task.classes), item.rescale, *[task.hu] * (task.hu != "auto"))
+                      task.spacing, len(task.classes), item.rescale, *hu)
     mask_path, affine_path = path.with_suffix(".mask.npy"), path.with_suffix(".affine.npy")
     if not path.exists():
         array, spacing, affine = to_ras(item.volume, *read_item(item))
@@ -1980,8 +1984,11 @@ def _described(item):
 
 def _cache_volume(item, folder, shard, size, hu):
     """Put a volume into a cache folder -> its row of the manifest"""
+    try:  # before the volume is read: a file that is exchanged in between is found out later
+        row = {"source": _source(item.volume)} | _described(item)
+    except OSError as error:
+        raise wrong(item.volume, error, "files that may be read") from None
     volume = make_volume(item, size, hu)
-    row = {"source": _source(item.volume)} | _described(item)
     save_array(folder / cache_name(item.id), volume.numpy(), shard)
     return row
 

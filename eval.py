@@ -884,7 +884,7 @@ def score_reports(run, items, reports, out, train_items):
     constant = bleu(same, truth)
     # The released protocol cuts references to 150 words and replaces unknown words, which flatters.
     known = set(run.config["vocabulary"])
-    released = [" ".join(word if word in known else "<unk>" for word in text.split()[:150])
+    released = [" ".join(word if word in known else "<unk>" for word in text.split()[:data.MOST_WORDS])
                 for text in truth]
     said = [" ".join(filter(data.has_words, report.split())) for report in reports]  # no full stops
     starts = [data.report_words(item.report, with_stops=True)[:data.MOST_WORDS] for item in items]
@@ -1489,7 +1489,8 @@ def export_command(args):
         raise data.wrong(args.checkpoint, "weights of a task", "no --encoder, --merging or --hu")
     run = load_checkpoint(args.checkpoint) if "task" in config else load_as_run(args)
     network, kind, size = run.network.cpu().eval(), run.task.kind, args.size or run.task.size
-    data.check_size(size, 16 if kind == "classify" else getattr(network, "encoder", network).stride)
+    stride = getattr(network, "encoder", network).stride
+    data.check_size(size, min(16, stride) if kind == "classify" else stride)
     notes = {**run.task.settings(), "task": config.get("task"), "size": size, "crop": data.CROP,
              "vocabulary": config.get("vocabulary"), "axes": "z, y, x of a scan in RAS",
              "values": "HU, window to [0, 1]" if run.task.window else "z-score of all voxels but 0"}

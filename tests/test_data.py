@@ -884,6 +884,8 @@ def test_mask_volume():
         blocks = mask[0].reshape(4, 16, 2, 16, 6, 16).float().mean((1, 3, 5))
         assert set(blocks.unique().tolist()) <= {0, 1} and blocks.sum() == round(ratio * 48)
     generator = np.random.default_rng(0)
+    with pytest.raises(ValueError, match="multiples of mask_size 16"):
+        data.mask_volume((64, 32, 90), 16, 0.5, generator)
     mean = torch.stack([data.mask_volume(SMALL, 8, 0.5, generator).float() for _ in range(300)]).mean(0)
     assert mean.min() > 0.35 and mean.max() < 0.65
 
@@ -1528,6 +1530,16 @@ def test_what_cannot_be_cached_is_refused(tmp_path, command):
         volume.unlink()
     code, text = command(*cache_flags(path, out))
     assert code == 0 and "0 volumes to make" in text and "0 of 4 of all shards; 4 still lack" in text
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    [item] = data.load_items(manifest(tmp_path, n=1))
+
+    def denied(volume):
+        raise PermissionError(13, "Permission denied", str(volume))
+    monkeypatch.setattr(data, "_source", denied)
+    with pytest.raises(ValueError, match="scan0.nii.gz: found .*Permission denied.*, expected files that may be read"):
+        data._cache_volume(item, tmp_path, "1-of-1", SMALL, "auto")
 
 
 def test_broken_volumes_of_a_cache_folder_are_named(tmp_path, command):

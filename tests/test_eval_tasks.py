@@ -673,6 +673,27 @@ def test_the_constant_report_is_the_best_of_many():
         assert evaluation.constant_report([*reports[:place], best, *reports[place:]]) == best
 
 
+def first_words(reports, most=None):
+    words = [data.report_words(report, with_stops=True)[:most] for report in reports]
+    return [" ".join(filter(data.has_words, report)) for report in words]
+
+
+@real_data
+def test_what_a_constant_and_a_short_report_have_on_real_ones():
+    table = json.loads((REAL / "reports" / "ctrg_chest.json").read_text(encoding="utf-8"))
+    train, test = ([row["report"] for row in table[part]] for part in ("train", "test"))
+    constant = first_words([evaluation.constant_report(train)]) * len(test)
+    assert evaluation.bleu(constant, first_words(test)) == pytest.approx([58.6, 48.5, 41.6, 36.5], abs=0.05)
+    assert evaluation.bleu(first_words(test, 150), first_words(test))[3] == pytest.approx(91.9, abs=0.05)
+    ct_rate = []
+    for name in ("ct_rate_800.csv", "ct_rate_200.csv"):
+        with (REAL / "reports" / name).open(newline="", encoding="utf-8") as file:
+            ct_rate += [row["report_text"] for row in csv.DictReader(file)]
+    assert evaluation.bleu(first_words(ct_rate, 150), first_words(ct_rate))[3] == pytest.approx(36.9, abs=0.05)
+    lengths = np.array([len(data.report_words(report, with_stops=True)) for report in ct_rate])
+    assert np.maximum(lengths - 150, 0).sum() / lengths.sum() == pytest.approx(0.50, abs=0.005)
+
+
 def test_chinese_reports_are_compared_by_characters(constant_inputs):
     vocabulary = ["<pad>", "<bos>", "<eos>", "<unk>", *"两肺纹理清晰心影不大"]
     said = [" ".join("两肺纹理清晰"), " ".join("心影不大")]
@@ -1118,7 +1139,7 @@ def test_what_cannot_be_exported_is_named(tmp_path, monkeypatch, encoder):
     for flags, words in ((["encoder.pt"], "does not say which encoder it holds: give --encoder"),
                          (["encoder.pt", "--encoder", "unet"], "does not fill the encoder"),
                          (["encoder.pt", "--encoder", "swin_t", "--size", 32, 32, 36], "--size 32 32 36: every side must be a multiple of 8"),
-                         (["best.pt", "--size", 20, 16, 16], "--size 20 16 16: every side must be a multiple of 16"),
+                         (["best.pt", "--size", 20, 16, 16], "--size 20 16 16: every side must be a multiple of 8"),
                          (["absent.pt"], "absent.pt: found no such file")):
         done = export("--checkpoint", *flags)
         assert done.returncode == 1 and words in done.stderr

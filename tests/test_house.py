@@ -7,9 +7,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {
-    "lines": {"losses": 215, "model": 1159, "phantoms": 570, "data": 2155, "pretrain": 695, "finetune": 478,
+    "lines": {"losses": 215, "model": 1159, "phantoms": 570, "data": 2160, "pretrain": 695, "finetune": 478,
               "eval": 1605},
-    "lines in all": 6865,
+    "lines in all": 6870,
     "bytes in all": 358_000,
     "columns": 110,
     "wide": 100,                            # columns beyond which a line counts as wide

@@ -444,7 +444,7 @@ def test_stopped_killed_and_resumed_it_equals_the_uninterrupted_run(run, folder,
         os.kill(process.pid, signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
 
-    run(f"--out {out.name} --resume --workers 0", world=world).succeeded()
+    run(f"--out {out.name} --resume --workers 2", world=world).succeeded()
     assert equal_runs(out, uninterrupted[world][0])
     assert len(load(out / "last.pt")["rng"]) == world
 
