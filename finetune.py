@@ -289,10 +289,10 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}"""
                                             for part in parts)
     if not (train_items and valid_items and test_items):
         raise data.wrong(args.data, "a part of which no scan can be read", "some of each")
-    told = [*(train_items[0].classes or ()), *(item.id for item in train_items + valid_items)]
+    told = [str(task.settings()), str(config["crop"]), *(item.id for item in train_items + valid_items)]
     ids = hashlib.sha1("\n".join(told).encode()).hexdigest()
     if checkpoint and checkpoint["ids"] != ids:
-        raise ValueError(f"--resume: {args.data} has other items or classes than the run in {out}")
+        raise ValueError(f"--resume: items, classes or settings in data.py are not those of {out}")
     tokenizer, prompts = None, {}
     if with_texts:
         tokenizer = network.text_encoder.tokenizer

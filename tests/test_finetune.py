@@ -3,6 +3,7 @@
 And what data.py cuts and augments for it.
 """
 import csv
+import functools
 import json
 import logging
 import math
@@ -160,16 +161,23 @@ def test_labels_of_ones_own_need_no_data_any_more(run, sets, tmp_path, cache):
         eval_py("--data", other)
 
 
-def test_renamed_labels_are_no_resumed_run(run, sets, cache, tmp_path):
+def test_renamed_labels_and_an_edited_row_or_crop_are_no_resumed_run(run, sets, cache, tmp_path, monkeypatch):
     folder = tmp_path / "set"
     shutil.copytree(sets("labels"), folder)
     run(None, "--task", "labels", "--data", folder, "--size", *CUBE, "--workers", 0, "--cache", cache, "--encoder", "swin_t",
         "--steps", 2, "--epochs", 1)
     for name in ("result.json", "best.pt"):
         Path("out", name).unlink()
+    refused = functools.partial(pytest.raises, ValueError, match="--resume: items, classes or settings .* not those of out")
+    with monkeypatch.context() as patch, refused():
+        patch.setattr(data, "CROP", (0.8, 0.8, 0.8))
+        run(None, "--resume")
+    with monkeypatch.context() as patch, refused():
+        patch.setitem(data.TASKS, "labels", data.TASKS["labels"]._replace(augment={"flips": (2,)}))
+        run(None, "--resume")
     text = (folder / "manifest.csv").read_text()
     (folder / "manifest.csv").write_text(text.replace("Consolidation", "Fibrosis"))
-    with pytest.raises(ValueError, match="has other items or classes"):
+    with refused():
         run(None, "--resume")
 
 
