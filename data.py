@@ -124,6 +124,12 @@ def _grey_files(path):
 
 def _read_grey(path):
     files = _grey_files(path)
+    forms = sorted({re.sub(r"\d+", "#", file.name) for file in files})
+    torn = [file.name for file in files if file.suffix.lower() in (".jpg", ".jpeg")
+            and b"\xff\xd9" not in file.read_bytes()[-1024:]]             # its rows would be made up
+    if len(forms) > 1 or torn:
+        raise ValueError(f"pictures that are cut off: {shorten(torn)}" if torn else
+                         f"pictures named {shorten(forms)}, not slices alone")
     if files == [path]:
         array = np.load(path, allow_pickle=False)
     else:  # colour becomes grey
@@ -312,7 +318,9 @@ def read_item(item):
         is_blank |= header["sform_code"] == 0 and header["qform_code"] == 0
     if is_blank and item.geometry:
         return xyz, _metadata_affine(item.volume, item.geometry)
-    if is_blank:
+    # a NIfTI that was saved with its spacing alone; without a report left and right do not matter
+    has_no_place = item.report and not affine[:3, 3].any() and np.count_nonzero(affine[:3, :3]) == 3
+    if is_blank or has_no_place:
         axes = "".join(nib.aff2axcodes(affine))
         _warn_once(f"{item.volume}: its header does not tell how it lies: took its axes as {axes}")
     return xyz, affine
@@ -387,7 +395,9 @@ def preprocess(array, spacing, size=SIZE, crop=CROP, window=WINDOW):
 SENTENCE_END = re.compile(
     r"""(?<![.;?!])[.;?!]+["'”’]*(?=\s|$)   # punctuation before a blank, with its quotes
       | [;?!](?=\w) | \.(?=[A-Z][a-z])      # a forgotten blank
-      | [。；？！]["”]* | [\r\n]""", re.VERBOSE)
+      | [。；？！]["”]*
+      | (\r\n?|(?<!\r)\n)(?!\s*[a-zß-ÿ])      # a line end, but for one amid a sentence,
+      | (?<![^\r\n]{40})(\r\n?|(?<!\r)\n)      # behind a full line""", re.VERBOSE)
 COMMA = re.compile(r"""((?<!\d)[,，]|[,，](?!\s*\d))["”]*""")
 # Not cut: parentheses (one of over 300 letters was never closed), abbreviations, "T12. vertebra"
 WHOLE = re.compile(
@@ -682,7 +692,9 @@ def _text(value):
     """The text of a cell or of a JSON's entry, one or several; "" where a tool writes that there is none"""
     if isinstance(value, list):
         return "\n".join(filter(None, map(_text, value)))
-    return "" if str(value).strip().lower() in NO_TEXT else value
+    if str(value).strip().lower() in NO_TEXT:
+        return ""
+    return re.sub(r"\\r\\n|\\[nr]|<br ?/?>|_x000D_", "\n", value)          # line ends of other tools
 
 
 def _path(value):
@@ -697,14 +709,23 @@ def _rescale(row):
     return None if np.isnan(pair).any() else pair
 
 
+PATIENT = ("patient", "patient id", "patientid", "subject", "subject id", "subjectid")  # names of a column
+
+
 def _manifest_items(path, rows):
-    items = []
+    items, names = [], list(rows[0][1]) if rows else []
+    known = [name for name in names if _plain(name) in PATIENT] or [None]
+    others = [name for name in names if name not in (*COLUMNS, *known, "volume", "report")]
+    if others:
+        log.info("%s: other columns, read as labels of a task or not at all: %s", path, ", ".join(others))
+    if known == [None]:
+        log.warning("%s: no column patient: every volume counts as another patient", path)
     for where, row in rows:
         volume, split = _path(row["volume"]), (row.get("split") or "train").lower()
         if not volume or split not in SPLIT_NAMES:
             raise wrong(where, f"volume {volume!r} and split {split!r}", f"a path and one of {SPLITS}")
         mask = path.parent / _path(row["mask"]) if row.get("mask") else None
-        report, patient = _text(row.get("report")), row.get("patient") or volume
+        report, patient = _text(row.get("report")), _text(row.get(known[0])) or volume
         items.append(Item(volume, path.parent / volume, report, SPLIT_NAMES[split], patient,
                           _labels(row), _rescale(row), mask))
     return items
@@ -838,7 +859,7 @@ def with_a_file(items, source):
 
 def check_identities(items, source, side_of):
     """Refuse an item or a volume that is there twice, and a patient on two sides of a split."""
-    seen, first = {}, {}
+    seen, first, spelt = {}, {}, {}
     for item in items:
         is_told_by_id = item.centre or isinstance(item, CachedItem)
         for key in {item.id} if is_told_by_id else {item.id, os.path.normpath(item.volume)}:
@@ -849,6 +870,10 @@ def check_identities(items, source, side_of):
         if side_of(other) != side_of(item):
             parts = f"{other.split} and in {item.split}"
             raise wrong(source, f"the patient {item.patient} in {parts}", "it in one of them")
+        other = spelt.setdefault(_plain(item.patient).lstrip("0"), item)
+        if other.patient != item.patient and side_of(other) != side_of(item):
+            _warn_once(f"{source}: patients that may be one: {other.patient} in {other.split}, "
+                       f"{item.patient} in {item.split}")
 
 
 def with_words(items, data):
@@ -1295,6 +1320,8 @@ def _listed_cases(folder, fold, files):
     for path in find(folder, r".+\.json"):
         with expecting(path, CASES):
             content = json.loads(read_text(path))
+            if isinstance(content, list) and content and "val" in content[0]:
+                log.warning("%s: folds of nnU-Net are not read: expected a list with a fold for each case", path)
             parts = _parts(content, "label") if isinstance(content, dict) else {}
             if "train" in parts:
                 lists[path] = parts, {int(row["fold"]) for row in parts["train"] if "fold" in row}
@@ -1357,7 +1384,10 @@ def _segment_items(folder, fold, patient=r"(.+)", image="", mask=""):
     cases = _listed_cases(folder, fold, files) or _named_cases(folder, files, (image, mask))
     items = []
     for volume, label, split in cases:
-        name = re.sub(patient, r"\1", stem(volume), flags=re.IGNORECASE)
+        match = re.fullmatch(patient, stem(volume), re.IGNORECASE)
+        if not match:
+            _warn_once(f"{folder}: names without a patient, such as {volume.name}: each counts as another")
+        name = match[1] if match else stem(volume)
         items.append(Item(stem(volume), volume, "", split, name, mask=label))
     if len({(item.patient, item.split) for item in items}) > len({item.patient for item in items}):
         log.warning("%s: patients on both sides of its split: split by patient instead", folder)
@@ -1521,7 +1551,7 @@ TASKS = {
         _recipe(1000, 50, 1, 1e-4, weight_decay=1e-5), SEGMENT_DEMO,
         {"flip": .5, "rot90": .3, "zoom": .15, "affine": .15, "scale": .1, "shift": .1}, patches=4),
     "covid-19-20": Task("segment", "patch", partial(_segment_items, patient=r".*-A-(\d+).*",
-            image=r"(.*/volume-covid19-A-\d+)_ct", mask=r"\1_seg"),
+            image=r"(.*/volume-covid19-A-\d+(?:_\d)?)_ct", mask=r"\1_seg"),
         "volume-covid19-A-XXXX_ct.nii.gz and volume-covid19-A-XXXX_seg.nii.gz" + LISTED,
         ("COVID-19 lesion",), "Dice", (32, 192, 192), (-1000., 500.), (5., 1.25, 1.25),
         _recipe(1000, 50, 1, 7.5e-5, weight_decay=1e-5), SEGMENT_DEMO,
@@ -1680,6 +1710,8 @@ def prepare(item, task, cache="cache"):
     mask_path, affine_path = path.with_suffix(".mask.npy"), path.with_suffix(".affine.npy")
     if not path.exists():
         array, spacing, affine = to_ras(item.volume, *read_item(item))
+        if not 0.05 < min(spacing) <= max(spacing) < 50:
+            raise wrong(item.volume, f"a spacing of {spacing}", "millimetres, between 0.05 and 50")
         mask = read_mask(item, task, array.shape, affine) if item.mask else None
         if task.window:
             array, _ = to_hounsfield(array, item.volume, task.hu, item.rescale)
@@ -1862,9 +1894,10 @@ def by_volume(items):
     return groups
 
 
-def outlive_sigterm(worker):
-    """Begin a loader's worker, a fork, that SIGTERM ends only if the run itself sends it: one to all
-    processes, as of torchrun and SLURM, would else end the run before it has saved."""
+def outlive_signals(worker):
+    """Begin a loader's worker, which SIGTERM ends only if the run itself sends it, and Ctrl-C never: one to
+    all processes, as of torchrun, SLURM and a terminal, would else end the run before it has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     run = multiprocessing.parent_process().pid
 
     def wait():

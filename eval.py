@@ -119,7 +119,7 @@ PRETRAINING = data.TASKS["ct-rate-vocab"]._replace(kind="encode", classes=())
 def auroc(score, label):
     """Area under the ROC curve: (n,), (n,) -> float; (n, K), (n, K) -> K floats. Labels other than 0
     and 1 are left out; nan where one class is absent."""
-    score, label = np.asarray(score), np.asarray(label)
+    score, label = np.where(np.isfinite(score), score, math.nan), np.asarray(label)
     positive, negative = label == 1, label == 0
     ranks = rankdata(np.where(positive | negative, score, np.inf), axis=0)  # the unknown come last
     n_pos, n_neg = positive.sum(0), negative.sum(0)
@@ -146,7 +146,8 @@ def _mean(values):
 
 
 def accuracy(pred, label):
-    return float((np.asarray(pred) == np.asarray(label)).mean())
+    """nan if a prediction is nan"""
+    return float(np.where(np.isnan(pred), math.nan, np.equal(pred, label)).mean())
 
 
 def roc(score, label):
@@ -270,13 +271,27 @@ def recall_at_k(similarity, ks):
     return [float((ranks <= k).mean()) for k in ks]
 
 
-def bootstrap(metric, *arrays, times=1000, seed=0):
-    """95 % percentile interval of metric(*arrays) over resampled items (dim 0): (low, high), lists for
-    a metric of several numbers; nan for fewer than two items"""
-    rng, n = np.random.default_rng(seed), len(arrays[0])
+def _patients(items):
+    return np.array([item.patient for item in items])
+
+
+def rows_by_patient(n, patients):
+    """The places of each patient's items among n: a list of arrays; without names, one item each"""
+    patients = range(n) if patients is None else patients
+    _, numbers, counts = np.unique(patients, return_inverse=True, return_counts=True)
+    return np.split(numbers.argsort(kind="stable"), counts.cumsum()[:-1])
+
+
+def bootstrap(metric, *arrays, patients=None, times=1000, seed=0):
+    """95 % percentile interval of metric(*arrays) over resampled patients, each with all of its items
+    (dim 0), an item each if none are named: (low, high), lists for a metric of several numbers; nan for
+    fewer than two"""
+    rng = np.random.default_rng(seed)
+    rows = rows_by_patient(len(arrays[0]), patients)
+    n = len(rows)
     if n < 2:
         return math.nan, math.nan
-    samples = (rng.integers(0, n, n) for _ in range(times))
+    samples = (np.concatenate([rows[i] for i in rng.integers(0, n, n)]) for _ in range(times))
     draws = [metric(*(array[sample] for array in arrays)) for sample in samples]
     return tuple(np.nanpercentile(draws, [2.5, 97.5], axis=0).tolist())
 
@@ -296,19 +311,21 @@ def global_features(encoder, items, cache, size, hu="auto", batch_size=8):
     return torch.cat(rows).cpu().double().numpy()
 
 
-def ridge(x, y, x_new, penalties=PENALTIES):
-    """Ridge regression, its penalty by leave-one-out error: (n, C), (n, k), (m, C) -> (m, k)"""
+def ridge(x, y, x_new, penalties=PENALTIES, patients=None):
+    """Ridge regression, its penalty by the error on patients left out one by one: (n, C), (n, k), (m, C),
+    n names -> (m, k)"""
     mean, std = x.mean(0), x.std(0) + 1e-8
     x, x_new = (x - mean) / std, (x_new - mean) / std
     u, s, vt = np.linalg.svd(x, full_matrices=False)
     y_mean = y.mean(0)
     uty = u.T @ (y - y_mean)
-    errors = []
+    rows, errors = rows_by_patient(len(x), patients), []
     for penalty in penalties:
         shrink = s ** 2 / (s ** 2 + penalty)
-        leverage = np.einsum("ij,j,ij->i", u, shrink, u) + 1 / len(x)
-        residual = (y - y_mean - u @ (shrink[:, None] * uty)) / (1 - leverage)[:, None]
-        errors.append((residual ** 2).mean())  # each item predicted by all others
+        residual = y - y_mean - u @ (shrink[:, None] * uty)
+        leverages = ((u[row] * shrink) @ u[row].T + 1 / len(x) for row in rows)
+        errors.append(sum((np.linalg.solve(np.eye(len(row)) - leverage, residual[row]) ** 2).sum()
+                          for row, leverage in zip(rows, leverages)))     # predicted by all others
     penalty = penalties[np.argmin(errors)]
     return x_new @ (vt.T @ ((s / (s ** 2 + penalty))[:, None] * uty)) + y_mean
 
@@ -318,9 +335,9 @@ def split_labelled(items):
     labelled = [item for item in items if item.labels is not None and not np.isnan(item.labels).any()]
     fit = [item for item in labelled if item.split == "train"]
     held_out = [item for item in labelled if item.split != "train"]
-    if not fit or not held_out:
+    if len(set(_patients(fit))) < 2 or not held_out:
         raise ValueError(f"labelled volumes of the split train and others: found {len(fit)} and "
-                         f"{len(held_out)}, expected some of both")
+                         f"{len(held_out)}, expected some of both, and two patients to train on")
     return fit, held_out
 
 
@@ -333,9 +350,10 @@ def probe_features(encoder, items, cache, size, hu="auto", batch_size=8):
 def probe(features, items, rows=slice(None)):
     """Scores of a linear probe, fitted on some rows, and labels of the held-out items: (m, 18) each.
     Scores are nan for a finding that none or all have."""
-    y, truth = (np.array([item.labels for item in group], float) for group in split_labelled(items))
-    x, y = features[0][rows], y[rows]
-    return np.where(y.min(0) < y.max(0), ridge(x, y, features[1]), math.nan), truth
+    fit, held_out = split_labelled(items)
+    y, truth = (np.array([item.labels for item in group], float) for group in (fit, held_out))
+    x, y, patients = features[0][rows], y[rows], _patients(fit)[rows]
+    return np.where(y.min(0) < y.max(0), ridge(x, y, features[1], patients=patients), math.nan), truth
 
 
 def untrained_encoder(config):
@@ -356,7 +374,8 @@ def compare_probes(untrained, pretrained, items, few=0):
     def gain(before, after, truth):
         return macro_auroc(after, truth) - macro_auroc(before, truth)
     (before, truth), (after, _) = probe(untrained, items), probe(pretrained, items)
-    low, high = bootstrap(gain, before, after, truth)
+    patients = _patients(split_labelled(items)[1])
+    low, high = bootstrap(gain, before, after, truth, patients=patients)
     aucs = auroc(after, truth)
     result = {"untrained": macro_auroc(before, truth), "pretrained": _mean(aucs),
               "difference": [low, gain(before, after, truth), high], "n": len(truth),
@@ -452,9 +471,10 @@ def retrieve_reports(network, items, cache, size, hu="auto", batch_size=24):
     reports = text_features(network, [item.report for item in items])
     k = max(1, min(50, len(items) // 10))
     hits = (retrieval_ranks(reports @ volumes.T) <= k).astype(float)
-    hits = hits if k < len(items) else np.array([math.nan])     # an item alone always finds itself
-    return {"k": k, "value": float(hits.mean()), "interval": list(bootstrap(np.mean, hits)),
-            "chance": k / len(items), "n": len(items)}
+    hits = hits if k < len(items) else hits * math.nan          # an item alone always finds itself
+    interval = bootstrap(np.mean, hits, patients=_patients(items))
+    return {"k": k, "value": float(hits.mean()), "interval": list(interval), "chance": k / len(items),
+            "n": len(items)}
 
 
 def say_retrieval(result):
@@ -479,7 +499,7 @@ def sentence_maps(network, volume, report):
 def lesion_attention(network, items, cache, size, hu="auto"):
     """Share of a sentence's attention in the tokens that its lesion in `item.mask` touches, mean over
     patients, and two controls with intervals of the difference: a random place, other sentences"""
-    grid, patients = [side // network.encoder.stride for side in size], []
+    grid, values, patients = [side // network.encoder.stride for side in size], [], []
     for item in _bar(items, "attention", True):
         volume = data.load_volume(item, cache, size, hu)
         sentences, maps = sentence_maps(network, volume, item.report)
@@ -491,11 +511,13 @@ def lesion_attention(network, items, cache, size, hu="auto"):
                 others = (inside.sum() - inside[i]) / max(1, len(inside) - 1)
                 rows.append([inside[i].item(), place.mean().item(), others.item()])
         if rows:
-            patients.append(np.mean(rows, 0))
-    inside, random, others = np.transpose(patients)
+            values.append(np.mean(rows, 0))
+            patients.append(item.patient)
+    inside, random, others = np.transpose(values)
     means = {"inside": inside.mean(), "random": random.mean(), "others": others.mean()}
-    return {**means, "interval": list(bootstrap(np.mean, inside - random)),
-            "interval_to_others": list(bootstrap(np.mean, inside - others)), "n": len(patients)}
+    low_high = functools.partial(bootstrap, np.mean, patients=patients)
+    return {**means, "interval": list(low_high(inside - random)),
+            "interval_to_others": list(low_high(inside - others)), "n": len(values)}
 
 
 def say_lesion_attention(result):
@@ -520,7 +542,8 @@ def _of_patients(name, outputs, batch):
 
 def pairing(network, batches, enabled, temperature=0.1, gradients=3):
     """Does a loss use which report belongs to which volume? {loss: {own, other, interval of other - own,
-    …}}: for true pairs, and with the volumes of a batch handed on by one; over patients or batches.
+    …}}: for true pairs, and with the volumes of a batch handed on by one; over patients or batches, of which
+    those with the same patients count once.
     gradient_cosine: of the two gradients on the encoder, mean of the first `gradients` batches."""
     network.eval()
     weights = [p for p in network.encoder.parameters() if p.requires_grad]
@@ -548,18 +571,17 @@ def pairing(network, batches, enabled, temperature=0.1, gradients=3):
         for name, (a, b) in slopes.items():
             both = a.any() and b.any()  # without a gradient there is no angle
             cosines[name].append(F.cosine_similarity(a, b, dim=0).item() if both else math.nan)
-    _, place = np.unique(np.concatenate([batch["ids"] for batch in batches]), return_inverse=True)
+    patients, numbers = np.concatenate([batch["ids"] for batch in batches]), {}
+    groups = [numbers.setdefault(frozenset(batch["ids"]), len(numbers)) for batch in batches]
     result = {}
     for name, (own, other) in units.items():
-        difference = np.subtract(other, own)
-        if name in BY_PATIENT:  # a patient counts once, however often it was seen
-            difference = np.bincount(place, difference) / np.bincount(place)
-        low, high = bootstrap(np.mean, difference)
+        units_seen = patients if name in BY_PATIENT else groups
+        low, high = bootstrap(np.mean, np.subtract(other, own), patients=units_seen)
         result[name] = {"own": float(np.mean(own)), "other": float(np.mean(other)),
                         "interval": [low, high], "gradient_cosine": _mean(cosines[name]),
                         "uses_report": bool(low > 0)}
-        if len(batches) < 8:
-            result[name] |= {"uses_report": None, "reason": f"{len(batches)} batches, fewer than 8"}
+        if len(numbers) < 8:
+            result[name] |= {"uses_report": None, "reason": f"{len(numbers)} batches, fewer than 8"}
     return result
 
 
@@ -604,7 +626,7 @@ class Run(NamedTuple):
 def check_preprocessing(config, source):
     """Warn if a file's network was trained with another crop or window than those of data.py."""
     for name, ours in (("crop", data.CROP), ("window", data.WINDOW)):
-        if tuple(config.get(name) or ours) != ours:
+        if name in config and tuple(config[name] or ()) != ours:
             log.warning("warning: %s was trained with the %s %s, here it is %s", source, name, config[name],
                         ours)
 
@@ -644,7 +666,7 @@ def _batches(run, items, progress=True):
     make = functools.partial(_stack_inputs, task=run.task._replace(records=None), cache=run.cache)
     workers = run.config.get("workers", 0) if len(items) > 1 else 0
     loader = DataLoader(items, run.config["batch_size"], num_workers=workers, collate_fn=make,
-                        worker_init_fn=data.outlive_sigterm,
+                        worker_init_fn=data.outlive_signals,
                         generator=torch.Generator())    # its own: that of a training stays
     for inputs in _bar(loader, "predict", progress and len(items) > 1):
         yield inputs.to(run.device, non_blocking=True)
@@ -735,17 +757,20 @@ def sliding_window(network, volume, size, overlap, batch_size=2, device="cpu", p
         for window, window_logits in zip(batch, logits):
             total[window] += weight * window_logits
             weights[window] += weight
+    if not total.isfinite().all():
+        raise ValueError("found logits that are not finite, expected none: the network has diverged")
     inside = [slice(k // 2, k // 2 + n) for k, n in zip(padded - shape, shape)]
     return (total / weights).softmax(0)[(..., *inside)]
 
 
 # ---------------------------------- scores
-# Each gives the part of the result that differs by kind, a metric and the arrays it is taken of.
+# Each gives the part of the result that differs by kind, a metric, the patients that are resampled for its
+# interval, and the arrays it is taken of.
 
 def score_classes(run, items, scores, out, train_items):
     """Accuracy of exclusive classes, AUC of a single class or of the last one `among` another,
     otherwise the mean AUC. scores: log odds (n, K)"""
-    task, names = run.task, run.task.classes
+    task, names, patients = run.task, run.task.classes, _patients(items)
     truth = np.stack([item.labels for item in items]).astype(float)  # (n, K), NaN = unknown
     aucs = dict(zip(names, auroc(scores, truth)))
     positives = dict(zip(names, np.nansum(truth, 0).astype(int).tolist()))
@@ -756,31 +781,32 @@ def score_classes(run, items, scores, out, train_items):
                    [[item.id, *row] for item, row in zip(items, rows)])
         plot_roc(scores, truth, names, out / "roc.png")
     if task.exclusive:
-        pred, label = scores.argmax(1), truth.argmax(1)
+        label = truth.argmax(1)
+        pred = np.where(np.isfinite(scores).all(1), scores.argmax(1), math.nan)
         result |= {"chance": float(np.bincount(label).max() / len(label)),
                    "per_class": {name: _mean(pred[label == k] == k) for k, name in enumerate(names)},
                    "protocol": "all items; chance: the commonest class", "more": {"auc": aucs}}
-        return result, accuracy, pred, label
+        return result, accuracy, patients, pred, label
     if len(names) > 1 and not task.among:
         result["protocol"] = f"all items, mean of {how_many(aucs.values())}"
         if task.kind == "prompt":
             one, other, *_ = run.config.get("prompts") or ("{name}.", "not {name}.")
             result["protocol"] += f", '{one}' against '{other}' and so on"
         if out:
-            rows = auc_table(scores, truth, names)
+            rows = auc_table(scores, truth, names, patients)
             spans = {name: [low, high] for name, (low, _, high) in rows.items() if name in aucs}
             result["more"] = {"weighted_auc": rows[WEIGHTED], "intervals": spans}
-        return result, macro_auroc, scores, truth
+        return result, macro_auroc, patients, scores, truth
     counted = ~np.isnan(truth[:, -1])
     if task.among:  # as STOIC asks: severe among COVID-19
         counted &= truth[:, names.index(task.among)] == 1
         result["more"] = {"auc_all_items": aucs[names[-1]], "n_all_items": len(items)}
     result["n"] = int(counted.sum())
     result["protocol"] = f"{names[-1]} among {task.among or 'all items'}"
-    return result, auroc, scores[counted, -1], truth[counted, -1]
+    return result, auroc, patients[counted], scores[counted, -1], truth[counted, -1]
 
 
-def auc_table(scores, truth, classes):
+def auc_table(scores, truth, classes, patients):
     """{name: [low, AUC, high]} of the classes (K,) that have both kinds, their mean, and their mean
     weighted by positives"""
     def metric(scores, truth):
@@ -791,7 +817,8 @@ def auc_table(scores, truth, classes):
     known = np.flatnonzero(~np.isnan(auroc(scores, truth)))
     scores, truth = scores[:, known], truth[:, known]
     names = [*(classes[k] for k in known), "mean", WEIGHTED]
-    low, high = (np.broadcast_to(end, len(names)) for end in bootstrap(metric, scores, truth))
+    interval = bootstrap(metric, scores, truth, patients=patients)
+    low, high = (np.broadcast_to(end, len(names)) for end in interval)
     return dict(zip(names, np.transpose([low, metric(scores, truth), high]).tolist()))
 
 
@@ -830,7 +857,7 @@ def score_masks(run, items, masks, out, train_items):
                           "out; chance: all voxels marked",
               "more": {"chance_of_an_empty_mask": 0.0, "without_truth": int((~known).sum()),
                        "marked_without_truth": false_alarms}}
-    return result, _mean, cases
+    return result, _mean, _patients(items)[counted], cases
 
 
 def score_findings(items, reports, constant, vocabulary):
@@ -839,7 +866,10 @@ def score_findings(items, reports, constant, vocabulary):
     if not vocabulary & {".", "。"}:
         reason = "the generator has no full stop: where does a denial end?"
         return {"generated": None, "reason": reason}
-    texts = {"generated": reports, "true report": [item.report for item in items],
+    true = [item.report for item in items]
+    # without commas, some denials do not end
+    writable = [" ".join(data.report_words(text, with_stops=True)[:data.MOST_WORDS]) for text in true]
+    texts = {"generated": reports, "true report": true, "true report as it could be generated": writable,
              "constant report": [constant] * len(items)}
     named = {name: np.array([findings(text) for text in some]) for name, some in texts.items()}
     if not named["true report"].any():
@@ -903,7 +933,7 @@ def score_reports(run, items, reports, out, train_items):
                        "findings": score_findings(items, reports, best, known),
                        "distinct_reports": len(set(said)) / len(said),
                        "distinct_true_reports": len(set(truth)) / len(truth)}}
-    return result, lambda drawn: _bleu(drawn)[3], counts
+    return result, lambda drawn: _bleu(drawn)[3], _patients(items), counts
 
 
 def candidates(items):
@@ -928,8 +958,8 @@ def score_retrieval(run, items, volumes, out, train_items):
     most similar volume of a candidate counts. volumes: features (n, E)"""
     reports = text_features(run.network, [item.report for item in items])
     similarity = (reports @ volumes.T).numpy()  # rows: reports
-    protocols, ranks = {}, {}
-    for name, groups in candidates(items).items():
+    protocols, ranks, groupings = {}, {}, candidates(items)
+    for name, groups in groupings.items():
         first, n = [group[0] for group in groups], len(groups)
         rows = similarity[first]
         best = np.stack([rows[:, group].max(1) for group in groups], 1)  # (n, n)
@@ -944,6 +974,7 @@ def score_retrieval(run, items, volumes, out, train_items):
         plot_recall(ranks, out / "recall.png")
     counted = "unique findings" if run.config["task"] == "retrieval" else "volumes"
     found, ranks = protocols[counted], ranks[counted][0]
+    patients = _patients(items)[[group[0] for group in groupings[counted]]]
     # With few volumes Recall@50 is trivial: the largest K up to n / 10; 5, or 1 for fewer than 10.
     n = len(ranks)
     largest = max(5, min(n / 10, int(run.task.metric.split("@")[1])))
@@ -952,7 +983,7 @@ def score_retrieval(run, items, volumes, out, train_items):
               "per_class": {f"Recall@{k}": found[f"Recall@{k}"] for k in KS},
               "protocol": f"{counted}: a report finds its own among all; ties count against it",
               "more": {"protocols": protocols}}
-    return result, lambda drawn: float((drawn <= k).mean()) if k < n else math.nan, ranks
+    return result, lambda drawn: float((drawn <= k).mean()) if k < n else math.nan, patients, ranks
 
 
 # How a kind predicts and scores, and why it may have no value
@@ -964,16 +995,17 @@ KINDS = {"classify": (predict_log_odds, score_classes, "the items that count hav
 
 
 def evaluate(run, items, out=None, progress=True, train_items=()):
-    """The number of a task as a dict: task, metric, value, its 95 % interval, n, chance, protocol,
+    """The number of a task as a dict: task, metric, value, its 95 % interval, n, patients, chance, protocol,
     split, ids_sha1, per_class and positives by name, `more` of its kind; `reason` for a value of nan.
     out: folder of pictures and predictions; train_items: for the constant report."""
     run.network.eval()
     if out:
         out.mkdir(parents=True, exist_ok=True)
     predict, score, no_value = KINDS[run.task.kind]
-    scores, metric, *arrays = score(run, items, predict(run, items, progress), out, train_items)
+    scores, metric, patients, *arrays = score(run, items, predict(run, items, progress), out, train_items)
     result = {"task": run.config["task"], "metric": run.task.metric, "value": metric(*arrays),
-              "interval": bootstrap(metric, *arrays), "n": len(items), "positives": {},
+              "interval": bootstrap(metric, *arrays, patients=patients), "n": len(items),
+              "patients": len(set(patients)), "positives": {},
               "split": "+".join(sorted({item.split for item in items})), "ids_sha1": _hash(items)}
     if math.isnan(result["value"]):
         is_finite = np.isfinite(arrays[0]).all()
@@ -1299,13 +1331,15 @@ def probe_command(args):
     if left_out:
         log.warning("%s: left out %d of %d volumes without all 18 labels", args.data, left_out, len(listed))
     scores, truth = probe(features, items)
-    value, interval = macro_auroc(scores, truth), bootstrap(macro_auroc, scores, truth)
+    patients = _patients(split_labelled(items)[1])
+    value, interval = macro_auroc(scores, truth), bootstrap(macro_auroc, scores, truth, patients=patients)
     per_class = dict(zip(data.LABELS, auroc(scores, truth)))
     print_classes("AUC", per_class, dict(zip(data.LABELS, truth.sum(0).astype(int))), {})
     print(f"macro AUC of {how_many(per_class.values())} {value:.3f} {span(interval)}, "
           f"n = {len(truth)}, chance 0.500")
     seen = count_seen(split_labelled(items)[1], patients_of(args.checkpoint), args.checkpoint)
-    result = {"macro_auc": value, "interval": interval, "n": len(truth), "chance": 0.5, "auc": per_class,
+    result = {"macro_auc": value, "interval": interval, "n": len(truth), "patients": len(set(patients)),
+              "chance": 0.5, "auc": per_class,
               "patients_seen_in_pretraining": seen}
     if math.isnan(value):
         result["reason"] = KINDS["prompt"][2]
@@ -1413,10 +1447,11 @@ def pairing_command(args):
     make = functools.partial(data.pretraining_example, tokenizer=tokenizer, cache=args.cache,
                              size=task.size, **settings)
     examples, batches = data.Examples(items, make, args.seed), []
-    for shuffle in range(3):
-        order = np.random.default_rng((args.seed, shuffle)).permutation(len(items))
+    rng = np.random.default_rng(args.seed)
+    order = rng.permutation(len(items))
+    for shuffle in range(3):                                            # other neighbours, other masks
         for i in range(0, len(order) - size + 1, size):                 # batches of equal size
-            chosen = [examples[int(index), shuffle] for index in order[i:i + size]]
+            chosen = [examples[int(index), shuffle] for index in rng.permutation(order[i:i + size])]
             batches.append(data.collate(chosen, tokenizer.pad_token_id))
     enabled = [name for name in model.LOSSES if name in network.losses]
     result = pairing(network, batches, enabled, config["temperature"])

@@ -227,8 +227,7 @@ def loss_of(task, network, batch, prompts, temperature):
         return losses.dice_ce_loss(logits, batch["mask"])
     if task.exclusive:
         return F.cross_entropy(logits.float(), batch["label"].argmax(1))
-    known = ~batch["label"].isnan()
-    return F.binary_cross_entropy_with_logits(logits.float()[known], batch["label"][known])
+    return losses.bce_loss(logits, batch["label"])
 
 
 def train(args, task, out, seed, rank, world, device):
@@ -250,8 +249,7 @@ def train(args, task, out, seed, rank, world, device):
                "crop": data.CROP if task.view == "whole" else None,
                "patients": sorted(data.patient_hashes(patients["train"] + patients["valid"]))}
     if task.kind == "report":
-        reports = [item.report for item in train_items]
-        config["vocabulary"] = data.build_vocabulary(reports, args.min_count)
+        config["vocabulary"] = data.build_vocabulary([item.report for item in train_items], args.min_count)
     if rank == 0:
         if with_texts and args.text_encoder == "demo" and not checkpoint:
             demo_text_encoder(args, task, out, train_items)
@@ -289,10 +287,11 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}"""
                                             for part in parts)
     if not (train_items and valid_items and test_items):
         raise data.wrong(args.data, "a part of which no scan can be read", "some of each")
-    told = [str(task.settings()), str(config["crop"]), *(item.id for item in train_items + valid_items)]
-    ids = hashlib.sha1("\n".join(told).encode()).hexdigest()
+    labels = [(item.id, item.labels) for item in train_items + valid_items]
+    told = repr((task.settings(), config["crop"], config["vocabulary"], labels))
+    ids = hashlib.sha1(told.encode()).hexdigest()
     if checkpoint and checkpoint["ids"] != ids:
-        raise ValueError(f"--resume: items, classes or settings in data.py are not those of {out}")
+        raise ValueError(f"--resume: items, labels, words or settings in data.py are not those of {out}")
     tokenizer, prompts = None, {}
     if with_texts:
         tokenizer = network.text_encoder.tokenizer
@@ -331,7 +330,7 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}"""
     # The loader has its own generator: it must not advance the global one, of which dropout draws.
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate,
                         num_workers=args.workers, pin_memory=device.type == "cuda",
-                        worker_init_fn=data.outlive_sigterm, generator=torch.Generator())
+                        worker_init_fn=data.outlive_signals, generator=torch.Generator())
     log.info(f"run        steps {step} to {steps} ({epoch_steps} an epoch) of {batch_size} × {world} "
              f"on {device} in {precision}, seed {seed}, out in {out}")
     if task.kind == "retrieve" and batch_size * world == 1:
@@ -453,6 +452,9 @@ def main(args, given):
         pretrain.check_flags(args)
     else:
         args = complete(args, given)
+        pretrain.check_init(args.init, out)
+        if not (out / "result.json").exists() and [*out.glob("last.pt"), *out.glob("repeat_*/last.pt")]:
+            raise ValueError(f"{out} holds a run without result.json: give --resume, or another --out")
     args.out = str(out)
     spacing = args.spacing and tuple(args.spacing)
     task = data.TASKS[args.task]._replace(size=tuple(args.size), spacing=spacing)

@@ -185,7 +185,15 @@ def compute(outputs, batch, enabled, temperature=0.1):
 
 
 # ------------------------------------------------------------------------ losses of fine-tuning
-# These see the volumes of one process. The average over processes is the global mean, but of Dice.
+# All but bce_loss see the volumes of one process. The average over processes is the global mean, but of Dice.
+
+@_in_float32
+def bce_loss(logits, labels):
+    """Binary cross entropy over known labels. (B, K) each, NaN = unknown."""
+    known = ~labels.isnan()
+    log_loss = F.binary_cross_entropy_with_logits(logits[known], labels[known], reduction="sum")
+    return _global_sum(log_loss) / _global_sum(known.to(logits.dtype)).clamp(min=1)
+
 
 @_in_float32
 def dice_ce_loss(logits, mask):

@@ -199,6 +199,14 @@ def check_flags(args):
     data.check_size(args.size, 16 if task and task.kind == "classify" else 32)
     if args.merging != "auto" and args.init in (None, "scratch"):
         raise ValueError(f"--merging {args.merging}: found no --init, expected a file trained so")
+    if args.warmup >= (args.epochs if task else args.steps):
+        log.warning("warning: --warmup %g is longer than the run", args.warmup)
+
+
+def check_init(init, out):
+    """ValueError if --init lies in the folder that the run writes to."""
+    if init not in (None, "scratch") and out.resolve() in model.local_file(init).resolve().parents:
+        raise ValueError(f"--init {init} lies in --out {out}, whose files the run replaces")
 
 
 def resume_flags(args, given, saved, may_change):
@@ -327,19 +335,24 @@ def save_run(out, network, optimizer, scaler, config, step, **more):
 
 
 def load_last(out):
-    """OUT/last.pt, or previous.pt if that is broken. ValueError: neither, or another world."""
+    """OUT/last.pt, or previous.pt if that is broken. ValueError: neither, another world, or not the same
+    for all processes."""
     last, previous, world = out / "last.pt", out / "previous.pt", dist.get_world_size()
+    is_broken, steps = False, [None] * world
     try:
         state = model.read_checkpoint(last)
         if "optimizer" not in state:
             raise data.wrong(last, "weights alone", "a whole run")
     except ValueError as error:
         log.info("%s; going on from %s instead", error, previous)
-        state = model.read_checkpoint(previous)
-        if dist.get_rank() == 0 and last.exists():      # it must not become previous.pt
-            last.rename(out / "last.pt.broken")
+        state, is_broken = model.read_checkpoint(previous), last.exists()
     if state["world"] != world:
         raise ValueError(f"--resume: {out} is of {state['world']} processes, found {world}")
+    dist.all_gather_object(steps, state["step"])
+    if len(set(steps)) > 1:
+        raise ValueError(f"--resume: the processes read the steps {steps} in {out}, expected one")
+    if is_broken and dist.get_rank() == 0:              # it must not become previous.pt
+        last.rename(out / "last.pt.broken")
     return state
 
 
@@ -363,8 +376,8 @@ def read_log(path):
 
 def write_log(path, rows, mode="a", board=None):
     """Append rows to log.jsonl, or write it anew (mode "w"), and to a TensorBoard."""
-    with open(path, mode) as file:
-        file.writelines(json.dumps(row) + "\n" for row in evaluation.without_nan(rows))
+    with open(path, "ab") if mode == "a" else data.written_whole(path) as file:
+        file.writelines(f"{json.dumps(row)}\n".encode() for row in evaluation.without_nan(rows))
     for row in rows if board else ():
         for name, value in row.items():
             if isinstance(value, float):
@@ -469,6 +482,7 @@ def main(args, given):
                              "last.pt is of an older one")
         args = resume_flags(args, given, checkpoint["config"], MAY_CHANGE)
     else:
+        check_init(args.init, out)
         args.begun = str(datetime.now())
     if args.batch_size is None:
         args.batch_size = max(1, 24 // world)
@@ -488,8 +502,7 @@ def main(args, given):
     if checkpoint and checkpoint["ids"] != ids:
         raise ValueError(f"--resume: {args.data} holds other training volumes than the run had")
     if args.text_encoder == "demo" and rank == 0 and not checkpoint:
-        reports = [item.report for item in train_items]
-        phantoms.make_demo_text_encoder(out / "text_encoder", reports)
+        phantoms.make_demo_text_encoder(out / "text_encoder", [item.report for item in train_items])
     if rank == 0:
         dist.barrier()
     if args.permute_reports:
@@ -531,7 +544,7 @@ def main(args, given):
     examples = data.Examples(train_items, make_example, args.seed)
     loader = DataLoader(examples, batch_sampler=batches, collate_fn=collate,
                         num_workers=args.workers, pin_memory=device.type == "cuda",
-                        worker_init_fn=data.outlive_sigterm)
+                        worker_init_fn=data.outlive_signals)
     config = {name: value for name, value in vars(args).items() if name not in ("resume", "out")}
     config |= {"crop": data.CROP, "window": data.WINDOW}
     about = describe(args, network, weight, len(train_items), len(held_out), world)

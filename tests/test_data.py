@@ -289,6 +289,22 @@ def test_picture_folder_in_natural_order(tmp_path, suffix):
     np.testing.assert_allclose(grey[0, :, 3, 4], np.arange(12) * 20 / 255, atol=0.005)
 
 
+def test_a_picture_that_is_cut_off_and_masks_beside_slices_are_refused(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)
+    for z in range(3):
+        sitk.WriteImage(sitk.GetImageFromArray(noise), str(tmp_path / f"{z}.jpg"))
+    assert data.read_volume(tmp_path)[0].shape == (3, 64, 64)
+    whole = (tmp_path / "1.jpg").read_bytes()
+    (tmp_path / "1.jpg").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(ValueError, match="pictures that are cut off: 1.jpg"):
+        data.read_volume(tmp_path)
+    (tmp_path / "1.jpg").write_bytes(whole + bytes(40))                 # padded by a tool
+    assert data.read_volume(tmp_path)[0].shape == (3, 64, 64)
+    shutil.copyfile(tmp_path / "1.jpg", tmp_path / "1_mask.jpg")
+    with pytest.raises(ValueError, match="pictures named #.jpg, #_mask.jpg, not slices alone"):
+        data.read_volume(tmp_path)
+
+
 def test_sixteen_bit_pictures_are_refused(tmp_path):
     for z in range(3):
         picture = sitk.GetImageFromArray(np.full((4, 5), 1000 + z, np.uint16))
@@ -496,6 +512,15 @@ def test_blank_header_is_told(tmp_path, caplog, affine, fields):
     assert caplog.text.count(f"{path}: its header does not tell how it lies: took its axes as {axes}") == 1
 
 
+def test_a_header_without_a_place_is_told_where_left_and_right_matter(tmp_path, caplog):
+    path = save_nifti(tmp_path / "a.nii", chest(), np.diag([0.8, 0.8, 2, 1]))
+    data.read_item(data.Item("a", path, "", "train", "a"))
+    assert not caplog.text
+    _, affine = data.read_item(data.Item("a", path, "Cyst on the left.", "train", "a", geometry=("where", "9", "9", "9")))
+    assert f"{path}: its header does not tell how it lies: took its axes as RAS" in caplog.text
+    np.testing.assert_allclose(affine, np.diag([0.8, 0.8, 2, 1]))          # the spacing is the header's
+
+
 def test_full_header_is_not_called_blank(tmp_path, caplog):
     for end in ("nii.gz", "mha", "nrrd"):
         sitk.WriteImage(itk_image(chest()), str(tmp_path / f"a.{end}"))
@@ -653,6 +678,12 @@ def test_preprocess_window_and_spacing():
     ("Heart is normal. No effusion.", ["Heart is normal.", "No effusion."]),
     ("One; two? Three! four", ["One;", "two?", "Three!", "four"]),
     ("Line one\nline two\r\nline three", ["Line one", "line two", "line three"]),
+    ("The heart is normal in size and contour. No\r\npleural effusion is there.",
+     ["The heart is normal in size and contour.", "No pleural effusion is there."]),
+    ("A nodule of 5 mm lies in the right lower lobe, and\n  the heart is normal in size and in contour and\nNo mass",
+     ["A nodule of 5 mm lies in the right lower lobe,", "and the heart is normal in size and in contour and", "No mass"]),
+    ("A nodule of 5 mm lies in the right lower lobe of it\n\nthe heart", ["A nodule of 5 mm lies in the right lower lobe of it",
+                                                                    "the heart"]),
     ("A nodule of 0.8 × 1.0 cm is seen.", ["A nodule of 0.8 × 1.0 cm is seen."]),
     ("A 13x9.3 mm lymph node.", ["A 13x9.3 mm lymph node."]),
     ("CT examination dated 03.02.2020. Trachea is open.",
@@ -916,6 +947,44 @@ def test_manifest(tmp_path):
     assert labels.shape == (4, 18) and labels.dtype == np.float32
     np.testing.assert_array_equal(labels[:, 9], [1, 0, np.nan, 1])
     assert np.isnan(np.delete(labels, 9, 1)).all()
+
+
+@pytest.mark.parametrize("name", ["patient", "patient_id", "PatientID", "Subject", "subject_id"])
+def test_names_of_the_column_of_patients(tmp_path, caplog, name):
+    cells = ["p1", "p1", "nan", ""]
+    items = data.load_items(manifest(tmp_path, split=["train", "train", "test", "test"], **{name: cells}))
+    assert [item.patient for item in items] == ["p1", "p1", "scan2.nii.gz", "scan3.nii.gz"]
+    assert "no column patient" not in caplog.text
+    with pytest.raises(ValueError, match="patient p1 in test and in train"):
+        data.load_items(manifest(tmp_path, split=["test", "train", "train", "train"], **{name: cells}))
+
+
+def test_columns_that_are_not_read_are_told(tmp_path, caplog):
+    caplog.set_level("INFO")
+    data.load_items(manifest(tmp_path, set=["train", "train", "test", "test"], **{"Lung nodul": list("0101")}))
+    assert "data.csv: other columns, read as labels of a task or not at all: set, Lung nodul" in caplog.text
+    assert "data.csv: no column patient: every volume counts as another patient" in caplog.text
+    caplog.clear()
+    data.load_items(manifest(tmp_path, patient=list("abcd"), **{"Lung nodule": list("0101")}))
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("one, other, told", [("001", "1", True), ("p7", "P7", True), ("12", "12.0", True),
+                                              ("p1", "p01", False), ("1", "2", False)])
+def test_one_patient_in_two_spellings_is_told(tmp_path, caplog, one, other, told):
+    patients = [one, "3", other, "4"]
+    data.load_items(manifest(tmp_path, split=["train", "train", "test", "test"], patient=patients))
+    assert (f"patients that may be one: {one} in train, {other} in test" in caplog.text) == told
+    caplog.clear()
+    data.load_items(manifest(tmp_path, split=["train"] * 4, patient=patients))
+    assert "may be one" not in caplog.text
+
+
+def test_line_ends_as_other_tools_write_them(tmp_path):
+    texts = [r"Heart normal.\nNo effusion\r\nCyst", "Heart normal.<br>No effusion<br />Cyst",
+             "Heart normal._x000D_\nNo effusion\nCyst", "Heart normal.\r\nNo effusion\rCyst"]
+    items = data.load_items(manifest(tmp_path, report=texts))
+    assert {tuple(split_sentences(item.report)) for item in items} == {("Heart normal.", "No effusion", "Cyst")}
 
 
 @pytest.mark.parametrize("columns, words", [
@@ -1286,7 +1355,7 @@ def test_ctrg_json_as_other_tools_write_it(tmp_path):
     items = {item.id[0]: item for item in data.load_items(path)}
     assert set(items) == {"1", "3", "4", "5"} and items["3"].report == "Cyst."
     assert items["1"].report == "No effusion.\nHeart normal.\nCyst." and items["1"].volume == tmp_path / "ct" / "1.nii.gz"
-    for part, change, message in (("train", {"report": 5}, "expected str instance, int found"), ("train", {"image_path": None}, "AttributeError"),
+    for part, change, message in (("train", {"report": 5}, "expected string or bytes-like object, got .int."), ("train", {"image_path": None}, "AttributeError"),
                                   ("train", {"image_path": ["a", "b"]}, "too many values"), ("holdout", {}, "the part 'holdout'")):
         path.write_text(json.dumps({part: [content["train"][0] | change]}))
         with pytest.raises(ValueError, match=f"ctrg.json: found .*{message}.*, expected CTRG-Chest's"):

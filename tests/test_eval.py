@@ -95,6 +95,40 @@ def test_one_item_has_no_interval():
     assert (low, high) == (0, 1)
 
 
+def test_the_scans_of_a_patient_are_drawn_together():
+    rng = np.random.default_rng(0)
+    names = np.array(["b", "a", "b", "c", "a", "b"])
+    score, label = rng.random(6), np.array([0, 1, 1, 0, 0, 1])
+    found = evaluation.bootstrap(evaluation.auroc, score, label, patients=names)
+    draws, rng = [], np.random.default_rng(0)
+    for _ in range(1000):
+        rows = [i for drawn in rng.integers(0, 3, 3) for i in range(6) if names[i] == "abc"[drawn]]
+        draws.append(evaluation.auroc(score[rows], label[rows]))
+    assert found == pytest.approx(np.nanpercentile(draws, [2.5, 97.5]))
+    assert found != pytest.approx(evaluation.bootstrap(evaluation.auroc, score, label))
+    assert np.isnan(evaluation.bootstrap(np.mean, score, patients=["a"] * 6)).all()
+
+
+def test_an_interval_covers_where_patients_have_several_scans():
+    rng, covered = np.random.default_rng(0), {"scans": 0, "patients": 0}
+    for _ in range(100):
+        patients = np.repeat(np.arange(40), rng.integers(1, 6, 40))
+        values = rng.normal(size=40)[patients]
+        for unit, names in (("scans", None), ("patients", patients)):
+            low, high = evaluation.bootstrap(np.mean, values, patients=names, times=300)
+            covered[unit] += low <= 0 <= high
+    assert covered["patients"] >= 86 and covered["scans"] <= 80
+
+
+def test_predictions_that_are_not_finite_have_no_score():
+    for bad in (np.nan, np.inf, -np.inf):
+        assert np.isnan(evaluation.auroc([bad, 0, 1], [1, 0, np.nan]))
+        assert np.isnan(evaluation.accuracy([bad, 0, 1], [1, 0, 1])) == np.isnan(bad)
+    assert evaluation.accuracy([1, 0, 1], [1, 1, 1]) == pytest.approx(2 / 3)
+    with pytest.raises(ValueError, match="logits that are not finite"):
+        evaluation.sliding_window(lambda x: x * np.nan, torch.zeros(1, 8, 8, 8), (8, 8, 8), 0.5)
+
+
 @pytest.mark.parametrize("flags", [("probe", "--data", "m.csv", "--checkpoint", "x", "--few", -1),
                                    ("probe", "--data", "m.csv", "--checkpoint", "x", "--batch_size", 0),
                                    ("embed", "--input", "a.nii", "--checkpoint", "x", "--size", 32, 0, 32),
@@ -140,6 +174,27 @@ def test_ridge_is_the_naive_loop(n, features, noise):
         errors.append(np.mean(np.square(left_out)))
     expected = normal_equations(z, y, z_new, penalties[np.argmin(errors)])
     assert np.allclose(evaluation.ridge(x, y, x_new, penalties), expected)
+
+
+def test_the_penalty_is_chosen_on_other_patients():
+    """A second scan of each patient, almost its first, must not tell what to predict of it."""
+    rng = np.random.default_rng(0)
+    x = np.repeat(rng.normal(size=(15, 12)), 2, 0) + 0.01 * rng.normal(size=(30, 12))
+    y = np.repeat(x[::2, :1] + 2 * rng.normal(size=(15, 1)), 2, 0)
+    x_new, patients = rng.normal(size=(7, 12)), np.repeat(np.arange(15), 2)
+    z, z_new = (x - x.mean(0)) / x.std(0), (x_new - x.mean(0)) / x.std(0)
+    penalties, best = np.logspace(-1, 4, 9), {}
+    for unit in (patients, np.arange(30)):
+        errors = []
+        for penalty in penalties:
+            left_out = [normal_equations(z[unit != one], y[unit != one], z[unit == one], penalty) - y[unit == one]
+                        for one in set(unit)]
+            errors.append(np.square(left_out).sum())
+        best[len(set(unit))] = penalties[np.argmin(errors)]
+    assert best[15] > best[30]
+    found = evaluation.ridge(x, y, x_new, penalties, patients)
+    assert np.allclose(found, normal_equations(z, y, z_new, best[15]))
+    assert np.allclose(evaluation.ridge(x, y, x_new, penalties), normal_equations(z, y, z_new, best[30]))
 
 
 def test_ridge_survives_a_constant_feature():
@@ -470,6 +525,8 @@ def test_pairing_tells_a_loss_that_uses_the_report(text_folder):
     assert result["mim"]["own"] == pytest.approx(result["mim"]["other"], rel=1e-5)
     few = evaluation.pairing(network, batches[:3], ["clip"])["clip"]
     assert few["uses_report"] is None and few["reason"] == "3 batches, fewer than 8"
+    again = [{**batch, "ids": batch["ids"][::-1]} for batch in batches[:5] for _ in range(2)]
+    assert evaluation.pairing(network, again, ["clip"])["clip"]["reason"] == "5 batches, fewer than 8"
     alone = [{key: value[:1] for key, value in batch.items() if not key.startswith("single")} for batch in batches[:2]]
     alone = evaluation.pairing(network, alone, ["clip"])["clip"]    # a loss of 0 asks for nothing
     assert alone["own"] == 0 and np.isnan(alone["gradient_cosine"])

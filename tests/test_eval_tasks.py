@@ -685,6 +685,11 @@ def test_what_a_constant_and_a_short_report_have_on_real_ones():
     constant = first_words([evaluation.constant_report(train)]) * len(test)
     assert evaluation.bleu(constant, first_words(test)) == pytest.approx([58.6, 48.5, 41.6, 36.5], abs=0.05)
     assert evaluation.bleu(first_words(test, 150), first_words(test))[3] == pytest.approx(91.9, abs=0.05)
+    copies = [" ".join(data.report_words(report, with_stops=True)[:150]) for report in test]
+    found = evaluation.score_findings(items_of(reports=test), copies, test[0], {"."})     # the best generator
+    assert found["generated"] == found["true report as it could be generated"]
+    micro = found["generated"]["micro"]
+    assert [micro[name] for name in ("precision", "recall", "F1")] == pytest.approx([0.973, 0.614, 0.753], abs=0.0005)
     ct_rate = []
     for name in ("ct_rate_800.csv", "ct_rate_200.csv"):
         with (REAL / "reports" / name).open(newline="", encoding="utf-8") as file:
@@ -1304,7 +1309,7 @@ def test_a_bootstrap_of_several_numbers_is_that_of_each():
     rng = np.random.default_rng(0)
     scores, truth = rng.normal(size=(60, 4)), rng.integers(0, 2, (60, 4)).astype(float)
     truth[::7, 1], truth[:, 3] = np.nan, 1
-    table = evaluation.auc_table(scores, truth, ["a", "b", "c", "one class"])
+    table = evaluation.auc_table(scores, truth, ["a", "b", "c", "one class"], range(60))
     assert list(table) == ["a", "b", "c", "mean", evaluation.WEIGHTED]
     for k, name in enumerate("abc"):
         expected = evaluation.auroc(scores[:, k], truth[:, k]), evaluation.bootstrap(evaluation.auroc, scores[:, k], truth[:, k])
@@ -1314,7 +1319,7 @@ def test_a_bootstrap_of_several_numbers_is_that_of_each():
     assert (table["mean"][0], table["mean"][2]) == pytest.approx(evaluation.bootstrap(evaluation.macro_auroc, scores, truth))
     assert table[evaluation.WEIGHTED][1] == pytest.approx(np.dot(aucs, positives) / sum(positives))
     for n in (1, 2):
-        empty = evaluation.auc_table(scores[:n], np.ones((n, 4)), "abcd")
+        empty = evaluation.auc_table(scores[:n], np.ones((n, 4)), "abcd", range(n))
         assert list(empty) == ["mean", evaluation.WEIGHTED] and np.isnan(list(empty.values())).all()
 
 
@@ -1391,7 +1396,7 @@ def test_another_patients_report_or_label_gives_chance(constant_inputs, text_enc
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(evaluation, "text_features", lambda network, reports, order=order: similarity[order])
             items = items_of(reports=[f"Report {i}." for i in range(400)])
-            scores, metric, ranks = evaluation.score_retrieval(
+            scores, metric, _, ranks = evaluation.score_retrieval(
                 run_of(None, "retrieval", row=data.TASKS["ct-rate-retrieval"]), items, similarity + 1e-3 * torch.randn(400, 400), None, ())
             assert scores["metric"] == "Recall@10" and scores["chance"] == 0.025 and low <= metric(ranks) <= high
 

@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from conftest import ROOT, load, python
 
 import data
@@ -168,7 +167,7 @@ def test_renamed_labels_and_an_edited_row_or_crop_are_no_resumed_run(run, sets, 
         "--steps", 2, "--epochs", 1)
     for name in ("result.json", "best.pt"):
         Path("out", name).unlink()
-    refused = functools.partial(pytest.raises, ValueError, match="--resume: items, classes or settings .* not those of out")
+    refused = functools.partial(pytest.raises, ValueError, match="--resume: items, labels, words or settings .* not those of out")
     with monkeypatch.context() as patch, refused():
         patch.setattr(data, "CROP", (0.8, 0.8, 0.8))
         run(None, "--resume")
@@ -178,6 +177,18 @@ def test_renamed_labels_and_an_edited_row_or_crop_are_no_resumed_run(run, sets, 
     text = (folder / "manifest.csv").read_text()
     (folder / "manifest.csv").write_text(text.replace("Consolidation", "Fibrosis"))
     with refused():
+        run(None, "--resume")
+    (folder / "manifest.csv").write_text(text.replace(",0\n", ",1\n"))
+    with refused():
+        run(None, "--resume")
+
+
+def test_other_words_are_no_resumed_run(run, monkeypatch):
+    run("ctrg", "--epochs", 1, "--steps", 1)
+    Path("out/result.json").unlink()
+    build = data.build_vocabulary
+    monkeypatch.setattr(data, "build_vocabulary", lambda reports, min_count: [*reversed(build(reports, min_count))])
+    with pytest.raises(ValueError, match="labels, words or settings .* not those of out"):
         run(None, "--resume")
 
 
@@ -627,7 +638,7 @@ def test_a_worker_that_is_killed_is_named(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------ interrupted, repeated
 
 @pytest.mark.parametrize("task, module, loss, batch_size", [
-    ("ctrg", losses, "mlm_loss", 2), ("luna16", F, "binary_cross_entropy_with_logits", 2)])
+    ("ctrg", losses, "mlm_loss", 2), ("luna16", losses, "bce_loss", 2)])
 def test_an_interrupted_run_ends_as_if_it_had_not_been(run, interrupt, task, module, loss, batch_size):
     flags = ["--epochs", 2, "--batch_size", batch_size]
     run(task, *flags, out="whole")
@@ -659,6 +670,21 @@ def test_a_new_run_forgets_the_old_one_and_a_broken_file_is_no_end(run):
     run("ctrg", "--epochs", 1, "--steps", 1)
     assert load("out/last.pt")["step"] == 1 and not Path("out/previous.pt").exists()
     assert not torch.equal(first["head.weight"], weights("out/last.pt")["head.weight"])
+
+
+def test_an_unfinished_run_and_the_file_to_start_from_are_not_replaced(run):
+    run("stoic", "--epochs", 1, "--steps", 1)
+    before = Path("out/last.pt").read_bytes()
+    with pytest.raises(ValueError, match="--init out/best.pt lies in --out out, whose files the run replaces"):
+        run("stoic", "--epochs", 1, "--steps", 1, "--init", "out/best.pt")
+    run("stoic", "--epochs", 1, "--steps", 1, "--init", "out/best.pt", out="other")
+    Path("out/result.json").rename("result.json")
+    for folder in (".", "repeat_0"):
+        Path("out", folder).mkdir(exist_ok=True)
+        Path("out/last.pt").rename(Path("out", folder, "last.pt"))
+        with pytest.raises(ValueError, match="out holds a run without result.json: give --resume, or another --out"):
+            run("stoic", "--epochs", 1, "--steps", 1)
+    assert Path("out/repeat_0/last.pt").read_bytes() == before
 
 
 def test_a_run_that_cannot_begin_leaves_the_old_one_alone(run, sets):

@@ -7,10 +7,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {
-    "lines": {"losses": 215, "model": 1159, "phantoms": 570, "data": 2160, "pretrain": 695, "finetune": 478,
-              "eval": 1605},
-    "lines in all": 6870,
-    "bytes in all": 358_000,
+    "lines": {"losses": 225, "model": 1159, "phantoms": 570, "data": 2195, "pretrain": 710, "finetune": 478,
+              "eval": 1645},
+    "lines in all": 6970,
+    "bytes in all": 365_000,
     "columns": 110,
     "wide": 100,                            # columns beyond which a line counts as wide
     "share of wide lines": 0.04,             # of all lines of the seven files

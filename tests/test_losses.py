@@ -30,6 +30,7 @@ def example(seed=0, dtype=torch.float64):
         "ssm_loss": (leaf(B, S, E_T), leaf(B, S, E), mask),
         "dfa_loss": (leaf(B, E), leaf(B, E)),
         "clip_loss": (leaf(B, E), leaf(B, E)),
+        "bce_loss": (leaf(B, 3), torch.tensor([[1, 0, 0], [1, math.nan, 1], [math.nan, 1, 0], [math.nan] * 3], dtype=dtype)),
     }
 
 
@@ -75,9 +76,16 @@ def naive_ssm(text, visual, mask):
     return sum(pairs) / len(pairs)
 
 
+def naive_bce(logits, labels):
+    terms = [-torch.log(1 / (1 + torch.exp(-x if y == 1 else x)))
+             for x, y in zip(logits.flatten(), labels.flatten()) if not y.isnan()]
+    return sum(terms) / len(terms)
+
+
 NAIVE = {"mim_loss": naive_mim, "mlm_loss": naive_mlm, "sfr_loss": naive_sfr, "ssm_loss": naive_ssm,
          "dfa_loss": naive_info_nce,
          "cml_loss": lambda f_i, h_i, f_t, h_t: naive_info_nce(f_i, h_i) + naive_info_nce(f_t, h_t),
+         "bce_loss": naive_bce,
          "clip_loss": lambda f_i, f_t: (naive_info_nce(f_i, f_t) + naive_info_nce(f_t, f_i)) / 2}
 
 
@@ -152,6 +160,8 @@ def test_nothing_masked_is_zero():
     assert losses.mlm_loss(logits, torch.full_like(labels, -100)) == 0
     recon, volume, mask = example()["mim_loss"]
     assert losses.mim_loss(recon, volume, torch.zeros_like(mask)) == 0
+    logits, labels = example()["bce_loss"]
+    assert losses.bce_loss(logits, labels * math.nan) == 0
 
 
 @pytest.mark.parametrize("name", NAIVE)

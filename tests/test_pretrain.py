@@ -476,6 +476,54 @@ def test_a_broken_checkpoint_falls_back_to_the_one_before(run, copied, uninterru
     assert f"{last}: cannot be read" in again.text
 
 
+def test_processes_that_read_different_checkpoints_stop(copied, group, monkeypatch):
+    """One could not read last.pt for a moment, and the others could."""
+    state = load(copied / "last.pt")
+    torch.save(state | {"step": 5}, copied / "previous.pt")
+    monkeypatch.setattr(dist, "all_gather_object", lambda steps, step: steps.__setitem__(slice(None), [6, step]))
+    (copied / "last.pt").write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r"the processes read the steps \[6, 5\] in .*, expected one"):
+        pretrain.load_last(copied)
+    assert (copied / "last.pt").read_bytes() == b"torn"
+
+
+def test_the_log_is_rewritten_whole_or_not_at_all(tmp_path, monkeypatch):
+    path, rows = tmp_path / "log.jsonl", [{"step": step, "loss": 1.0} for step in range(4)]
+    pretrain.write_log(path, rows[:2], "w")
+    pretrain.write_log(path, rows[2:])
+    assert pretrain.read_log(path) == rows
+
+    def full(file):
+        raise OSError("no space left")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left"):
+        patch.setattr(os, "fsync", full)
+        pretrain.write_log(path, rows[:1], "w")
+    assert pretrain.read_log(path) == rows and [*tmp_path.iterdir()] == [path]
+    pretrain.write_log(path, rows[:1], "w")
+    assert pretrain.read_log(path) == rows[:1]
+
+
+@pytest.mark.parametrize("steps, told", [(500, True), (1000, True), (1001, False)])
+def test_a_warm_up_longer_than_the_run_is_told(caplog, steps, told):
+    pretrain.check_flags(pretrain.read_flags(["--data", "m.csv", "--steps", str(steps)])[0])
+    assert ("warning: --warmup 1000 is longer than the run" in caplog.text) == told
+
+
+def _worker_of_a_terminal(queue):
+    data.outlive_signals(0)
+    os.kill(os.getpid(), signal.SIGINT)
+    queue.put("alive")
+
+
+def test_a_spawned_worker_outlives_ctrl_c():
+    spawn = multiprocessing.get_context("spawn")
+    queue = spawn.SimpleQueue()
+    worker = spawn.Process(target=_worker_of_a_terminal, args=(queue,))
+    worker.start()
+    worker.join(60)
+    assert worker.exitcode == 0 and queue.get() == "alive"
+
+
 def test_an_older_run_in_the_folder_is_not_taken_for_the_new_one(run, copied):
     """The new one is killed before its first checkpoint."""
     (copied / "log.jsonl").unlink()
@@ -581,6 +629,14 @@ def test_init_starts_from_a_file(run, folder, copied):
 
     (copied / "encoder.pt").unlink()            # a start needs it, going on does not
     run("--resume --steps 2 --out init").succeeded()
+
+
+def test_the_file_to_start_from_is_not_replaced(run, copied):
+    """The encoder before training, which the end compares with, would be the one after it."""
+    before = (copied / "encoder.pt").read_bytes()
+    for name in ("encoder.pt", "last.pt"):
+        run(f"{SMALL} --steps 1 --init {copied / name} --out {copied}").refused(f"--init {copied / name} lies in --out")
+    assert (copied / "encoder.pt").read_bytes() == before
 
 
 def test_init_of_the_second_version(run, folder, tmp_path):

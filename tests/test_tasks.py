@@ -578,9 +578,32 @@ def test_covid(tmp_path, caplog):
     assert len(items) == 10 and items[3].patient == "0003"
     assert items[3].mask.name == "volume-covid19-A-0003_seg.nii.gz"
     assert "Validation: left out 1 scans: none has a mask" in caplog.text
+    for name in ("0047_1", "0196_0"):                               # as seven of the real ones are called
+        scan(tmp_path / "Train" / f"volume-covid19-A-{name}_ct.nii.gz")
+        mask(tmp_path / "Train" / f"volume-covid19-A-{name}_seg.nii.gz")
+    items = {item.patient: item for item in load_task("covid-19-20", tmp_path)}
+    assert len(items) == 12 and items["0047"].mask.name == "volume-covid19-A-0047_1_seg.nii.gz"
     (tmp_path / "Train" / "volume-covid19-A-0005_seg.nii.gz").unlink()
     with pytest.raises(ValueError, match="1 cases without mask: .*A-0005_seg"):
         load_task("covid-19-20", tmp_path)
+
+
+def test_names_without_a_patient_and_folds_that_are_not_read_are_told(tmp_path, caplog):
+    for i in range(12):
+        scan(tmp_path / "imagesTr" / f"heart_{i:03d}_0000.nii.gz")
+        mask(tmp_path / "labelsTr" / f"heart_{i:03d}.nii.gz")
+    (tmp_path / "splits_final.json").write_text(json.dumps([{"train": ["heart_000"], "val": ["heart_001"]}]))
+    items = load_task("acdc", tmp_path)
+    assert len({item.patient for item in items}) == 12
+    assert "names without a patient, such as heart_000_0000.nii.gz: each counts as another" in caplog.text
+    assert "splits_final.json: folds of nnU-Net are not read" in caplog.text
+
+
+def test_a_scan_in_metres_is_refused(tmp_path):
+    for spacing in (0.0015, 1500):
+        volume = save_nifti(tmp_path / f"{spacing}.nii", np.random.default_rng(0).integers(-999, 99, (8, 8, 8), np.int16), np.diag([spacing, spacing, spacing, 1]))
+        with pytest.raises(ValueError, match=f"{spacing}.nii: found a spacing of .*expected millimetres, between 0.05"):
+            data.prepare(data.Item("a", volume, "", "train", "a"), TASKS["msd-lung"], tmp_path / "cache")
 
 
 @real_data
