@@ -1321,7 +1321,7 @@ def _listed_cases(folder, fold, files):
         with expecting(path, CASES):
             content = json.loads(read_text(path))
             if isinstance(content, list) and content and "val" in content[0]:
-                log.warning("%s: folds of nnU-Net are not read: expected a list with a fold for each case", path)
+                log.warning("%s: folds of nnU-Net are not read, expected one for each case", path)
             parts = _parts(content, "label") if isinstance(content, dict) else {}
             if "train" in parts:
                 lists[path] = parts, {int(row["fold"]) for row in parts["train"] if "fold" in row}
@@ -1640,6 +1640,17 @@ def _draw_splits(items, task, folder, fold, seed):
     return items
 
 
+def check_classes(items, task, source):
+    """Refuse a part of a classification with a class that none or all have; of labels it may be some."""
+    classes = items[0].classes or task.classes if items else ()
+    labels = np.array([item.labels for item in items if task.kind == "classify"])
+    bad = [name for name, values in zip(classes, labels.T) if not {0, 1} <= set(values)]
+    if bad and (task.classes or len(bad) == len(classes)):
+        raise wrong(source, f"none or all with {bad[0]}", "some of both")
+    if bad:
+        log.warning("%s: none or all have %s", source, shorten(bad))
+
+
 def load_task(name, folder, fold=0, seed=0, cache="cache", with_absent=False):
     """The data of a task in its native layout -> list of Item. The split or fold of the set counts; else a
     fifth of the patients, drawn with `seed`, is test. Without a valid part a fifth of the training patients
@@ -1672,14 +1683,8 @@ def load_task(name, folder, fold=0, seed=0, cache="cache", with_absent=False):
         raise wrong(folder, f"unknown labels of {shorten(unknown)}", "0 or 1 for all 18 findings")
     check_identities(items, folder, lambda item: item.split)
     items = _draw_splits(items, task, folder, fold, seed)
-    classes = items[0].classes or task.classes
-    for split in SPLITS if task.kind == "classify" else ():
-        labels = np.array([item.labels for item in items if item.split == split])
-        bad = [name for name, values in zip(classes, labels.T) if not {0, 1} <= set(values)]
-        if bad and (task.classes or len(bad) == len(classes)):
-            raise wrong(folder, f"none or all of the part {split} with {bad[0]}", "some of both")
-        if bad:
-            log.warning("%s: none or all of the part %s have %s", folder, split, shorten(bad))
+    for split in SPLITS:
+        check_classes([item for item in items if item.split == split], task, f"{folder}, part {split}")
     absent = [item for item in listed if not item.volume.exists()] if with_absent else []
     return items + absent
 

@@ -542,8 +542,8 @@ def _of_patients(name, outputs, batch):
 
 def pairing(network, batches, enabled, temperature=0.1, gradients=3):
     """Does a loss use which report belongs to which volume? {loss: {own, other, interval of other - own,
-    …}}: for true pairs, and with the volumes of a batch handed on by one; over patients or batches, of which
-    those with the same patients count once.
+    …}}: for true pairs, and with the volumes of a batch handed on by one; over patients or batches, and
+    those of the same patients count once.
     gradient_cosine: of the two gradients on the encoder, mean of the first `gradients` batches."""
     network.eval()
     weights = [p for p in network.encoder.parameters() if p.requires_grad]

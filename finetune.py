@@ -164,7 +164,9 @@ def split_items(args, task, seed):
     patients = sorted({item.patient for item in train})
     order = pretrain.shuffled(len(patients), seed)
     chosen = {patients[i] for i in order[:max(1, round(args.fraction * len(patients)))]}
-    return [item for item in train if item.patient in chosen], valid, test
+    train = [item for item in train if item.patient in chosen]
+    data.check_classes(train, task, f"--fraction {args.fraction}")
+    return train, valid, test
 
 
 def demo_text_encoder(args, task, out, train_items):

@@ -183,6 +183,11 @@ def test_renamed_labels_and_an_edited_row_or_crop_are_no_resumed_run(run, sets, 
         run(None, "--resume")
 
 
+def test_a_fraction_without_a_class_is_refused(run):
+    with pytest.raises(ValueError, match="--fraction 0.05: found none or all with COVID-19, expected some of both"):
+        run("stoic", "--fraction", 0.05)
+
+
 def test_other_words_are_no_resumed_run(run, monkeypatch):
     run("ctrg", "--epochs", 1, "--steps", 1)
     Path("out/result.json").unlink()

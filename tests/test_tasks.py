@@ -342,7 +342,7 @@ def test_cc_ccii(tmp_path):
     with pytest.raises(ValueError, match="no file for 14 of 40 volumes"):
         load_task("cc-ccii", tmp_path)
     shutil.rmtree(tmp_path / "folds")
-    with pytest.raises(ValueError, match="found none or all of the part train with normal"):
+    with pytest.raises(ValueError, match="part train: found none or all with normal"):
         load_task("cc-ccii", tmp_path)
 
 
@@ -473,7 +473,7 @@ def test_cc_ccii_names_of_patients_may_have_letters(tmp_path):
 @pytest.mark.parametrize("old, new, message", [
     ("5.5,6,3,0", "5.5,six,3,0", "candidates_V2.csv, line 2: found .* 'six', expected a number"),
     ("6,3,1", "6,3,2", "candidates_V2.csv, line 3: found class '2', expected one of .'0', '1'"),
-    ("6,3,1", "6,3,0", "found none or all of the part train with nodule"),
+    ("6,3,1", "6,3,0", "part train: found none or all with nodule"),
     ("class", "label", r"candidates_V2.csv: .*expected also \['class'\]")])
 def test_luna16_bad_candidates(tmp_path, old, new, message):
     luna16(tmp_path)
@@ -665,7 +665,7 @@ def test_stoic_bad_reference(tmp_path):
             ("PatientID,probCOVID,probSevere", [[1, 0.5, 0]],
              "reference.csv, line 2: found probCOVID '0.5', expected one of .'0', '1'"),
             ("PatientID,probCOVID,probSevere", [[i, 1, i % 2] for i in range(20)],
-             "found none or all of the part train with COVID-19"),
+             "part train: found none or all with COVID-19"),
             ("PatientID,probCOVID", [[1, 0]], r"reference.csv: .*expected also \['probSevere'\]")):
         write_csv(path, columns, rows)
         with pytest.raises(ValueError, match=message):
@@ -763,7 +763,7 @@ def test_columns_of_labels(tmp_path, caplog):
         assert np.array_equal(item.labels, np.float32(expected), equal_nan=True) and item.patient == f"P{i // 2}"
     assert all(patients(items).values())
     assert len({tuple(sorted(patients(load_task("labels", path, fold))["test"])) for fold in range(5)}) == 5
-    assert {*re.findall("none or all of the part .* have (.*)", caplog.text)} == {"rare"}      # of one patient
+    assert {*re.findall("part .*: none or all have (.*)", caplog.text)} == {"rare"}      # of one patient
 
 
 def test_a_fifth_is_drawn_of_each_label(tmp_path):
@@ -802,7 +802,7 @@ def test_bad_sets_of_labels(tmp_path):
     with pytest.raises(ValueError, match="my.csv: found no label column, expected one at least"):
         load_task("labels", path)
     path = own(tmp_path, "ill", [[1] for i in range(20)])
-    with pytest.raises(ValueError, match="found none or all of the part train with ill, expected some of both"):
+    with pytest.raises(ValueError, match="part train: found none or all with ill, expected some of both"):
         load_task("labels", path)
     write_csv(tmp_path / "other.csv", "volume,ill", [])
     with pytest.raises(ValueError, match="no label column"):
