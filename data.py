@@ -124,15 +124,17 @@ def _grey_files(path):
 
 def _read_grey(path):
     files = _grey_files(path)
-    forms = sorted({re.sub(r"\d+", "#", file.name) for file in files})
-    torn = [file.name for file in files if file.suffix.lower() in (".jpg", ".jpeg")
-            and b"\xff\xd9" not in file.read_bytes()[-1024:]]             # its rows would be made up
-    if len(forms) > 1 or torn:
-        raise ValueError(f"pictures that are cut off: {shorten(torn)}" if torn else
-                         f"pictures named {shorten(forms)}, not slices alone")
+    forms = sorted({re.sub(r"\d+", "#", file.stem) for file in files})
+    if len(forms) > 1:
+        raise ValueError(f"pictures named {shorten(forms)}, not slices alone")
     if files == [path]:
         array = np.load(path, allow_pickle=False)
     else:  # colour becomes grey
+        contents = ((file.name, file.read_bytes()) for file in files)
+        torn = [name for name, jpeg in contents
+                if jpeg[:2] == b"\xff\xd8" and b"\xff\xd9" not in jpeg[-4096:]]
+        if torn:  # ITK makes the rest up
+            raise ValueError(f"pictures that are cut off: {shorten(torn)}")
         array = sitk.GetArrayFromImage(sitk.ReadImage(list(map(str, files)), sitk.sitkUInt16))
     if array.ndim != 3 or array.dtype.kind != "u" or array.max() > 255:
         raise ValueError(f"{array.dtype} of shape {array.shape}, not uint8 (8-bit, 3D)")
@@ -318,9 +320,7 @@ def read_item(item):
         is_blank |= header["sform_code"] == 0 and header["qform_code"] == 0
     if is_blank and item.geometry:
         return xyz, _metadata_affine(item.volume, item.geometry)
-    # a NIfTI that was saved with its spacing alone; without a report left and right do not matter
-    has_no_place = item.report and not affine[:3, 3].any() and np.count_nonzero(affine[:3, :3]) == 3
-    if is_blank or has_no_place:
+    if is_blank:
         axes = "".join(nib.aff2axcodes(affine))
         _warn_once(f"{item.volume}: its header does not tell how it lies: took its axes as {axes}")
     return xyz, affine
@@ -395,9 +395,8 @@ def preprocess(array, spacing, size=SIZE, crop=CROP, window=WINDOW):
 SENTENCE_END = re.compile(
     r"""(?<![.;?!])[.;?!]+["'”’]*(?=\s|$)   # punctuation before a blank, with its quotes
       | [;?!](?=\w) | \.(?=[A-Z][a-z])      # a forgotten blank
-      | [。；？！]["”]*
-      | (\r\n?|(?<!\r)\n)(?!\s*[a-zß-ÿ])      # a line end, but for one amid a sentence,
-      | (?<![^\r\n]{40})(\r\n?|(?<!\r)\n)      # behind a full line""", re.VERBOSE)
+      | [。；？！]["”]* | [\r\n]""", re.VERBOSE)
+WRAPPED = re.compile(r"(?<=[^\r\n]{40})(\r\n?|\n)(?=[ \t]*[a-zß-ÿ])")      # a line end amid a sentence
 COMMA = re.compile(r"""((?<!\d)[,，]|[,，](?!\s*\d))["”]*""")
 # Not cut: parentheses (one of over 300 letters was never closed), abbreviations, "T12. vertebra"
 WHOLE = re.compile(
@@ -414,10 +413,12 @@ def has_words(text):
 
 def split_sentences(text):
     """Split a report at . ; ? ! and line ends, then at commas between two clauses of at least 3 words, never
-    in numbers, abbreviations or parentheses. Only white space is lost; [] without letters and digits."""
+    in numbers, abbreviations or parentheses, nor where a long line goes on in lower case. Only white space
+    is lost; [] without letters and digits."""
     # NOTE(paper): Sec. III.B only says "using punctuation", concise but complete; the rules are ours.
     def is_long(clause):
         return sum(map(has_words, clause.split())) >= 3
+    text = text if text.islower() else WRAPPED.sub(" ", text)
     whole = {place for match in WHOLE.finditer(text) for place in range(*match.span())}
     ends, commas = ({match.end() for match in pattern.finditer(text) if match.start() not in whole}
                     for pattern in (SENTENCE_END, COMMA))
@@ -713,19 +714,20 @@ PATIENT = ("patient", "patient id", "patientid", "subject", "subject id", "subje
 
 
 def _manifest_items(path, rows):
-    items, names = [], list(rows[0][1]) if rows else []
-    known = [name for name in names if _plain(name) in PATIENT] or [None]
-    others = [name for name in names if name not in (*COLUMNS, *known, "volume", "report")]
+    items, columns = [], {_plain(name): name for name in rows[0][1]} if rows else {}
+    patient_column = next((columns[name] for name in PATIENT if name in columns), None)
+    others = sorted(set(columns.values()) - {*COLUMNS, patient_column, "volume", "report"})
     if others:
         log.info("%s: other columns, read as labels of a task or not at all: %s", path, ", ".join(others))
-    if known == [None]:
-        log.warning("%s: no column patient: every volume counts as another patient", path)
+    if rows and not patient_column:
+        _warn_once(f"{path}: no column patient: every volume counts as another patient")
     for where, row in rows:
         volume, split = _path(row["volume"]), (row.get("split") or "train").lower()
         if not volume or split not in SPLIT_NAMES:
             raise wrong(where, f"volume {volume!r} and split {split!r}", f"a path and one of {SPLITS}")
         mask = path.parent / _path(row["mask"]) if row.get("mask") else None
-        report, patient = _text(row.get("report")), _text(row.get(known[0])) or volume
+        report, patient = _text(row.get("report")), row.get(patient_column) or volume
+        patient = volume if patient.lower() in NO_TEXT else patient
         items.append(Item(volume, path.parent / volume, report, SPLIT_NAMES[split], patient,
                           _labels(row), _rescale(row), mask))
     return items
@@ -859,7 +861,7 @@ def with_a_file(items, source):
 
 def check_identities(items, source, side_of):
     """Refuse an item or a volume that is there twice, and a patient on two sides of a split."""
-    seen, first, spelt = {}, {}, {}
+    seen, first = {}, {}
     for item in items:
         is_told_by_id = item.centre or isinstance(item, CachedItem)
         for key in {item.id} if is_told_by_id else {item.id, os.path.normpath(item.volume)}:
@@ -870,10 +872,17 @@ def check_identities(items, source, side_of):
         if side_of(other) != side_of(item):
             parts = f"{other.split} and in {item.split}"
             raise wrong(source, f"the patient {item.patient} in {parts}", "it in one of them")
-        other = spelt.setdefault(_plain(item.patient).lstrip("0"), item)
-        if other.patient != item.patient and side_of(other) != side_of(item):
-            _warn_once(f"{source}: patients that may be one: {other.patient} in {other.split}, "
-                       f"{item.patient} in {item.split}")
+
+
+def tell_spellings(items, source):
+    """Warn of patients in two parts whose names are the same but for case, leading zeros or .0 at the end."""
+    names = defaultdict(dict)
+    for item in items:
+        names[item.patient.lower().removesuffix(".0").lstrip("0")][item.split] = item.patient
+    spelt = [sorted(set(one.values())) for one in names.values()]
+    alike = [" and ".join(one) for one in spelt if len(one) > 1]
+    if alike:
+        log.warning("%s: %d patients of two parts may be one: %s", source, len(alike), shorten(alike))
 
 
 def with_words(items, data):
@@ -890,6 +899,7 @@ def keep_good(items, data):
         items = with_words(with_a_file(items, data), data)
     if not items:
         raise wrong(data, "no item with a volume and a report", f"at least one in {LAYOUTS}")
+    tell_spellings(items, data)
     return items
 
 
@@ -1320,7 +1330,7 @@ def _listed_cases(folder, fold, files):
     for path in find(folder, r".+\.json"):
         with expecting(path, CASES):
             content = json.loads(read_text(path))
-            if isinstance(content, list) and content and "val" in content[0]:
+            if path.name == "splits_final.json":
                 log.warning("%s: folds of nnU-Net are not read, expected one for each case", path)
             parts = _parts(content, "label") if isinstance(content, dict) else {}
             if "train" in parts:
@@ -1387,8 +1397,7 @@ def _segment_items(folder, fold, patient=r"(.+)", image="", mask=""):
         match = re.fullmatch(patient, stem(volume), re.IGNORECASE)
         if not match:
             _warn_once(f"{folder}: names without a patient, such as {volume.name}: each counts as another")
-        name = match[1] if match else stem(volume)
-        items.append(Item(stem(volume), volume, "", split, name, mask=label))
+        items.append(Item(stem(volume), volume, "", split, match[1] if match else stem(volume), mask=label))
     if len({(item.patient, item.split) for item in items}) > len({item.patient for item in items}):
         log.warning("%s: patients on both sides of its split: split by patient instead", folder)
         return [item._replace(split="train") for item in items]
@@ -1641,9 +1650,11 @@ def _draw_splits(items, task, folder, fold, seed):
 
 
 def check_classes(items, task, source):
-    """Refuse a part of a classification with a class that none or all have; of labels it may be some."""
-    classes = items[0].classes or task.classes if items else ()
-    labels = np.array([item.labels for item in items if task.kind == "classify"])
+    """Refuse a part of a classification with a class that none or all have, of a manifest with no other."""
+    if task.kind != "classify" or not items:
+        return
+    classes = items[0].classes or task.classes
+    labels = np.array([item.labels for item in items])
     bad = [name for name, values in zip(classes, labels.T) if not {0, 1} <= set(values)]
     if bad and (task.classes or len(bad) == len(classes)):
         raise wrong(source, f"none or all with {bad[0]}", "some of both")
@@ -1683,6 +1694,7 @@ def load_task(name, folder, fold=0, seed=0, cache="cache", with_absent=False):
         raise wrong(folder, f"unknown labels of {shorten(unknown)}", "0 or 1 for all 18 findings")
     check_identities(items, folder, lambda item: item.split)
     items = _draw_splits(items, task, folder, fold, seed)
+    tell_spellings(items, folder)
     for split in SPLITS:
         check_classes([item for item in items if item.split == split], task, f"{folder}, part {split}")
     absent = [item for item in listed if not item.volume.exists()] if with_absent else []
@@ -1704,6 +1716,12 @@ def read_mask(item, task, shape, affine):
     return mask.astype(np.uint8)
 
 
+def check_spacing(item, task, spacing):
+    """Refuse what cannot be millimetres where a task resamples a scan or cuts it by millimetres."""
+    if task and task.view != "whole" and not 0.05 < min(spacing) <= max(spacing) < 50:
+        raise wrong(item.volume, f"a spacing of {spacing}", "millimetres, between 0.05 and 50")
+
+
 def prepare(item, task, cache="cache"):
     """A scan of a task, cached: volume (z, y, x) float16, in [0, 1] or z-scored but for zeros; mask uint8 of
     its shape or None; affine 4×4 of the scan as it was. View "patch": resampled to the spacing of the
@@ -1715,8 +1733,7 @@ def prepare(item, task, cache="cache"):
     mask_path, affine_path = path.with_suffix(".mask.npy"), path.with_suffix(".affine.npy")
     if not path.exists():
         array, spacing, affine = to_ras(item.volume, *read_item(item))
-        if not 0.05 < min(spacing) <= max(spacing) < 50:
-            raise wrong(item.volume, f"a spacing of {spacing}", "millimetres, between 0.05 and 50")
+        check_spacing(item, task, spacing)
         mask = read_mask(item, task, array.shape, affine) if item.mask else None
         if task.window:
             array, _ = to_hounsfield(array, item.volume, task.hu, item.rescale)
@@ -2103,6 +2120,7 @@ def _check_scan(items, task, hu):
     else:
         xyz, stored_affine = read_item(item)
         array, spacing, affine = to_ras(item.volume, xyz, stored_affine)
+        check_spacing(item, task, spacing)
         axes, note = "".join(nib.aff2axcodes(stored_affine)), "no CT: z-score"
         if task is None or task.window:
             array, note = to_hounsfield(array, item.volume, hu, item.rescale)

@@ -119,7 +119,7 @@ PRETRAINING = data.TASKS["ct-rate-vocab"]._replace(kind="encode", classes=())
 def auroc(score, label):
     """Area under the ROC curve: (n,), (n,) -> float; (n, K), (n, K) -> K floats. Labels other than 0
     and 1 are left out; nan where one class is absent."""
-    score, label = np.where(np.isfinite(score), score, math.nan), np.asarray(label)
+    score, label = np.asarray(score), np.asarray(label)
     positive, negative = label == 1, label == 0
     ranks = rankdata(np.where(positive | negative, score, np.inf), axis=0)  # the unknown come last
     n_pos, n_neg = positive.sum(0), negative.sum(0)
@@ -146,8 +146,7 @@ def _mean(values):
 
 
 def accuracy(pred, label):
-    """nan if a prediction is nan"""
-    return float(np.where(np.isnan(pred), math.nan, np.equal(pred, label)).mean())
+    return float((np.asarray(pred) == np.asarray(label)).mean())
 
 
 def roc(score, label):
@@ -275,23 +274,24 @@ def _patients(items):
     return np.array([item.patient for item in items])
 
 
-def rows_by_patient(n, patients):
-    """The places of each patient's items among n: a list of arrays; without names, one item each"""
-    patients = range(n) if patients is None else patients
+def rows_by_patient(patients):
+    """The places of each patient's items: a list of arrays"""
     _, numbers, counts = np.unique(patients, return_inverse=True, return_counts=True)
     return np.split(numbers.argsort(kind="stable"), counts.cumsum()[:-1])
 
 
 def bootstrap(metric, *arrays, patients=None, times=1000, seed=0):
     """95 % percentile interval of metric(*arrays) over resampled patients, each with all of its items
-    (dim 0), an item each if none are named: (low, high), lists for a metric of several numbers; nan for
+    (dim 0), or items if none are named: (low, high), lists for a metric of several numbers; nan for
     fewer than two"""
-    rng = np.random.default_rng(seed)
-    rows = rows_by_patient(len(arrays[0]), patients)
+    rng, items = np.random.default_rng(seed), np.arange(len(arrays[0]))
+    rows = items if patients is None else rows_by_patient(patients)
     n = len(rows)
     if n < 2:
         return math.nan, math.nan
-    samples = (np.concatenate([rows[i] for i in rng.integers(0, n, n)]) for _ in range(times))
+    samples = (rng.integers(0, n, n) for _ in range(times))
+    if n < len(items):
+        samples = (np.concatenate([rows[i] for i in sample]) for sample in samples)
     draws = [metric(*(array[sample] for array in arrays)) for sample in samples]
     return tuple(np.nanpercentile(draws, [2.5, 97.5], axis=0).tolist())
 
@@ -319,13 +319,14 @@ def ridge(x, y, x_new, penalties=PENALTIES, patients=None):
     u, s, vt = np.linalg.svd(x, full_matrices=False)
     y_mean = y.mean(0)
     uty = u.T @ (y - y_mean)
-    rows, errors = rows_by_patient(len(x), patients), []
+    rows, errors = rows_by_patient(range(len(x)) if patients is None else patients), []
     for penalty in penalties:
         shrink = s ** 2 / (s ** 2 + penalty)
         residual = y - y_mean - u @ (shrink[:, None] * uty)
         leverages = ((u[row] * shrink) @ u[row].T + 1 / len(x) for row in rows)
-        errors.append(sum((np.linalg.solve(np.eye(len(row)) - leverage, residual[row]) ** 2).sum()
-                          for row, leverage in zip(rows, leverages)))     # predicted by all others
+        left_out = [np.linalg.solve((1 + 1e-9) * np.eye(len(row)) - leverage, residual[row])
+                    for row, leverage in zip(rows, leverages)]  # predicted by all others
+        errors.append(np.square(np.concatenate(left_out)).mean())
     penalty = penalties[np.argmin(errors)]
     return x_new @ (vt.T @ ((s / (s ** 2 + penalty))[:, None] * uty)) + y_mean
 
@@ -581,7 +582,8 @@ def pairing(network, batches, enabled, temperature=0.1, gradients=3):
                         "interval": [low, high], "gradient_cosine": _mean(cosines[name]),
                         "uses_report": bool(low > 0)}
         if len(numbers) < 8:
-            result[name] |= {"uses_report": None, "reason": f"{len(numbers)} batches, fewer than 8"}
+            reason = f"{len(numbers)} batches of other patients, fewer than 8"
+            result[name] |= {"uses_report": None, "reason": reason}
     return result
 
 
@@ -728,6 +730,8 @@ def predict_masks(run, items, progress=False):
         volume = torch.from_numpy(np.array(data.prepare(item, run.task, run.cache)[0], np.float32))
         probabilities = sliding_window(run.network, volume[None], run.task.size, run.task.overlap,
                                        device=run.device, progress=progress)
+        if not probabilities.isfinite().all():
+            raise data.wrong(item.volume, "predictions that are not finite", "finite ones")
         yield data.to_own_grid(probabilities, item)
 
 
@@ -757,8 +761,6 @@ def sliding_window(network, volume, size, overlap, batch_size=2, device="cpu", p
         for window, window_logits in zip(batch, logits):
             total[window] += weight * window_logits
             weights[window] += weight
-    if not total.isfinite().all():
-        raise ValueError("found logits that are not finite, expected none: the network has diverged")
     inside = [slice(k // 2, k // 2 + n) for k, n in zip(padded - shape, shape)]
     return (total / weights).softmax(0)[(..., *inside)]
 
@@ -862,12 +864,12 @@ def score_masks(run, items, masks, out, train_items):
 
 def score_findings(items, reports, constant, vocabulary):
     """Do reports name the findings of the labels or, where no item has any, of the true reports? Beside
-    them the true reports, the most that can be told, and a constant report"""
+    them the true reports, as they are and as the generator could write them, and a constant report"""
     if not vocabulary & {".", "。"}:
         reason = "the generator has no full stop: where does a denial end?"
         return {"generated": None, "reason": reason}
     true = [item.report for item in items]
-    # without commas, some denials do not end
+    # Without commas some denials go on too long, and what is behind the last word is lost.
     writable = [" ".join(data.report_words(text, with_stops=True)[:data.MOST_WORDS]) for text in true]
     texts = {"generated": reports, "true report": true, "true report as it could be generated": writable,
              "constant report": [constant] * len(items)}
@@ -1003,12 +1005,13 @@ def evaluate(run, items, out=None, progress=True, train_items=()):
         out.mkdir(parents=True, exist_ok=True)
     predict, score, no_value = KINDS[run.task.kind]
     scores, metric, patients, *arrays = score(run, items, predict(run, items, progress), out, train_items)
-    result = {"task": run.config["task"], "metric": run.task.metric, "value": metric(*arrays),
-              "interval": bootstrap(metric, *arrays, patients=patients), "n": len(items),
-              "patients": len(set(patients)), "positives": {},
+    is_finite = np.isfinite(arrays[0]).all()
+    value = metric(*arrays) if is_finite else math.nan
+    interval = bootstrap(metric, *arrays, patients=patients) if is_finite else (math.nan, math.nan)
+    result = {"task": run.config["task"], "metric": run.task.metric, "value": value, "interval": interval,
+              "n": len(items), "patients": len(set(patients)), "positives": {},
               "split": "+".join(sorted({item.split for item in items})), "ids_sha1": _hash(items)}
-    if math.isnan(result["value"]):
-        is_finite = np.isfinite(arrays[0]).all()
+    if math.isnan(value):
         result["reason"] = no_value if is_finite else "predictions that are not finite"
     return result | scores  # scores may name another metric and n
 

@@ -165,7 +165,8 @@ def split_items(args, task, seed):
     order = pretrain.shuffled(len(patients), seed)
     chosen = {patients[i] for i in order[:max(1, round(args.fraction * len(patients)))]}
     train = [item for item in train if item.patient in chosen]
-    data.check_classes(train, task, f"--fraction {args.fraction}")
+    if args.fraction < 1:
+        data.check_classes(train, task, f"--fraction {args.fraction}")
     return train, valid, test
 
 
@@ -289,7 +290,8 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}"""
                                             for part in parts)
     if not (train_items and valid_items and test_items):
         raise data.wrong(args.data, "a part of which no scan can be read", "some of each")
-    labels = [(item.id, item.labels) for item in train_items + valid_items]
+    labels = [(item.id, item.labels is not None and item.labels.tobytes())
+              for item in train_items + valid_items]
     told = repr((task.settings(), config["crop"], config["vocabulary"], labels))
     ids = hashlib.sha1(told.encode()).hexdigest()
     if checkpoint and checkpoint["ids"] != ids:
@@ -300,8 +302,7 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}"""
         texts = data.some_reports(train_items)
         if task.kind == "prompt":
             texts = data.prompts(task.classes)
-            prompts = data.text_batch(tokenizer, texts)
-            prompts = {key: value.to(device) for key, value in prompts.items()}
+            prompts = {key: value.to(device) for key, value in data.text_batch(tokenizer, texts).items()}
         data.check_reports(network.text_encoder, texts, args.data)
     make_example = functools.partial(
         data.task_example, task=task._replace(records=None), cache=args.cache, tokenizer=tokenizer,

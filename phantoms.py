@@ -518,7 +518,8 @@ def write_labels(out, seed, index):
     volume = f"volumes/{index + 1}.nii.gz"
     save_patient(out, phantom(seed, index, chosen), volume)
     labels = {name: int(name in chosen) if rng.random() < 0.9 else "" for name in LARGE}
-    return {"manifest.csv": [{"volume": volume, "age": int(rng.integers(20, 90)), **labels}]}
+    row = {"volume": volume, "patient": f"P{index + 1}", "age": int(rng.integers(20, 90)), **labels}
+    return {"manifest.csv": [row]}
 
 
 def write_segment(out, seed, index):
@@ -529,7 +530,7 @@ def write_segment(out, seed, index):
     patient["mask"] = np.uint8(np.select(found, [1, 2]))
     row = {name: f"{name}s/{index + 1}.nii.gz" for name in ("volume", "mask")}
     save_patient(out, patient, **row)
-    return {"manifest.csv": [row]}
+    return {"manifest.csv": [{**row, "patient": f"P{index + 1}"}]}
 
 
 TASK_DEMOS = {  # patients by default, and what writes one of them

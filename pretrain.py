@@ -200,12 +200,12 @@ def check_flags(args):
     if args.merging != "auto" and args.init in (None, "scratch"):
         raise ValueError(f"--merging {args.merging}: found no --init, expected a file trained so")
     if args.warmup >= (args.epochs if task else args.steps):
-        log.warning("warning: --warmup %g is longer than the run", args.warmup)
+        log.warning("warning: --warmup %g is as long as the run", args.warmup)
 
 
 def check_init(init, out):
     """ValueError if --init lies in the folder that the run writes to."""
-    if init not in (None, "scratch") and out.resolve() in model.local_file(init).resolve().parents:
+    if init not in (None, "scratch") and model.local_file(init).parent.resolve() == out.resolve():
         raise ValueError(f"--init {init} lies in --out {out}, whose files the run replaces")
 
 

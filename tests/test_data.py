@@ -299,9 +299,10 @@ def test_a_picture_that_is_cut_off_and_masks_beside_slices_are_refused(tmp_path)
     with pytest.raises(ValueError, match="pictures that are cut off: 1.jpg"):
         data.read_volume(tmp_path)
     (tmp_path / "1.jpg").write_bytes(whole + bytes(40))                 # padded by a tool
+    (tmp_path / "0.jpg").rename(tmp_path / "0.JPG")
     assert data.read_volume(tmp_path)[0].shape == (3, 64, 64)
     shutil.copyfile(tmp_path / "1.jpg", tmp_path / "1_mask.jpg")
-    with pytest.raises(ValueError, match="pictures named #.jpg, #_mask.jpg, not slices alone"):
+    with pytest.raises(ValueError, match="pictures named #, #_mask, not slices alone"):
         data.read_volume(tmp_path)
 
 
@@ -512,15 +513,6 @@ def test_blank_header_is_told(tmp_path, caplog, affine, fields):
     assert caplog.text.count(f"{path}: its header does not tell how it lies: took its axes as {axes}") == 1
 
 
-def test_a_header_without_a_place_is_told_where_left_and_right_matter(tmp_path, caplog):
-    path = save_nifti(tmp_path / "a.nii", chest(), np.diag([0.8, 0.8, 2, 1]))
-    data.read_item(data.Item("a", path, "", "train", "a"))
-    assert not caplog.text
-    _, affine = data.read_item(data.Item("a", path, "Cyst on the left.", "train", "a", geometry=("where", "9", "9", "9")))
-    assert f"{path}: its header does not tell how it lies: took its axes as RAS" in caplog.text
-    np.testing.assert_allclose(affine, np.diag([0.8, 0.8, 2, 1]))          # the spacing is the header's
-
-
 def test_full_header_is_not_called_blank(tmp_path, caplog):
     for end in ("nii.gz", "mha", "nrrd"):
         sitk.WriteImage(itk_image(chest()), str(tmp_path / f"a.{end}"))
@@ -682,6 +674,8 @@ def test_preprocess_window_and_spacing():
      ["The heart is normal in size and contour.", "No pleural effusion is there."]),
     ("A nodule of 5 mm lies in the right lower lobe, and\n  the heart is normal in size and in contour and\nNo mass",
      ["A nodule of 5 mm lies in the right lower lobe,", "and the heart is normal in size and in contour and", "No mass"]),
+    ("the lungs are clear without any consolidation seen\nheart is normal in size",
+     ["the lungs are clear without any consolidation seen", "heart is normal in size"]),
     ("A nodule of 5 mm lies in the right lower lobe of it\n\nthe heart", ["A nodule of 5 mm lies in the right lower lobe of it",
                                                                     "the heart"]),
     ("A nodule of 0.8 × 1.0 cm is seen.", ["A nodule of 0.8 × 1.0 cm is seen."]),
@@ -962,7 +956,7 @@ def test_names_of_the_column_of_patients(tmp_path, caplog, name):
 def test_columns_that_are_not_read_are_told(tmp_path, caplog):
     caplog.set_level("INFO")
     data.load_items(manifest(tmp_path, set=["train", "train", "test", "test"], **{"Lung nodul": list("0101")}))
-    assert "data.csv: other columns, read as labels of a task or not at all: set, Lung nodul" in caplog.text
+    assert "data.csv: other columns, read as labels of a task or not at all: Lung nodul, set" in caplog.text
     assert "data.csv: no column patient: every volume counts as another patient" in caplog.text
     caplog.clear()
     data.load_items(manifest(tmp_path, patient=list("abcd"), **{"Lung nodule": list("0101")}))
@@ -974,10 +968,18 @@ def test_columns_that_are_not_read_are_told(tmp_path, caplog):
 def test_one_patient_in_two_spellings_is_told(tmp_path, caplog, one, other, told):
     patients = [one, "3", other, "4"]
     data.load_items(manifest(tmp_path, split=["train", "train", "test", "test"], patient=patients))
-    assert (f"patients that may be one: {one} in train, {other} in test" in caplog.text) == told
+    both = " and ".join(sorted([one, other]))
+    assert (f"data.csv: 1 patients of two parts may be one: {both}" in caplog.text) == told
     caplog.clear()
     data.load_items(manifest(tmp_path, split=["train"] * 4, patient=patients))
     assert "may be one" not in caplog.text
+
+
+def test_the_column_of_that_name_tells_the_patient(tmp_path, caplog):
+    path = manifest(tmp_path, subject=["chest"] * 4, patient=["a", "N/A", r"b\n1", "c"])
+    caplog.set_level("INFO")
+    assert [item.patient for item in data.load_items(path)] == ["a", "scan1.nii.gz", r"b\n1", "c"]
+    assert "other columns, read as labels of a task or not at all: subject" in caplog.text
 
 
 def test_line_ends_as_other_tools_write_them(tmp_path):

@@ -120,15 +120,6 @@ def test_an_interval_covers_where_patients_have_several_scans():
     assert covered["patients"] >= 86 and covered["scans"] <= 80
 
 
-def test_predictions_that_are_not_finite_have_no_score():
-    for bad in (np.nan, np.inf, -np.inf):
-        assert np.isnan(evaluation.auroc([bad, 0, 1], [1, 0, np.nan]))
-        assert np.isnan(evaluation.accuracy([bad, 0, 1], [1, 0, 1])) == np.isnan(bad)
-    assert evaluation.accuracy([1, 0, 1], [1, 1, 1]) == pytest.approx(2 / 3)
-    with pytest.raises(ValueError, match="logits that are not finite"):
-        evaluation.sliding_window(lambda x: x * np.nan, torch.zeros(1, 8, 8, 8), (8, 8, 8), 0.5)
-
-
 @pytest.mark.parametrize("flags", [("probe", "--data", "m.csv", "--checkpoint", "x", "--few", -1),
                                    ("probe", "--data", "m.csv", "--checkpoint", "x", "--batch_size", 0),
                                    ("embed", "--input", "a.nii", "--checkpoint", "x", "--size", 32, 0, 32),
@@ -524,9 +515,9 @@ def test_pairing_tells_a_loss_that_uses_the_report(text_folder):
     assert not result["mim"]["uses_report"] and result["mim"]["gradient_cosine"] == pytest.approx(1, abs=1e-4)
     assert result["mim"]["own"] == pytest.approx(result["mim"]["other"], rel=1e-5)
     few = evaluation.pairing(network, batches[:3], ["clip"])["clip"]
-    assert few["uses_report"] is None and few["reason"] == "3 batches, fewer than 8"
+    assert few["uses_report"] is None and few["reason"] == "3 batches of other patients, fewer than 8"
     again = [{**batch, "ids": batch["ids"][::-1]} for batch in batches[:5] for _ in range(2)]
-    assert evaluation.pairing(network, again, ["clip"])["clip"]["reason"] == "5 batches, fewer than 8"
+    assert evaluation.pairing(network, again, ["clip"])["clip"]["reason"] == "5 batches of other patients, fewer than 8"
     alone = [{key: value[:1] for key, value in batch.items() if not key.startswith("single")} for batch in batches[:2]]
     alone = evaluation.pairing(network, alone, ["clip"])["clip"]    # a loss of 0 asks for nothing
     assert alone["own"] == 0 and np.isnan(alone["gradient_cosine"])

@@ -499,6 +499,22 @@ def test_an_absent_class_is_null_in_the_file(constant_inputs, tmp_path):
 def test_predictions_that_are_not_finite_are_the_reason(constant_inputs):
     result = evaluation.evaluate(run_of(Table([[0], [math.nan], [1]]), "luna16"), items_of([[1], [0], [0]]))
     assert math.isnan(result["value"]) and result["reason"] == "predictions that are not finite"
+    for rows in ([[0, 0, 1], [math.nan] * 3, [1, 0, 0]], [[0, 0, 1], [0, math.inf, 0], [1, 0, 0]]):
+        result = evaluation.evaluate(run_of(Table(rows), "cc-ccii"), items_of(np.eye(3)))
+        assert math.isnan(result["value"]) and result["reason"] == "predictions that are not finite"
+
+
+def test_the_interval_of_a_task_is_over_patients(constant_inputs):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, (60, 1))
+    items = [item._replace(patient=f"p{i // 4}") for i, item in enumerate(items_of(labels))]
+    network = Table(labels + 1.5 * np.repeat(rng.normal(size=(15, 1)), 4, 0))
+    result = evaluation.evaluate(run_of(network, "luna16"), items)
+    assert result["n"] == 60 and result["patients"] == 15
+    scores, patients = network.rows[:, 0].double().numpy(), np.repeat(np.arange(15), 4)
+    assert result["interval"] == pytest.approx(evaluation.bootstrap(
+        evaluation.auroc, scores, labels[:, 0], patients=[f"p{i}" for i in patients]), abs=1e-6)
+    assert np.ptp(result["interval"]) > np.ptp(evaluation.bootstrap(evaluation.auroc, scores, labels[:, 0]))
 
 
 # segmentation: scans of 12³ voxels on disk in different orientations, "networks" that know where the truth is
@@ -554,6 +570,14 @@ def test_dice_in_the_own_grid(scans):
     rows = list(csv.reader((folder / "out" / "dice.csv").open()))
     assert rows[0] == ["id", "a", "b"] and rows[2] == ["sub/scan1.nii.gz", "1.0", "1.0"] and rows[3][1:] == ["nan", "nan"]
     drawn(folder / "out" / "overlay.png")
+
+
+def test_a_mask_of_a_network_that_has_diverged_is_refused(scans):
+    items, task, folder = scans
+    network = run_of(ByGrey(), "acdc", folder / "cache", task)
+    network.network.forward = lambda x: torch.full((len(x), 3, *x.shape[2:]), math.nan)
+    with pytest.raises(ValueError, match="scan0.nii.gz: found predictions that are not finite"):
+        evaluation.evaluate(network, items)
 
 
 def test_every_scan_has_a_mask_of_its_own(scans):

@@ -7,10 +7,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {
-    "lines": {"losses": 225, "model": 1159, "phantoms": 570, "data": 2195, "pretrain": 710, "finetune": 480,
+    "lines": {"losses": 225, "model": 1159, "phantoms": 571, "data": 2215, "pretrain": 710, "finetune": 480,
               "eval": 1645},
-    "lines in all": 6970,
-    "bytes in all": 364_500,
+    "lines in all": 6990,
+    "bytes in all": 365_500,
     "columns": 110,
     "wide": 100,                            # columns beyond which a line counts as wide
     "share of wide lines": 0.04,             # of all lines of the seven files
