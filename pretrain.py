@@ -200,7 +200,7 @@ def check_flags(args):
     if args.merging != "auto" and args.init in (None, "scratch"):
         raise ValueError(f"--merging {args.merging}: found no --init, expected a file trained so")
     if args.warmup >= (args.epochs if task else args.steps):
-        log.warning("warning: --warmup %g is as long as the run", args.warmup)
+        log.warning("warning: the run does not outlast --warmup %g", args.warmup)
 
 
 def check_init(init, out):

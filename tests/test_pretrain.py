@@ -506,7 +506,7 @@ def test_the_log_is_rewritten_whole_or_not_at_all(tmp_path, monkeypatch):
 @pytest.mark.parametrize("steps, told", [(500, True), (1000, True), (1001, False)])
 def test_a_warm_up_longer_than_the_run_is_told(caplog, steps, told):
     pretrain.check_flags(pretrain.read_flags(["--data", "m.csv", "--steps", str(steps)])[0])
-    assert ("warning: --warmup 1000 is longer than the run" in caplog.text) == told
+    assert ("warning: the run does not outlast --warmup 1000" in caplog.text) == told
 
 
 def _worker_of_a_terminal(queue):
