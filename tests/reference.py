@@ -37,6 +37,7 @@ ARMS = {                                        # flags; None: the encoder as a 
     "reconstructions + clip": f"{CONTRASTS} --clip",
     "clip alone": " ".join([*LEFT_OUT.values(), "--clip"]),
     "MIM alone": " ".join(flag for name, flag in LEFT_OUT.items() if name != "mim"),
+    "six, real text": "",
     "six + clip, real text": "--clip",
     **{f"six + clip without {name}": f"{flag} --clip" for name, flag in LEFT_OUT.items()}}
 ARMS |= {name + PERMUTED: f"{flags} --permute_reports" for name, flags in ARMS.items() if flags is not None}
