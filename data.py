@@ -130,7 +130,7 @@ def _read_grey(path):
     if files == [path]:
         array = np.load(path, allow_pickle=False)
     else:  # colour becomes grey
-        contents = ((file.name, file.read_bytes()) for file in files)
+        contents = ((file.name, file.read_bytes()) for file in files if file.suffix.lower() != ".png")
         torn = [name for name, jpeg in contents
                 if jpeg[:2] == b"\xff\xd8" and b"\xff\xd9" not in jpeg[-4096:]]
         if torn:  # ITK makes the rest up
@@ -726,7 +726,7 @@ def _manifest_items(path, rows):
         if not volume or split not in SPLIT_NAMES:
             raise wrong(where, f"volume {volume!r} and split {split!r}", f"a path and one of {SPLITS}")
         mask = path.parent / _path(row["mask"]) if row.get("mask") else None
-        report, patient = _text(row.get("report")), row.get(patient_column) or volume
+        report, patient = _text(row.get("report")), row.get(patient_column, "")
         patient = volume if patient.lower() in NO_TEXT else patient
         items.append(Item(volume, path.parent / volume, report, SPLIT_NAMES[split], patient,
                           _labels(row), _rescale(row), mask))
@@ -882,7 +882,7 @@ def tell_spellings(items, source):
     spelt = [sorted(set(one.values())) for one in names.values()]
     alike = [" and ".join(one) for one in spelt if len(one) > 1]
     if alike:
-        log.warning("%s: %d patients of two parts may be one: %s", source, len(alike), shorten(alike))
+        _warn_once(f"{source}: {len(alike)} patients of two parts may be one: {shorten(alike)}")
 
 
 def with_words(items, data):

@@ -311,7 +311,7 @@ def global_features(encoder, items, cache, size, hu="auto", batch_size=8):
     return torch.cat(rows).cpu().double().numpy()
 
 
-def ridge(x, y, x_new, penalties=PENALTIES, patients=None):
+def ridge(x, y, x_new, patients, penalties=PENALTIES):
     """Ridge regression, its penalty by the error on patients left out one by one: (n, C), (n, k), (m, C),
     n names -> (m, k)"""
     mean, std = x.mean(0), x.std(0) + 1e-8
@@ -319,7 +319,7 @@ def ridge(x, y, x_new, penalties=PENALTIES, patients=None):
     u, s, vt = np.linalg.svd(x, full_matrices=False)
     y_mean = y.mean(0)
     uty = u.T @ (y - y_mean)
-    rows, errors = rows_by_patient(range(len(x)) if patients is None else patients), []
+    rows, errors = rows_by_patient(patients), []
     for penalty in penalties:
         shrink = s ** 2 / (s ** 2 + penalty)
         residual = y - y_mean - u @ (shrink[:, None] * uty)
@@ -354,7 +354,7 @@ def probe(features, items, rows=slice(None)):
     fit, held_out = split_labelled(items)
     y, truth = (np.array([item.labels for item in group], float) for group in (fit, held_out))
     x, y, patients = features[0][rows], y[rows], _patients(fit)[rows]
-    return np.where(y.min(0) < y.max(0), ridge(x, y, features[1], patients=patients), math.nan), truth
+    return np.where(y.min(0) < y.max(0), ridge(x, y, features[1], patients), math.nan), truth
 
 
 def untrained_encoder(config):
@@ -1334,16 +1334,16 @@ def probe_command(args):
     if left_out:
         log.warning("%s: left out %d of %d volumes without all 18 labels", args.data, left_out, len(listed))
     scores, truth = probe(features, items)
-    patients = _patients(split_labelled(items)[1])
+    tested = split_labelled(items)[1]
+    patients = _patients(tested)
     value, interval = macro_auroc(scores, truth), bootstrap(macro_auroc, scores, truth, patients=patients)
     per_class = dict(zip(data.LABELS, auroc(scores, truth)))
     print_classes("AUC", per_class, dict(zip(data.LABELS, truth.sum(0).astype(int))), {})
     print(f"macro AUC of {how_many(per_class.values())} {value:.3f} {span(interval)}, "
           f"n = {len(truth)}, chance 0.500")
-    seen = count_seen(split_labelled(items)[1], patients_of(args.checkpoint), args.checkpoint)
+    seen = count_seen(tested, patients_of(args.checkpoint), args.checkpoint)
     result = {"macro_auc": value, "interval": interval, "n": len(truth), "patients": len(set(patients)),
-              "chance": 0.5, "auc": per_class,
-              "patients_seen_in_pretraining": seen}
+              "chance": 0.5, "auc": per_class, "patients_seen_in_pretraining": seen}
     if math.isnan(value):
         result["reason"] = KINDS["prompt"][2]
     untrained = untrained_encoder(run.config) if "mlm_prob" in run.config else None

@@ -164,7 +164,7 @@ def test_ridge_is_the_naive_loop(n, features, noise):
                     for i in range(n)]
         errors.append(np.mean(np.square(left_out)))
     expected = normal_equations(z, y, z_new, penalties[np.argmin(errors)])
-    assert np.allclose(evaluation.ridge(x, y, x_new, penalties), expected)
+    assert np.allclose(evaluation.ridge(x, y, x_new, range(n), penalties), expected)
 
 
 def test_the_penalty_is_chosen_on_other_patients():
@@ -183,16 +183,16 @@ def test_the_penalty_is_chosen_on_other_patients():
             errors.append(np.square(left_out).sum())
         best[len(set(unit))] = penalties[np.argmin(errors)]
     assert best[15] > best[30]
-    found = evaluation.ridge(x, y, x_new, penalties, patients)
+    found = evaluation.ridge(x, y, x_new, patients, penalties)
     assert np.allclose(found, normal_equations(z, y, z_new, best[15]))
-    assert np.allclose(evaluation.ridge(x, y, x_new, penalties), normal_equations(z, y, z_new, best[30]))
+    assert np.allclose(evaluation.ridge(x, y, x_new, range(30), penalties), normal_equations(z, y, z_new, best[30]))
 
 
 def test_ridge_survives_a_constant_feature():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(20, 3))
     x[:, 1] = 0.3
-    assert np.isfinite(evaluation.ridge(x, x[:, :1], x)).all()
+    assert np.isfinite(evaluation.ridge(x, x[:, :1], x, range(20))).all()
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +287,7 @@ def test_a_finding_that_none_has_is_not_fitted():
     found = evaluation.auroc(scores, truth)
     assert [k for k, auc in enumerate(found) if np.isnan(auc)] == [3, 5]
     others = [k for k in range(18) if k not in (3, 5)]
-    expected = evaluation.ridge(features[0], labels[:40].astype(float), features[1])[:, others]
+    expected = evaluation.ridge(features[0], labels[:40].astype(float), features[1], range(40))[:, others]
     assert np.array_equal(scores[:, others], expected)
     few = evaluation.compare_probes(features, features, items, few=5)["few"]    # draws lack many findings
     assert 0 < few["untrained"] == few["pretrained"] < 1
