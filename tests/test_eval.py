@@ -457,6 +457,29 @@ def test_a_picture_of_attention_outlines_the_lesion(with_masks, tmp_path, networ
 
 # ------------------------------------------------------------------------- what a loss learns
 
+def test_probes_know_the_patients():
+    """The penalty leaves out patients, and the interval resamples them."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(rng.integers(0, 2, (60, 18)), 2, 0).astype(np.float32)
+    items = [data.Item(str(i), Path(f"{i}.nii"), "", "train" if i < 60 else "test", f"p{i // 2}", row)
+             for i, row in enumerate(labels)]
+    before, after = ([rows[:60], rows[60:]] for rows in (
+        np.repeat(rng.normal(size=(60, 20)), 2, 0) + 0.01 * rng.normal(size=(120, 20)),
+        np.repeat(rng.normal(size=(60, 20)) + labels[::2, :1], 2, 0)))
+    scores, truth = evaluation.probe(after, items)
+    patients = np.repeat(np.arange(30), 2)
+    assert np.allclose(scores, evaluation.ridge(after[0], labels[:60].astype(float), after[1], patients))
+    assert not np.allclose(scores, evaluation.ridge(after[0], labels[:60].astype(float), after[1], range(60)))
+
+    def gain(a, b, truth):
+        return evaluation.macro_auroc(b, truth) - evaluation.macro_auroc(a, truth)
+    low, _, high = evaluation.compare_probes(before, after, items)["difference"]
+    names = [f"p{i // 2}" for i in range(60, 120)]
+    arrays = evaluation.probe(before, items)[0], scores, truth
+    assert (low, high) == pytest.approx(evaluation.bootstrap(gain, *arrays, patients=names))
+    assert (low, high) != pytest.approx(evaluation.bootstrap(gain, *arrays))
+
+
 def test_probes_are_compared_on_the_same_items():
     rng = np.random.default_rng(0)
     labels = (rng.random((300, 18)) < 0.5).astype(np.float32)

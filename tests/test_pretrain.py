@@ -925,6 +925,10 @@ def test_pairing_command(command, uninterrupted, folder, tmp_path):
     write_manifest(folder / "one.csv", rows)
     code, text = command("eval.py", *flags, "--checkpoint", run_folder / "last.pt", "--data", folder / "one.csv")
     assert code == 1 and "one.csv: found 1 held-out patients" in text and "expected at least two" in text
+    write_manifest(folder / "six.csv", [[f"{i}.nii.gz", f"A nodule in lobe {i}. No effusion.", "test"] for i in range(6)])
+    assert command("eval.py", *flags, "--checkpoint", run_folder / "last.pt", "--data", folder / "six.csv")[0] == 0
+    found = json.loads((tmp_path / "pairing.json").read_text())     # three rounds of the same three groups
+    assert found["mlm"]["reason"] == "3 batches of other patients, fewer than 8"
 
 
 @pytest.mark.parametrize("world, values", [(1, "volume"), (2, "text")])
