@@ -57,7 +57,8 @@ SPLITS = ("train", "valid", "test")
 GEOMETRY = ("XYSpacing", "ZSpacing", "ImageOrientationPatient")  # columns of CT-RATE's metadata
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "valid", "valid": "valid",
                "validation": "valid", "test": "test", "testing": "test"}
-NO_TEXT = ("", "nan", "none", "null", "na", "n/a", "not given", "not given.")
+NO_TEXT = ("", "nan", "none", "null", "nil", "na", "n/a", "<na>", "not given", "not given.",
+           "#n/a", "#name?", "#ref!", "#value!")     # the last four are errors of a spreadsheet
 LPS_TO_RAS = np.diag([-1, -1, 1, 1])  # from the axes of DICOM and ITK
 ENDING = re.compile(r"\.(nii|nii\.gz|mha|mhd|nrrd|nhdr|npz|npy)$", re.IGNORECASE)  # of a volume
 CACHE_VERSION = 1               # of the folders that `data.py cache --out` writes
@@ -127,6 +128,12 @@ def _read_grey(path):
     forms = sorted({re.sub(r"\d+", "#", file.stem) for file in files})
     if len(forms) > 1:
         raise ValueError(f"pictures named {shorten(forms)}, not slices alone")
+    numbers = np.array([[int(part) for part in re.findall(r"\d+", file.stem)] for file in files], object)
+    steps = np.diff(numbers[:, (numbers != numbers[:1]).any(0)], axis=0)
+    if (steps <= 0).any():
+        raise ValueError(f"{shorten([file.name for file in files])}: these numbers give no order of slices")
+    if (steps != steps[:1]).any():
+        _warn_once(f"{path}: the numbers of its slices leave gaps, which are closed")
     if files == [path]:
         array = np.load(path, allow_pickle=False)
     else:  # colour becomes grey
@@ -201,16 +208,19 @@ def _dicom_slices(file):
     is_scan = re.search(r"\b(CT|MR|PET|Tomography) Image", kind)
     if not is_scan or "LOCALIZER" in header.get("ImageType", ""):
         return []
-    slices = []
+    slices, rescales = [], set()
     shared, frames = header.get(groups[0], []), header.get(groups[1], [header])
     pixels = sitk.GetArrayFromImage(sitk.ReadImage(str(file), sitk.sitkFloat32))
     for frame, own in zip(pixels, frames, strict=True):
         tags = {tag.keyword: tag.value for group in (*shared, own) for tag in group.iterall()}
         axes, spacing, position = (np.array(tags[name], float) for name in names)
+        rescales.add((tags.get("RescaleSlope"), tags.get("RescaleIntercept")))
         stack = header.SeriesInstanceUID, frame.shape, *axes.round(2), *spacing.round(4)
         axes = axes.reshape(2, 3).T
         axes = axes / np.linalg.norm(axes, axis=0) * spacing[::-1]  # spacing: of rows, of columns
         slices.append(Slice(stack, axes, position, frame, file.name))
+    if len(rescales) > 1:  # ITK takes the first for all
+        raise ValueError("its frames have several rescales")
     return slices
 
 
@@ -220,7 +230,7 @@ def _read_dicom(path):
         try:
             slices = _dicom_slices(file)
         except Exception as error:
-            raise ValueError(f"{file.name} is broken") from error
+            raise ValueError(f"{file.name} is broken: {error}") from error
         for one in slices:
             stacks[one.stack].append(one)
     stack = max(stacks.values(), key=len, default=[])  # the first of equal ones
@@ -545,7 +555,7 @@ class Item(NamedTuple):
     patient: str
     labels: np.ndarray | None = None  # (18,) float32, NaN where unknown; of other tasks (K,)
     rescale: tuple | None = None      # (slope, intercept) of the metadata
-    mask: Path | None = None  # in the grid of `volume`; of a manifest: k + 1 where finding k lies
+    mask: Path | None = None  # in the grid of `volume`: classes of the task; of phantoms see `lesions`
     centre: tuple | None = None       # (x, y, z) of a LUNA16 candidate, RAS mm
     geometry: tuple | None = None     # CT-RATE: the line of the metadata, and the texts of GEOMETRY there
     classes: tuple | None = None      # of a task whose classes its data tell
@@ -690,12 +700,13 @@ def _labels(row):
 
 
 def _text(value):
-    """The text of a cell or of a JSON's entry, one or several; "" where a tool writes that there is none"""
+    """The text of a cell or of a JSON's entry, one or several; "" where a tool writes that there is none.
+    Line ends of HL7, HTML, spreadsheets and escapes become \\n."""
     if isinstance(value, list):
         return "\n".join(filter(None, map(_text, value)))
     if str(value).strip().lower() in NO_TEXT:
         return ""
-    return re.sub(r"\\r\\n|\\[nr]|<br ?/?>|_x000D_", "\n", value)          # line ends of other tools
+    return re.sub(r"\\\.br\\|\\r\\n|\\[nr]|<(?i:br) ?/?>|_x000D_|[\v\f\x85\u2028\u2029]", "\n", value)
 
 
 def _path(value):
@@ -719,17 +730,21 @@ def _manifest_items(path, rows):
     others = sorted(set(columns.values()) - {*COLUMNS, patient_column, "volume", "report"})
     if others:
         log.info("%s: other columns, read as labels of a task or not at all: %s", path, ", ".join(others))
-    if rows and not patient_column:
-        _warn_once(f"{path}: no column patient: every volume counts as another patient")
     for where, row in rows:
         volume, split = _path(row["volume"]), (row.get("split") or "train").lower()
         if not volume or split not in SPLIT_NAMES:
             raise wrong(where, f"volume {volume!r} and split {split!r}", f"a path and one of {SPLITS}")
         mask = path.parent / _path(row["mask"]) if row.get("mask") else None
         report, patient = _text(row.get("report")), row.get(patient_column, "")
+        if re.fullmatch(r"\d(\.\d+)?E\+\d+", patient, re.IGNORECASE):
+            raise wrong(where, f"patient {patient}", "all digits, which a spreadsheet has rounded off")
         patient = volume if patient.lower() in NO_TEXT else patient
         items.append(Item(volume, path.parent / volume, report, SPLIT_NAMES[split], patient,
                           _labels(row), _rescale(row), mask))
+    alone = sum(item.patient == item.id for item in items)
+    if alone:
+        _warn_once(f"{path}: {alone} of {len(items)} volumes without a patient (column "
+                   f"{patient_column or 'patient'}): each counts as another")
     return items
 
 
@@ -1115,8 +1130,10 @@ def _cache_items(folder):
 
 
 def lesions(item, size):
-    """Where the findings of `item.mask` lie in the preprocessed volume: bool (18, D, H, W) of any `size`.
-    A place holds a finding if any voxel there does."""
+    """Where the findings of a phantom lie in the preprocessed volume: bool (18, D, H, W) of any `size`. Its
+    mask is k + 1 where finding k lies; other masks tell none. A place holds a finding if any voxel does."""
+    if item.mask is None or not item.patient.startswith(f"demo{phantoms.VERSION}-"):
+        return torch.zeros(len(LABELS), *size, dtype=torch.bool)
     mask = torch.from_numpy(centre_crop(read_volume(item.mask, is_mask=True)[0]))
     return torch.stack([F.adaptive_max_pool3d((mask == number).float()[None], size)[0].bool()
                         for number in range(1, len(LABELS) + 1)])
@@ -1206,7 +1223,8 @@ def keep_apart(order, patients, size, generator):
     """An epoch in which no batch holds two volumes of one patient, where that can be.
 
     order (n,): volumes, of which `size` in a row are a batch and the rest is dropped; patients (n,):
-    numbers. If a batch has two of one, all volumes are dealt out anew to the batches.
+    numbers. If a batch has two of one, all volumes are dealt out anew to the batches: sorted by patient,
+    the k-th goes to batch k modulo their number.
     """
     batches = len(order) // size
     who = np.sort(patients[order[:batches * size]].reshape(batches, size), 1)
@@ -1276,9 +1294,11 @@ def _cc_ccii_items(folder, fold):
     rows = [(key, label, "train") for key, label in sorted(told.items())]
     if tables or len(scans) > len(told):  # fold files alone tell the class of an .npy
         rows = []
-        for part in ("train", "val"):
+        for part in ("train", "val", "test"):
             found = [path for path in tables
                      if re.fullmatch(rf".*fold{fold}(?!\d).*{part}.*\.csv", path.name.lower())]
+            if not found and part == "test":
+                continue  # as in the released folds
             if not found:
                 raise wrong(folder, sorted(path.name for path in tables), f"also *fold{fold}*{part}*.csv")
             for where, row in read_table(only(found, "a fold"), "patient_id", "scan_id",
@@ -1295,7 +1315,7 @@ def _cc_ccii_items(folder, fold):
         scan = scans.get(key, Path(folder, label, *key))
         labels = np.float32([label == name for name in CC_CCII])
         items.append(Item("/".join(key), scan, "", split, key[0], labels))
-    return _with_test(items)  # fold files have no test part
+    return _with_test(items)
 
 
 def _luna16_items(folder, fold):
@@ -1309,7 +1329,8 @@ def _luna16_items(folder, fold):
     subsets = {path.parent.name for path in scans.values()}  # some may not be downloaded
     if absent:
         log.warning("%s: left out %d series without .mhd: %s", folder, len(absent), shorten(absent))
-    if len(absent) > (1.05 - len(subsets) / 10) * len(series):
+    share_without = 1 - len(subsets) / 10
+    if len(absent) > (share_without + 0.05) * len(series):
         raise wrong(folder, f"no .mhd for {len(absent)} of {len(series)} series, of {sorted(subsets)}",
                     "at most 5 % to be missing from these")
     parts = ["train"] * 5 + ["valid"] * 2 + ["test"] * 3  # of subsets 0 to 9
@@ -1325,7 +1346,7 @@ def _luna16_items(folder, fold):
 
 
 def _listed_cases(folder, fold, files):
-    """(image, mask, split) of every case of the only JSON like CASES; [] without one"""
+    """(image, mask, split) of every case of the only JSON like CASES, [] without one; whether it has folds"""
     lists = {}
     for path in find(folder, r".+\.json"):
         with expecting(path, CASES):
@@ -1351,6 +1372,9 @@ def _listed_cases(folder, fold, files):
         return only(found or [place], f"{name} of {path}")
     cases = []
     with expecting(path, CASES):
+        others = [row for part in parts if part != "train" for row in parts[part] if "label" in row]
+        if folds and others:
+            log.warning("%s: its folds count: left out %d cases of other parts", path, len(others))
         for part in ("train",) if folds else parts:
             for row in parts[part]:
                 if part == "test" and "label" not in row:
@@ -1358,7 +1382,7 @@ def _listed_cases(folder, fold, files):
                 is_tested = folds and int(row["fold"]) == fold
                 image, label = locate(_path(row["image"])), locate(_path(row["label"]))
                 cases.append((image, label, "test" if is_tested else part))
-    return cases
+    return cases, bool(folds)
 
 
 def _named_cases(folder, files, names):
@@ -1391,7 +1415,8 @@ def _segment_items(folder, fold, patient=r"(.+)", image="", mask=""):
     files, folder = defaultdict(list), folder.absolute()  # by their paths without the ending
     for file in find(folder, r".+\.nii(\.gz)?"):
         files[ENDING.sub("", file.as_posix())].append(file)
-    cases = _listed_cases(folder, fold, files) or _named_cases(folder, files, (image, mask))
+    cases, has_folds = _listed_cases(folder, fold, files)
+    cases = cases or _named_cases(folder, files, (image, mask))
     items = []
     for volume, label, split in cases:
         match = re.fullmatch(patient, stem(volume), re.IGNORECASE)
@@ -1401,6 +1426,8 @@ def _segment_items(folder, fold, patient=r"(.+)", image="", mask=""):
     if len({(item.patient, item.split) for item in items}) > len({item.patient for item in items}):
         log.warning("%s: patients on both sides of its split: split by patient instead", folder)
         return [item._replace(split="train") for item in items]
+    if fold and not has_folds and {item.split for item in items} != {"train"}:
+        raise wrong(folder, f"--fold {fold}, but no folds", "no --fold")
     return _with_test(items)
 
 
@@ -1634,6 +1661,8 @@ def _draw_splits(items, task, folder, fold, seed):
         if fold > 4:
             raise wrong(folder, f"--fold {fold}, but no folds", "0 to 4, a fifth that is drawn")
         test = _draw_fifth(items, task, seed, fold)
+        log.info("%s: no parts: %d of %d patients are drawn to test on", folder, len(test),
+                 len({item.patient for item in items}))
         items = [item._replace(split="test" if item.patient in test else "train") for item in items]
     if not any(item.split == "test" for item in items):
         raise wrong(folder, f"{len(items)} items and none for the part test", task.layout)
@@ -1728,7 +1757,8 @@ def prepare(item, task, cache="cache"):
     task; "slices": to 4/3 of its size in plane; "box": its middle BOX mm, to its size."""
     size = task.size if task.view in ("slices", "box") else None
     hu = () if task.hu == "auto" else (task.hu,)  # so that older caches stay good
-    path = cache_file(cache, filter(None, (item.volume, item.mask)), task.view, size, task.window,
+    view = f"box of {BOX} mm" if task.view == "box" else task.view
+    path = cache_file(cache, filter(None, (item.volume, item.mask)), view, size, task.window,
                       task.spacing, len(task.classes), item.rescale, *hu)
     mask_path, affine_path = path.with_suffix(".mask.npy"), path.with_suffix(".affine.npy")
     if not path.exists():
@@ -2086,6 +2116,10 @@ def make_cache(args):
     begin_cache(folder, size, args.hu, len(items))
     mine = [item for item in items if shard_of(item.id, n) == k]
     rows = _made_rows(folder, items)
+    strangers = sorted(rows.keys() - {item.id for item in items})
+    if strangers:
+        log.warning("%s: holds %d volumes that %s does not list: %s; to leave them out, delete their rows in "
+                    "the manifest-*.jsonl", folder, len(strangers), args.data, shorten(strangers))
     _compare([item for item in mine if item.id in rows], rows, folder)
     lacking = [item for item in mine if item.id not in rows]
     todo = [item for item in lacking if item.volume.exists()]

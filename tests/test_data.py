@@ -274,6 +274,24 @@ def test_dicom_file_of_many_frames(tmp_path, caplog):
             data.read_volume(path)
 
 
+def test_frames_of_several_rescales_are_refused(tmp_path):
+    path = tmp_path / "a.dcm"
+    image = itk_image(chest())
+    image.SetMetaData("0008|0060", "CT")
+    sitk.WriteImage(image, str(path))
+    file = pydicom.dcmread(path)
+    for number, frame in enumerate(file.PerFrameFunctionalGroupsSequence):
+        values = pydicom.Dataset()
+        values.RescaleSlope, values.RescaleIntercept = 1, 0
+        frame.PixelValueTransformationSequence = [values]
+    file.save_as(path)
+    check_read(path)
+    values.RescaleIntercept = -1024
+    file.save_as(path)
+    with pytest.raises(ValueError, match="a.dcm is broken: its frames have several rescales"):
+        data.read_volume(path)
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_picture_folder_in_natural_order(tmp_path, suffix):
     for z in range(12):
@@ -304,6 +322,22 @@ def test_a_picture_that_is_cut_off_and_masks_beside_slices_are_refused(tmp_path)
     shutil.copyfile(tmp_path / "1.jpg", tmp_path / "1_mask.jpg")
     with pytest.raises(ValueError, match="pictures named #, #_mask, not slices alone"):
         data.read_volume(tmp_path)
+
+
+@pytest.mark.parametrize("names, told", [
+    (["IM-0001-0009", "IM-0001-0010", "IM-0001-0011"], ""), (["s10", "s20", "s30"], ""), (["1_z5", "2_z10", "3_z15"], ""),
+    (["s1", "s2", "s40"], "the numbers of its slices leave gaps, which are closed"),
+    (["IM-0001-0001", "IM-0001-0002", "IM-0002-0001"], None), (["1.9.77", "1.9.80", "1.12.3"], None),
+    ([f"1.{10 ** 20 + 2}.3", f"1.{10 ** 20 + 1}.4"], None)])
+def test_numbers_of_pictures_must_tell_their_order(tmp_path, caplog, names, told):
+    for name in names:
+        sitk.WriteImage(sitk.GetImageFromArray(np.eye(4, dtype=np.uint8)), str(tmp_path / f"{name}.png"))
+    if told is None:
+        with pytest.raises(ValueError, match=f"{names[-1]}.png.*: these numbers give no order of slices"):
+            data.read_volume(tmp_path)
+    else:
+        assert data.read_volume(tmp_path)[0].shape == (3, 4, 4)
+        assert (told in caplog.text) if told else not caplog.text
 
 
 def test_sixteen_bit_pictures_are_refused(tmp_path):
@@ -948,7 +982,8 @@ def test_names_of_the_column_of_patients(tmp_path, caplog, name):
     cells = ["p1", "p1", "nan", ""]
     items = data.load_items(manifest(tmp_path, split=["train", "train", "test", "test"], **{name: cells}))
     assert [item.patient for item in items] == ["p1", "p1", "scan2.nii.gz", "scan3.nii.gz"]
-    assert "no column patient" not in caplog.text
+    told = f"data.csv: 2 of 4 volumes without a patient (column {name}): each counts as another"
+    assert told in caplog.text
     with pytest.raises(ValueError, match="patient p1 in test and in train"):
         data.load_items(manifest(tmp_path, split=["test", "train", "train", "train"], **{name: cells}))
 
@@ -957,7 +992,7 @@ def test_columns_that_are_not_read_are_told(tmp_path, caplog):
     caplog.set_level("INFO")
     data.load_items(manifest(tmp_path, set=["train", "train", "test", "test"], **{"Lung nodul": list("0101")}))
     assert "data.csv: other columns, read as labels of a task or not at all: Lung nodul, set" in caplog.text
-    assert "data.csv: no column patient: every volume counts as another patient" in caplog.text
+    assert "data.csv: 4 of 4 volumes without a patient (column patient): each counts as another" in caplog.text
     caplog.clear()
     data.load_items(manifest(tmp_path, patient=list("abcd"), **{"Lung nodule": list("0101")}))
     assert not caplog.text
@@ -975,6 +1010,12 @@ def test_one_patient_in_two_spellings_is_told(tmp_path, caplog, one, other, told
     assert "may be one" not in caplog.text
 
 
+def test_a_patient_that_a_spreadsheet_rounded_off_is_refused(tmp_path):
+    path = manifest(tmp_path, patient=["20230115", "1E5", "p", "2.02301E+11"])
+    with pytest.raises(ValueError, match=r"line 5: found patient 2.02301E\+11, expected all digits"):
+        data.load_items(path)
+
+
 def test_the_column_of_that_name_tells_the_patient(tmp_path, caplog):
     path = manifest(tmp_path, subject=["chest"] * 4, patient=["a", "N/A", r"b\n1", "c"])
     caplog.set_level("INFO")
@@ -982,9 +1023,17 @@ def test_the_column_of_that_name_tells_the_patient(tmp_path, caplog):
     assert "other columns, read as labels of a task or not at all: subject" in caplog.text
 
 
+def test_errors_of_a_spreadsheet_are_no_report(tmp_path, caplog):
+    items = data.load_items(manifest(tmp_path, report=["#N/A", "#NAME?", "<NA>", "Heart normal."]))
+    assert [item.report for item in items] == ["Heart normal."]
+    assert "left out 3 with an empty report" in caplog.text
+
+
 def test_line_ends_as_other_tools_write_them(tmp_path):
     texts = [r"Heart normal.\nNo effusion\r\nCyst", "Heart normal.<br>No effusion<br />Cyst",
-             "Heart normal._x000D_\nNo effusion\nCyst", "Heart normal.\r\nNo effusion\rCyst"]
+             "Heart normal._x000D_\nNo effusion\nCyst", "Heart normal.\r\nNo effusion\rCyst",
+             r"Heart normal.\.br\No effusion\.br\Cyst", "Heart normal.<BR>No effusion\x0bCyst",
+             "Heart normal.\u2028No effusion\x85Cyst"]
     items = data.load_items(manifest(tmp_path, report=texts))
     assert {tuple(split_sentences(item.report)) for item in items} == {("Heart normal.", "No effusion", "Cyst")}
 
@@ -1535,6 +1584,14 @@ def test_cache_folder_stands_alone(tmp_path, command):
     assert not (tmp_path / "unused").exists()
     code, text = command("data.py", "check", "--data", moved)
     assert code == 0 and len(re.findall("32x32x32 .* preprocessed; 3 words", text)) == 10
+
+
+def test_volumes_of_a_cache_folder_that_are_listed_no_more_are_told(tmp_path, command, caplog):
+    path, out = manifest(tmp_path), tmp_path / "made"
+    assert command(*cache_flags(path, out))[0] == 0 and "does not list" not in caplog.text
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert command(*cache_flags(path, out))[0] == 0
+    assert f"{out}: holds 1 volumes that {path} does not list: scan3.nii.gz; to leave them out" in caplog.text
 
 
 def test_a_cache_folder_refuses_other_preprocessing(tmp_path, command, monkeypatch):

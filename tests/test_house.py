@@ -7,16 +7,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {
-    "lines": {"losses": 225, "model": 1159, "phantoms": 571, "data": 2215, "pretrain": 710, "finetune": 480,
-              "eval": 1645},
-    "lines in all": 6990,
-    "bytes in all": 365_500,
+    "lines": {"losses": 225, "model": 1172, "phantoms": 571, "data": 2250, "pretrain": 712, "finetune": 486,
+              "eval": 1655},
+    "lines in all": 7065,
+    "bytes in all": 370_500,
     "columns": 110,
     "wide": 100,                            # columns beyond which a line counts as wide
     "share of wide lines": 0.04,             # of all lines of the seven files
     "width": 52.5,                          # bytes a line, the mean of all
     "function": 60,                         # lines
-    "long functions": {"flags": None, "pretrain.main": 165, "finetune.train": 168},     # None: any length
+    "long functions": {"flags": None, "pretrain.main": 170, "finetune.train": 171},     # None: any length
     "imports": {"losses": (), "model": (), "phantoms": (), "data": ("phantoms",),
                 "eval": ("losses", "model", "data"),
                 "pretrain": ("losses", "model", "data", "eval", "phantoms"),

@@ -212,9 +212,21 @@ def test_a_set_without_folds_refuses_one(name, tmp_path):
         load_task(name, tmp_path, fold=3)
 
 
-def test_drawn_splits_are_by_patient_seeded_and_disjoint(tmp_path):
+def test_a_fold_of_masks_in_two_parts_is_refused(tmp_path):
+    acdc(tmp_path / "training")
+    acdc(tmp_path / "testing", first=101, n=3)
+    assert patients(load_task("acdc", tmp_path))["test"] == {"patient101", "patient102", "patient103"}
+    with pytest.raises(ValueError, match="found --fold 1, but no folds, expected no --fold"):
+        load_task("acdc", tmp_path, fold=1)
+    shutil.rmtree(tmp_path / "testing")
+    assert len({*patients(load_task("acdc", tmp_path, fold=1))["test"]}) == 2       # a fifth that is drawn
+
+
+def test_drawn_splits_are_by_patient_seeded_and_disjoint(tmp_path, caplog):
     stoic(tmp_path, 40)
+    caplog.set_level("INFO")
     items = load_task("stoic", tmp_path)
+    assert f"{tmp_path}: no parts: 8 of 40 patients are drawn to test on" in caplog.text
     assert numbers(items) == (24, 8, 8)
     assert patients(load_task("stoic", tmp_path)) == patients(items)
     assert patients(load_task("stoic", tmp_path, seed=1)) != patients(items)
@@ -353,6 +365,16 @@ def test_cc_ccii_without_folds_and_with_bad_ones(tmp_path):
         write_csv(tmp_path / f"fold0_{part}.csv", "target,label,patient_id", [["1", "CP", 101]])
     with pytest.raises(ValueError, match=r"expected also \['scan_id'\]"):
         load_task("cc-ccii", tmp_path)
+
+
+def test_cc_ccii_with_a_part_to_test_on(tmp_path):
+    cc_ccii(tmp_path)
+    folds = tmp_path / "folds"
+    columns, *rows = list(csv.reader((folds / "CC_CCII_fold0_train.csv").read_text().splitlines()))
+    write_csv(folds / "CC_CCII_fold0_train.csv", columns, rows[:-6])
+    write_csv(folds / "CC_CCII_fold0_test.csv", columns, rows[-6:])                 # of three patients
+    tested = [item for item in load_task("cc-ccii", tmp_path) if item.split == "test"]
+    assert sorted(item.id for item in tested) == sorted(f"{row[3]}/{row[4]}" for row in rows[-6:])
 
 
 def test_cc_ccii_patient_in_two_parts(tmp_path):
@@ -530,7 +552,7 @@ def test_cubes_of_real_slabs_hold_their_nodules(tmp_path):
             assert nodule > 0.55 > edge                                 # 0.625 is 0 HU, 0.1 is lung
 
 
-def test_msd_lung(tmp_path):
+def test_msd_lung(tmp_path, caplog):
     rows = msd_lung(tmp_path)
     items = load_task("msd-lung", tmp_path)
     assert numbers(items) == (6, 2, 2)
@@ -542,6 +564,10 @@ def test_msd_lung(tmp_path):
     assert patients(load_task("msd-lung", tmp_path, fold=3))["test"] == {"lung_003", "lung_008"}
     with pytest.raises(ValueError, match=r"mine.json: found the folds \[0, 1, 2, 3, 4\], expected fold 5"):
         load_task("msd-lung", tmp_path, fold=5)
+    assert "left out" not in caplog.text
+    (tmp_path / "folds" / "mine.json").write_text(json.dumps(folds | {"testing": rows[:2]}))
+    load_task("msd-lung", tmp_path, fold=3)
+    assert "mine.json: its folds count: left out 2 cases of other parts" in caplog.text
     (tmp_path / "more.json").write_text(json.dumps(folds))
     with pytest.raises(ValueError, match="mine.json: found also .*more.json for a list of cases, expected one"):
         load_task("msd-lung", tmp_path)
