@@ -1,6 +1,7 @@
 """The losses of MG-3D, one function for each equation of the paper: tensors in, a scalar out.
 
-B patients, S sentences, L report tokens, E embedding, V vocabulary, D H W voxels. Masks: 1 = real.
+B patients, S sentences, L report tokens, E embedding, V vocabulary, D H W voxels. Masks: 1 = real,
+in mim_loss 1 = masked.
 
 Under torch.distributed every loss is that of the *global* batch, the same on every process:
 features are gathered with gradients, sums and counts are added up. DistributedDataParallel takes
@@ -54,7 +55,7 @@ def _gather_padded(*tensors):
 
 
 def _in_float32(loss):
-    """A loss in float32, of tensors in half precision and under autocast, too"""
+    """Decorator: a loss that casts its half-precision tensors to float32 and runs without autocast"""
     def cast(x):
         return x.float() if torch.is_tensor(x) and x.dtype in (torch.float16, torch.bfloat16) else x
 
@@ -68,6 +69,7 @@ def _in_float32(loss):
 # -------------------------------------------------------------- inside a patient: reconstruction
 # NOTE(paper): some equations sum over the batch, others average over patients. Here every loss is
 # a mean over its unit (voxels, words, patients, pairs): λ does not depend on the batch size.
+# NOTE(paper): the norm of Eq. (6) is a sum over sentences, that of Eq. (12) a mean over pairs of them.
 
 @_in_float32
 def mim_loss(recon, volume, mask):
@@ -158,8 +160,8 @@ def ssm_loss(text_sentences, visual_sentences, sentence_mask):
 def shares(batches, enabled, device="cpu"):
     """How much each of the passes of a step counts in every loss: a dict a pass, sums of 1
 
-    By masked voxels, masked words and patients of all processes mim, mlm and sfr are those of one
-    large batch. The others compare the patients of a pass: means.
+    mim, mlm and sfr count by masked voxels, masked words and patients: their sums are the losses of one
+    large batch. The others compare the patients of a pass: their means.
     """
     counts = [[1, batch["volume_mask"].sum(), (batch["mlm_labels"] != -100).sum(), len(batch["volume"])]
               for batch in batches]
@@ -185,7 +187,8 @@ def compute(outputs, batch, enabled, temperature=0.1):
 
 
 # ------------------------------------------------------------------------ losses of fine-tuning
-# All but bce_loss see the volumes of one process. The average over processes is the global mean, but of Dice.
+# bce_loss counts over all processes. The others see their own; the mean that DDP takes of their
+# gradients is exact but for Dice, which is a ratio.
 
 @_in_float32
 def bce_loss(logits, labels):

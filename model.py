@@ -1,9 +1,11 @@
 """Everything of MG-3D that has parameters. `MG3D.forward` is the method.
 
 B patients, C channels, D H W voxels (z, y, x), N visual tokens, L report tokens, S sentences,
-E embedding, V vocabulary.
+E embedding, E_t that of the text encoder, V vocabulary, G tokens of a guide. Masks of voxels:
+1 = masked; of all else: True = real.
 """
 import functools
+import hashlib
 import itertools
 import json
 import logging
@@ -21,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 log = logging.getLogger("mg3d")
 
-LOSSES = ("mim", "mlm", "sfr", "cml", "ssm", "dfa", "clip")
+LOSSES = ("mim", "mlm", "sfr", "cml", "ssm", "dfa", "clip")     # new ones last: `forward` counts on it
 PAD, BEGIN, END = range(3)                      # special tokens of the report generator
 SCORES_IN_A_CALL = {"cpu": 2 ** 22, "cuda": 2 ** 31}    # to attention: a CPU's cache holds 16 MB
 # How the 8 sub-lattices of a map are merged. NOTE(compat): MONAI before 1.5, its SSL file and the
@@ -37,7 +39,7 @@ def named(name, module):
 
 
 def run(module, *inputs, recompute):
-    """module(*inputs); recompute: again in the backward pass, which keeps less"""
+    """module(*inputs); recompute: keep no activations, run it again in backward. It must draw nothing."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
     return module(*inputs)
@@ -56,7 +58,7 @@ def window_plan(batch, size, window_size, shifted, device):
     """Which tokens share a window, in `batch` maps of `size` (d, h, w)
 
     Returns `order` (B·d·h·w,), which sorts tokens by group and window, its inverse, the groups of
-    like windows: (how many, n real and p padding tokens), and `pairs` (P,): the n × (n + p) queries
+    like windows: (how many, n real and p padding tokens), and `pairs` (P,), P = Σ n (n + p): the queries
     and keys of each group, as places in the flat `relative_position_index`.
     """
     # NOTE(compat): along an axis that one window covers, the window shrinks to the map, unshifted.
@@ -74,23 +76,23 @@ def window_plan(batch, size, window_size, shifted, device):
         boxes = boxes[::window[0], ::window[1], ::window[2]]
         return boxes.reshape(-1, np.prod(window))                       # (windows, tokens)
 
-    groups = defaultdict(list)
+    alike = defaultdict(list)                   # {places of real and padding tokens: windows}
     for tokens, pieces in zip(windows_of(token), windows_of(piece)):
         for number in np.unique(pieces):
             places = np.flatnonzero(pieces == number)
             is_real = tokens[places] >= 0
             if is_real.any():
                 real, padding = places[is_real], places[~is_real]
-                groups[tuple(real), tuple(padding)].append(tokens[real])
+                alike[tuple(real), tuple(padding)].append(tokens[real])
     first = np.arange(batch)[:, None] * np.prod(size)                   # token of each map
-    order = [(first + np.concatenate(windows)).ravel() for windows in groups.values()]
+    order = [(first + np.concatenate(windows)).ravel() for windows in alike.values()]
     # NOTE(compat): a window shrunk to a small map keeps the first n places of the full window's
     # raster, as if cut by `relative_position_index[:n, :n]`: published weights were trained so.
     pairs = [np.add.outer(np.multiply(real, window_size ** 3), real + padding).ravel()
-             for real, padding in groups]
+             for real, padding in alike]
     order, pairs = np.concatenate(order), np.concatenate(pairs)
     groups = [(batch * len(windows), len(real), len(padding))
-              for (real, padding), windows in groups.items()]
+              for (real, padding), windows in alike.items()]
     with torch.inference_mode(False):           # callers may infer; the plan is kept for training
         order, inverse, pairs = (torch.from_numpy(indices).to(device)
                                  for indices in (order, order.argsort(), pairs))
@@ -112,7 +114,8 @@ class _Permute(torch.autograd.Function):
 
 
 class _Attention(torch.autograd.Function):
-    """softmax(q kᵀ / √d + bias) v for W windows. Backward recomputes the scores, none are kept."""
+    """softmax(q kᵀ / √d + bias) v for W windows. No scores are kept: backward makes them anew, in bf16
+    rounded before the softmax, where the forward pass has them in float32."""
 
     @staticmethod
     def forward(ctx, q, k, v, bias):
@@ -179,7 +182,7 @@ class WindowAttention(nn.Module):
         """x (tokens, C), window by window -> the same shape; windows: a list of `calls`"""
         tokens, C = x.shape
         qkv = self.qkv(x).view(tokens, 3, self.num_heads, -1)
-        padding = self.qkv.bias.to(qkv.dtype).view(3, 1, self.num_heads, 1, -1)  # LN(0) W + b = b
+        padding = self.qkv.bias.to(qkv.dtype).view(3, 1, self.num_heads, 1, -1)  # 0 W + b
         done = []
         sizes = [number * bias.shape[1] for number, bias in windows]
         for (number, bias), group in zip(windows, qkv.split(sizes)):
@@ -400,6 +403,11 @@ class TextEncoder(nn.Module):
         self.width = self.bert.config.hidden_size
         special = {self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, self.tokenizer.pad_token_id}
         self.register_buffer("special_ids", torch.tensor(sorted(special - {None})))
+        digest = hashlib.sha1(repr(sorted(self.tokenizer.get_vocab().items())).encode())
+        for key, parameter in self.bert.named_parameters():
+            if not key.startswith("pooler."):   # it is not used, and may be random
+                digest.update(parameter.contiguous().numpy())
+        self.sha1 = digest.hexdigest()
 
     def refuse(self, found, expected):
         raise ValueError(f"text encoder {self.name}: found {found}; expected {expected}") from None
@@ -565,10 +573,11 @@ class FusionLayer(nn.Module):
         self.mlp = mlp(dim)
 
     def forward(self, x, guide, mask=None, guide_mask=None):
+        """x (B, N, E), the dominant tokens, guide (B, G, E), masks (B, N) and (B, G) -> (B, N, E)"""
         y = self.norm1(x)
         x = x + self.self_attention(y, y, mask, mask)
         x = x + self.cross_attention(self.norm2(x), self.norm_guide(guide), mask, guide_mask)
-        return x + self.mlp(self.norm3(x))                              # (B, N, E)
+        return x + self.mlp(self.norm3(x))
 
 
 class Fusion(nn.Module):
@@ -638,7 +647,7 @@ class MG3D(nn.Module):
     NOTE(paper): by the letter of Eq. (1, 3) CML has H_I and H_T of masked inputs; here of whole.
     NOTE(paper): depth, heads and width of the fusion are not given.
     """
-    outputs = ("image_proj.", "text_proj.", "text_pool.")               # which fit one text encoder
+    own_heads = ("image_proj.", "text_proj.", "text_pool.")     # they fit one text encoder alone
 
     def __init__(self, encoder, text_encoder, losses=LOSSES[:6], embed_dim=768, num_layers=2,
                  num_heads=12, guidance="sentence", mim_attention="proposed",
@@ -702,12 +711,12 @@ class MG3D(nn.Module):
         by_sentence = functools.partial(sentence_mean, sentence_ids=sentence_ids,
                                         num_sentences=sentence_mask.shape[1])
         out = {}
-        # Visual tokens of the whole volume, F_I, and of the masked volume, I_M: (B, N, E).
+        # Visual tokens (B, N, E) of the whole volume, F_I, for all but MIM, and of the masked one, I_M.
         no_mask = torch.zeros_like(batch["volume_mask"]) if mim else None
         F_I, I_M = in_one_pass(self.encode_image, self.losses - {"mim"} and (volume, no_mask),
                                mim and (volume, batch["volume_mask"]))
         # Words of the report, F_T, and of the masked report, T_M: (B, L, E). Sentences F_S: (B, S, E).
-        if self.text_proj is not None:
+        if mim or sfr or cml or clip:
             F_T = self.encode_words(batch["input_ids"], batch["attention_mask"])
             F_S = by_sentence(F_T)
         if mlm or sfr:
@@ -715,15 +724,16 @@ class MG3D(nn.Module):
         # Image-dominant fusion, Eq. (1): sentences guide I_M for MIM and F_I for CML.
         if mim or cml:
             by_word = self.guidance == "word"
-            guide = (F_T, None, sentence_ids >= 0) if by_word else (F_S, None, sentence_mask)
-            H_IM, H_I = in_one_pass(self.image_fusion, mim and (I_M, *guide), cml and (F_I, *guide))
+            # the guide, the mask of the visual tokens (none), that of the guide
+            others = (F_T, None, sentence_ids >= 0) if by_word else (F_S, None, sentence_mask)
+            H_IM, H_I = in_one_pass(self.image_fusion, mim and (I_M, *others), cml and (F_I, *others))
         if mim:
             out["recon"] = self.mim_decoder(H_IM, volume.shape[2:])     # (B, 1, D, H, W)
         # Text-dominant fusion, Eq. (3): visual tokens guide T_M for MLM and SFR and F_T for CML.
         if mlm or sfr or cml:
-            guide = (F_I, word_mask, None)
-            H_TM, H_T = in_one_pass(self.text_fusion, (mlm or sfr) and (T_M, *guide),
-                                    cml and (F_T, *guide))
+            others = (F_I, word_mask, None)                             # guide, masks of words, of guide
+            H_TM, H_T = in_one_pass(self.text_fusion, (mlm or sfr) and (T_M, *others),
+                                    cml and (F_T, *others))
         if mlm or sfr:
             rebuilt = self.mlm_head(H_TM)                               # (B, L, E)
         if mlm:
@@ -756,7 +766,7 @@ class MG3D(nn.Module):
 
 class Classifier(nn.Module):
     """Average pooling of the last map, LayerNorm, one linear layer."""
-    outputs = ("norm.", "head.")                # which fit other classes in nothing but shape
+    own_heads = ("norm.", "head.")              # of its classes: left out of a file of others
 
     def __init__(self, encoder, num_classes):
         super().__init__()
@@ -784,7 +794,7 @@ class UpBlock(nn.Module):
 
 class SwinUNETR(nn.Module):
     """A Swin encoder and the decoder of Swin UNETR (Hatamizadeh et al. 2022), with MONAI's names."""
-    outputs = ("out.",)
+    own_heads = ("out.",)
 
     def __init__(self, encoder, out_channels):
         super().__init__()
@@ -851,7 +861,7 @@ class ReportGenerator(nn.Module):
     NOTE(paper): it only says that the head follows M2KT. Layers, width, heads and slots are the
     release's. Its memory never learns; here it is a parameter.
     """
-    outputs = ("words.", "norm.", "head.")
+    own_heads = ("words.", "norm.", "head.")
 
     def __init__(self, encoder, vocab_size, dim=512, num_heads=8, memory_slots=60, max_length=150,
                  dropout=0.1):
@@ -1091,7 +1101,11 @@ def check_fit(module, tensors, path, inside):
 
 
 def restore(network, checkpoint, path):
-    """Give a network weights, blocks and merging of a checkpoint of ours. ValueError: they do not fit"""
+    """Give a network weights, blocks and merging of a checkpoint of ours. ValueError: they do not fit,
+    or the network's text encoder is not that of the training"""
+    if checkpoint.get("text_encoder") and checkpoint["text_encoder"] != network.text_encoder.sha1:
+        raise ValueError(f"{path}: found other words or weights in the text encoder "
+                         f"{network.text_encoder.name}, expected those it was trained with")
     fill(network, checkpoint["model"], path)
     network.encoder.merging = checkpoint.get("merging", network.encoder.merging)
 

@@ -225,7 +225,7 @@ def test_how_windows_are_divided_among_calls_changes_nothing(scores, monkeypatch
 
 
 def test_backward_may_run_under_autocast():
-    """Attention's gradients keep the precision of its forward pass."""
+    """Attention's gradients have the dtype of its forward pass."""
     torch.manual_seed(0)
     tensors = [torch.randn(2, 3, 5, 4, requires_grad=True) for _ in range(3)]
     tensors.append(torch.randn(3, 5, 5, requires_grad=True))
@@ -470,6 +470,47 @@ def test_shapes(text_folder, batch):
     assert o["rebuilt"].shape == o["sentences"].shape == o["visual_sentences"].shape == (B, S, 24)
     assert o["text_sentences"].shape == (B, S, 128)
     assert all(o[name].shape == (B, 24) for name in ("f_i", "h_i", "f_t", "h_t", "h_s"))
+
+
+# What every input and every option of the method reaches, and nothing else. `mlm_labels` are passed through.
+REACHES = {"volume": "f_i h_i h_s h_t logits rebuilt recon visual_sentences",
+           "volume_mask": "recon",
+           "input_ids": "f_t h_i h_t recon sentences",
+           "masked_ids": "logits rebuilt",
+           "single_ids": "h_s text_sentences visual_sentences"}
+OPTIONS = {("mim_attention", "classical"): "h_i recon",
+           ("mlm_attention", "classical"): "h_t logits rebuilt",
+           ("guidance", "word"): "h_i recon",
+           ("sentence_values", "text"): "h_s visual_sentences"}
+
+
+def differing(one, other):
+    return {name for name in one.keys() - {"mlm_labels"} if not torch.allclose(one[name], other[name], atol=1e-6)}
+
+
+@torch.no_grad()
+def test_what_every_input_and_every_option_reaches(text_folder, batch):
+    network = small_mg3d(text_folder).eval()
+    torch.manual_seed(1)
+    others = {"volume": torch.rand_like(batch["volume"]), "volume_mask": ~batch["volume_mask"],
+              "input_ids": batch["masked_ids"], "masked_ids": batch["input_ids"],
+              "single_ids": batch["single_ids"].flip(0)}
+    for name, reached in REACHES.items():
+        assert differing(network(batch), network(batch | {name: others[name]})) == set(reached.split()), name
+    for (name, value), reached in OPTIONS.items():
+        other = small_mg3d(text_folder, **{name: value}).eval()
+        shapes = {key: tensor.shape for key, tensor in other.state_dict().items()}
+        other.load_state_dict({key: tensor for key, tensor in network.state_dict().items()
+                               if shapes.get(key) == tensor.shape}, strict=False)
+        assert differing(network(batch), other(batch)) == set(reached.split()), name
+
+
+def test_the_report_is_not_encoded_for_nothing(text_folder, batch):
+    for enabled, number in ((["mlm"], 1), (["mim"], 1), (["clip"], 1), (["mim", "mlm"], 2), (["sfr"], 2)):
+        network, calls = small_mg3d(text_folder, enabled), []
+        network.text_encoder.register_forward_hook(lambda *call, calls=calls: calls.append(call))
+        network(batch)
+        assert len(calls) == number, enabled
 
 
 def test_a_loss_less_leaves_the_others_alone(text_folder, batch):
@@ -1012,7 +1053,7 @@ def test_what_is_left_out_keeps_its_weights(tmp_path):
     source, target = (model.Classifier(build_encoder("swin_t"), 2) for _ in range(2))
     torch.save({"model": source.state_dict()}, tmp_path / "last.pt")
     first = target.head.weight.clone()
-    report = load_weights(target, tmp_path / "last.pt", leave_out=target.outputs)
+    report = load_weights(target, tmp_path / "last.pt", leave_out=target.own_heads)
     left_out = ["norm.weight", "norm.bias", "head.weight", "head.bias"]
     assert torch.equal(target.head.weight, first) and report["missing"] == report["unexpected"] == left_out
     load_weights(target, tmp_path / "last.pt")
@@ -1073,7 +1114,7 @@ def test_safetensors_of_others(tmp_path, caplog):
         found, _ = evaluation.load_encoder(path, "swin_t", "v0.9")
         x = torch.rand(1, 1, 16, 16, 16)
         assert all(torch.equal(a, b) for a, b in zip(source(x), found(x), strict=True))
-        assert evaluation.patients_of(path) == set()
+        assert evaluation.patients_of(path) is None
         caplog.clear()
 
 
