@@ -23,6 +23,7 @@ import json
 import logging
 import math
 import re
+import shutil
 import sys
 import textwrap
 from collections import defaultdict
@@ -85,7 +86,10 @@ def flags():
 
 
 if __name__ == "__main__":  # before torch is imported: --help answers at once
-    args = flags().parse_args()
+    parser = flags()
+    args = parser.parse_args()
+    if args.command and args.command != sys.argv[1]:
+        parser.error(f"flags stand behind {args.command}")      # before it they would be lost
 
 import matplotlib.pyplot as plt
 import nibabel as nib
@@ -364,6 +368,7 @@ def untrained_encoder(config):
     try:
         if config["init"]:
             model.load_weights(encoder, config["init"], config.get("merging", "auto"))
+            log.info("untrained is here the encoder of %s, from which the run began", config["init"])
         return encoder
     except ValueError as error:
         log.warning("no untrained encoder to compare with: %s", error)
@@ -828,14 +833,17 @@ def score_masks(run, items, masks, out, train_items):
     """Dice of scans in their own grid. masks: (labels, affine) of each, one at a time"""
     names, values = run.task.classes, range(1, 1 + len(run.task.classes))
     scores, constant, false_alarms, examples = [], [], 0, []
-    for (labels, affine), item, file_name in zip(masks, items, _file_names(items)):
+    file_names = _file_names(items)
+    if out:
+        shutil.rmtree(out / "masks", ignore_errors=True)        # of another model, perhaps of others
+        (out / "masks").mkdir()
+    for (labels, affine), item, file_name in zip(masks, items, file_names):
         pred = nib.apply_orientation(labels, nib.io_orientation(affine)).T  # (z, y, x), RAS
         truth = data.read_volume(item.mask, is_mask=True)[0]
         scores.append(dice(pred, truth, 1 + len(names)))
         constant.append([dice(np.ones_like(truth), truth == k, 2)[0] for k in values])
         false_alarms += sum(k in pred and k not in truth for k in values)
         if out:
-            (out / "masks").mkdir(exist_ok=True)
             nib.save(nib.Nifti1Image(labels, affine), out / "masks" / f"{file_name}.nii.gz")
         if out and len(examples) < 4 and truth.any():
             z = (truth > 0).sum((1, 2)).argmax()
@@ -1180,10 +1188,10 @@ def plot_reconstruction(network, batch, out):
 
 
 def plot_attention(network, item, volume, out):
-    """Where four sentences of a report look in a volume (1, D, H, W), beside the lesions of item.mask"""
+    """Where four sentences of a report look in a volume (1, D, H, W), beside the lesions of a phantom"""
     sentences, maps = sentence_maps(network, volume, item.report)
     shape = volume.shape[1:]
-    places = data.lesions(item, shape) if item.mask else torch.zeros(len(data.LABELS), *shape)
+    places = data.lesions(item, shape)                                              # (18, D, H, W)
     lesions = [places[findings(sentence)].any(0) for sentence in sentences]         # (D, H, W) each
     chosen = sorted(range(len(sentences)), key=lambda i: not lesions[i].any())[:4]  # lesions first
     grid = [side // network.encoder.stride for side in shape]
@@ -1305,16 +1313,18 @@ def load_pretrained(path, cache="cache", device="cpu"):
 
 
 def patients_of(path):
-    """Hashes of the patients that a file of weights was trained on, as far as it tells"""
+    """Hashes of the patients that a file of ours was trained on, as far as it tells; None of others' files"""
     state = model.read_checkpoint(path)
     config, notes = model.flags_of(state), model.notes_of(state)
-    if notes is state and not config:           # a file of others
-        return set()
-    return {*notes.get("patients", ()), *config.get("pretrained_on", ()), *config.get("patients", ())}
+    if not config:
+        return None
+    return {*notes.get("patients", ()), *(config.get("pretrained_on") or ()), *config.get("patients", ())}
 
 
 def count_seen(items, hashes, source):
-    """How many patients of items to test on were pre-trained on; a warning if any"""
+    """How many patients of items to test on were pre-trained on; a warning if any. None: unknown"""
+    if hashes is None:
+        return None
     patients = {item.patient for item in items}
     seen = data.patient_hashes(patients) & set(hashes)
     if seen:
@@ -1529,7 +1539,8 @@ def export_command(args):
     network, kind, size = run.network.cpu().eval(), run.task.kind, args.size or run.task.size
     stride = getattr(network, "encoder", network).stride
     data.check_size(size, min(16, stride) if kind == "classify" else stride)
-    notes = {**run.task.settings(), "task": config.get("task"), "size": size, "crop": data.CROP,
+    notes = {**run.task.settings(), "task": config.get("task"), "size": size,
+             "crop": data.CROP if run.task.view == "whole" else None,
              "vocabulary": config.get("vocabulary"), "axes": "z, y, x of a scan in RAS",
              "values": "HU, window to [0, 1]" if run.task.window else "z-score of all voxels but 0"}
     inputs, name = {"volume": torch.rand(1, 1, *size)}, "maps" if kind == "encode" else "logits"
@@ -1617,9 +1628,10 @@ def task_command(args):
         name = args.input.name
         item = data.Item(name, args.input, "", None, name, centre=centre)
         return predict_scan(run, item, out, chosen)
-    tested = chosen if args.split == "test" else []
-    seen = count_seen(tested, config["patients"], args.checkpoint)
-    seen_before = count_seen(tested, config.get("pretrained_on", ()), config.get("init"))
+    seen = seen_before = None
+    if args.split == "test":
+        seen = count_seen(chosen, config["patients"], args.checkpoint)
+        seen_before = count_seen(chosen, config["pretrained_on"], config["init"])
     train_items = [item for item in items if item.split == "train"]
     save_evaluation(run, chosen, out, train_items, patients_seen_in_training=seen,
                     patients_seen_in_pretraining=seen_before)

@@ -188,14 +188,14 @@ def load_init(args, task, config, network):
         evaluation.check_preprocessing(saved, args.init)
     if task.kind in WITH_TEXTS:
         # NOTE(paper): its projections are kept if --clip taught them; the six losses do not compare them.
-        text_encoders = {Path(flags.get("text_encoder", "")).name for flags in (saved, config)}
-        fits = saved.get("clip", "task" in saved) and len(text_encoders) == 1
+        fits = saved.get("clip", "task" in saved)       # a run of a task always teaches them
+        fits = fits and checkpoint.get("text_encoder") == network.text_encoder.sha1
     else:
         fits = all(saved.get(name) == config[name] for name in ("task", "vocabulary"))
         fits = fits and checkpoint["task"]["classes"] == task.classes
-    leave_out = () if fits else network.outputs
+    leave_out = () if fits else network.own_heads
     unexpected = model.load_weights(network, args.init, args.merging, leave_out)["unexpected"]
-    left_out = [key for key in unexpected if key.startswith(network.outputs)]
+    left_out = [key for key in unexpected if key.startswith(network.own_heads)]
     if left_out:
         log.info("%s: left out %s: of another task, vocabulary or text encoder, or without --clip",
                  args.init, ", ".join(left_out))
@@ -266,7 +266,8 @@ def train(args, task, out, seed, rank, world, device):
         config["pretrained_on"] = checkpoint["config"]["pretrained_on"]
     elif args.init != "scratch":
         load_init(args, task, config, network)
-        config["pretrained_on"] = sorted(evaluation.patients_of(args.init))
+        known = evaluation.patients_of(args.init)
+        config["pretrained_on"] = None if known is None else sorted(known)
     if args.freeze:
         network.encoder.requires_grad_(False)
     network.to(device).train()
@@ -315,6 +316,8 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}"""
     batch_size = min(args.batch_size, max(1, len(dataset) // world))
     epoch_steps = max(1, len(dataset) // (batch_size * world))
     steps = min(args.epochs * epoch_steps, args.steps or math.inf)
+    if steps <= args.warmup * epoch_steps:
+        log.warning("warning: all %d steps lie in the warm-up: give a smaller --warmup", steps)
     optimizer = torch.optim.AdamW(pretrain.parameter_groups(network, args))
     step, best = 0, {"value": math.nan, "epoch": 0, "metric": task.metric}
     if checkpoint:
@@ -413,7 +416,7 @@ def test_best(args, out, best, seed, seen, train_items, test_items, device):
         result["valid_reason"] = best["reason"]
         log.warning("warning: no epoch has a validation %s, for %s: the last one is taken",
                     best["metric"], best["reason"])
-    log.info("best epoch %d (validation %s %.4f); on %d unseen items: %s", best["epoch"],
+    log.info("best epoch %d (validation %s %.4f); on %d test items: %s", best["epoch"],
              best["metric"], best["value"], result["n"], evaluation.summary(result))
     evaluation.write_result(result, out / "result.json")
 
@@ -464,7 +467,9 @@ def main(args, given):
     folders = [out / f"repeat_{k}" for k in range(args.repeats)] if args.repeats > 1 else [out]
     for repeat, folder in enumerate(folders):
         folder.mkdir(parents=True, exist_ok=True)
-        if not (args.resume and (folder / "result.json").exists()):
+        if args.resume and (folder / "result.json").exists():
+            log.info("%s holds a finished run on %s from %s", folder, args.data, args.init)
+        else:
             train(args, task, folder, args.seed + repeat, rank, world, device)
     if rank == 0 and args.repeats > 1:
         files = [folder / "result.json" for folder in folders]

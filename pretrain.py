@@ -78,7 +78,7 @@ def flags():
         help="of patches, whatever the file of --init tells; v0.9: as in MONAI before 1.5")
     add("--seed", type=int, default=0, help="of weights, order, masks")
     add("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
-        help="auto: bf16 where the GPU has it, else fp16; fp32 on a CPU")
+        help="auto: bf16 where the GPU has it, else fp16; fp32 on a CPU. On a GPU fp32 has TF32 products")
     add("--save_every", type=int, default=1000, help="steps between checkpoints")
     add("--log_every", type=int, default=20, help="steps between lines of log.jsonl")
     return parser
@@ -157,7 +157,7 @@ HANDLERS = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_ha
 # ---------------------------------------- what keeps a run going, here and in finetune.py
 
 def start():
-    """Join the processes of torchrun, or form a group of one -> rank, world, device."""
+    """Set up the log, TF32 and the group: torchrun's processes or one -> rank, world, device."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     level = logging.INFO if rank == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stdout)
@@ -275,7 +275,7 @@ def parameter_groups(network, args):
 def update(network, optimizer, scaler, clip_grad, loss, bad_steps, step_name):
     """Clip the gradients and step; skip the step if they or the loss (a float) are not finite.
 
-    Returns their norm, and the number of steps skipped in a row: the tenth ends the run, in fp16 the
+    Returns their norm, and the number of steps skipped in a row. SystemExit at the tenth, in fp16 at the
     fortieth, as GradScaler looks for its scale from 2^16 down.
     """
     scaler.unscale_(optimizer)
@@ -312,9 +312,10 @@ def save_file(state, path, before=None, write=torch.save):
 
 
 def network_state(network, config, step):
-    """What rebuilds a network: weights less those of the text encoder, flags, order of merging"""
+    """What rebuilds a network: weights, of the text encoder but a hash, flags, order of merging"""
     weights, merging = model.weights_of(network), network.encoder.merging
-    return {"model": weights, "config": config, "merging": merging, "step": step}
+    text = network.text_encoder.sha1 if hasattr(network, "text_encoder") else None
+    return {"model": weights, "config": config, "merging": merging, "step": step, "text_encoder": text}
 
 
 def save_run(out, network, optimizer, scaler, config, step, **more):
@@ -419,7 +420,7 @@ def shuffled(n, seed):
 
 
 def choose_items(args, items):
-    """--fraction of those to train on, and those held out. ValueError if there are none."""
+    """--fraction of those to train on, and those held out. ValueError without one to train on."""
     train_items = [item for item in items if item.split == "train"]
     held_out = [item for item in items if item.split != "train"]
     if not train_items:
@@ -432,7 +433,7 @@ def choose_items(args, items):
 def describe(args, network, weight, trained_on, held_out, world):
     """The run in five lines, for its log and its model card. Warns of what it cannot teach."""
     if args.clip:
-        log.info("clip       is no part of MG-3D; it alone needs the right report (README)")
+        log.info("clip       is no part of MG-3D; it most needs the right report (README)")
     if args.batch_size * world == 1 and {"cml", "ssm", "dfa", "clip"} & weight.keys():
         log.warning("warning: in a batch of one there is no other patient: contrasts and ssm are 0")
     control = ""
@@ -481,6 +482,9 @@ def main(args, given):
             raise ValueError(f"--resume: the run that began in {out} at {newest} saved nothing; "
                              "last.pt is of an older one")
         args = resume_flags(args, given, checkpoint["config"], MAY_CHANGE)
+        if args.steps < checkpoint["step"]:
+            raise ValueError(f"--resume: found --steps {args.steps}, expected {checkpoint['step']} or more, "
+                             "as many are done")
     else:
         check_init(args.init, out)
         args.begun = str(datetime.now())
@@ -498,9 +502,11 @@ def main(args, given):
     items = data.load_items(args.data, args.cache)
     data.check_prepared(items, size, args.hu)
     train_items, held_out = choose_items(args, items)
-    ids = hashlib.sha1("\n".join(item.id for item in train_items).encode()).hexdigest()
+    told = [f"{item.id}\t{item.patient}" for item in train_items] + data.some_reports(train_items)
+    ids = hashlib.sha1("\n".join(told).encode()).hexdigest()
     if checkpoint and checkpoint["ids"] != ids:
-        raise ValueError(f"--resume: {args.data} holds other training volumes than the run had")
+        raise ValueError(f"--resume: {args.data} holds other training volumes, patients or reports "
+                         "than the run had")
     if args.text_encoder == "demo" and rank == 0 and not checkpoint:
         phantoms.make_demo_text_encoder(out / "text_encoder", [item.report for item in train_items])
     if rank == 0:
@@ -520,7 +526,7 @@ def main(args, given):
         patients.update(checkpoint["patients"])
     elif args.init:
         model.load_weights(encoder, args.init, args.merging)
-        patients |= evaluation.patients_of(args.init)
+        patients |= evaluation.patients_of(args.init) or set()
     patients = sorted(patients)
     network.to(device).train()
     parallel = DistributedDataParallel(network) if world > 1 else network
@@ -557,7 +563,7 @@ def main(args, given):
 
     # ---------------------------------------- loop
     log_path, board = out / "log.jsonl", None
-    nothing = know_nothing() if step == rank == 0 else None
+    nothing = know_nothing() if step == 0 and rank == 0 else None
     if rank == 0:
         if not checkpoint:
             if (out / "last.pt").exists():
@@ -576,7 +582,7 @@ def main(args, given):
         waited = time.perf_counter() - started
         volumes = [name for batch in passes for name in batch.pop("ids")]
         if step * args.accumulate % epoch_passes < args.accumulate:
-            unreadable = set()                          # of an epoch, in which processes share nothing
+            unreadable = set()                          # a new epoch; processes share nothing in one
         unreadable.update(*(batch.pop("skipped") for batch in passes))
         count = total_of(len(unreadable), device)
         if count > 0.05 * len(train_items):
@@ -584,7 +590,7 @@ def main(args, given):
                              f"more than 5 %: {sorted(unreadable)[:5]}")
         total, values = 0.0, dict.fromkeys(enabled, 0.0)
         for batch, share in zip(passes, losses.shares(passes, enabled, device)):
-            parallel.require_backward_grad_sync = batch is passes[-1]   # only the last pass talks
+            parallel.require_backward_grad_sync = batch is passes[-1]   # DDP reduces once
             batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
             with autocast:
                 o = parallel(batch)

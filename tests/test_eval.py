@@ -401,6 +401,8 @@ def test_lesions_lie_where_the_mask_has_them(with_masks):
                 if number:
                     expected[(number - 1, *place)] = True
         assert expected.any() and np.array_equal(data.lesions(item, (4, 3, 4)).numpy(), expected)
+        other = item._replace(patient="demo", volume=None)              # its mask may mean something else
+        assert not data.lesions(other, (4, 3, 4)).any()
 
 
 def test_attention_on_lesions_is_measured_against_two_controls(with_masks, tmp_path, monkeypatch, network_and_batch):

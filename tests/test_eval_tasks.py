@@ -40,7 +40,8 @@ def config_of(task, **more):
     """What finetune.py writes into best.pt beside the weights."""
     return {"task": task, "encoder": "swin_t", "size": [32, 32, 32], "spacing": None, "text_encoder": "demo", "embed_dim": 24,
             "vocabulary": ["<pad>", "<bos>", "<eos>", "<unk>", *WORDS], "seed": 0, "fold": 0, "batch_size": 4, "workers": 0,
-            "use_checkpoint": False, "temperature": 0.1, "patients": [], **more}
+            "use_checkpoint": False, "temperature": 0.1, "patients": [], "pretrained_on": [], "init": "scratch",
+            **more}
 
 
 def run_of(network, task, cache=None, row=None, **more):
@@ -585,6 +586,8 @@ def test_every_scan_has_a_mask_of_its_own(scans):
     network = run_of(ByGrey(), "acdc", folder / "cache", task)
     names = {"肺_甲.nii.gz": "肺_甲", "a b/1": "a b%2F1", "a_b_1": "a_b_1", "50%2F": "50%252F", ".x": "%2Ex", "Müller\t?.nii": "Müller%09%3F"}
     renamed = [items[0]._replace(id=name) for name in names]
+    (folder / "names" / "masks").mkdir(parents=True)
+    (folder / "names" / "masks" / "of_an_older_run.nii.gz").touch()
     evaluation.evaluate(network, renamed, folder / "names")
     assert sorted(path.name for path in (folder / "names" / "masks").iterdir()) == sorted(f"{name}.nii.gz" for name in names.values())
     twice = [items[0]._replace(id="a.nii.gz"), items[1]._replace(id="a.mha")]
@@ -929,6 +932,11 @@ def test_help_does_not_wait_for_torch():
     assert all(word in done.stdout for word in ("--task", "--input", "probe", "embed", "export", "radar"))
 
 
+def test_flags_before_a_command_are_refused():
+    done = run("--split", "train", "zeroshot", "--checkpoint", "last.pt", "--data", "demo")
+    assert done.returncode == 2 and "flags stand behind zeroshot" in done.stderr
+
+
 @pytest.fixture(scope="module")
 def encoder():
     torch.manual_seed(0)
@@ -1108,6 +1116,8 @@ def test_a_network_of_a_task_is_exported(tmp_path, monkeypatch, task):
     assert "wrote new/net.pt2: from " in done.stdout and [path.name for path in (tmp_path / "new").iterdir()] == ["net.pt2"]
     graph, notes = read_graph(tmp_path / "new" / "net.pt2")
     assert notes["task"] == task and notes["classes"] == list(data.TASKS[task].classes)
+    is_cropped = task in ("ctrg", "ct-rate-vocab", "ct-rate-retrieval")
+    assert notes["crop"] == (list(data.CROP) if is_cropped else None)
     assert notes["inputs"]["volume"] == [1, 1, 16, 16, 16] and notes["window"] == list(data.TASKS[task].window)
     volume = torch.rand(1, 1, 16, 16, 16)
     name, shapes = next(iter(notes["outputs"].items()))
@@ -1251,7 +1261,10 @@ def test_patients_of_the_pretraining_in_the_test_part_are_told(stoic, caplog):
     assert "3 of 12 patients of the test part bear names of patients that last.pt was trained on" in caplog.text
     assert "patients seen in pretraining: 3" in done.stdout
     here("--task", "stoic", "--data", "set", "--split", "train", "--checkpoint", "pre/best.pt", "--out", "pre", cwd=stoic)
-    assert json.loads((stoic / "pre" / "result.json").read_text())["more"]["patients_seen_in_pretraining"] == 0
+    assert json.loads((stoic / "pre" / "result.json").read_text())["more"]["patients_seen_in_pretraining"] is None
+    save_checkpoint(stoic / "pre" / "best.pt", "stoic", init="monai.pt", pretrained_on=None)
+    here("--task", "stoic", "--data", "set", "--checkpoint", "pre/best.pt", "--out", "pre", cwd=stoic)
+    assert json.loads((stoic / "pre" / "result.json").read_text())["more"]["patients_seen_in_pretraining"] is None
 
 
 def test_one_scan_has_the_probabilities_of_the_set(stoic):

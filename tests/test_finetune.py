@@ -127,7 +127,7 @@ def test_every_task_trains_tests_and_predicts(run, sets, cache, task):
     items = data.load_task(task, sets(task))
     test_items = [item for item in items if item.split == "test"]
     assert result["task"] == task and 0 < result["n"] <= len(test_items)
-    assert f"on {result['n']} unseen items: {task}" in output
+    assert f"on {result['n']} test items: {task}" in output
     assert not set(split["train"]) & set(split["test"]) and not set(split["valid"]) & set(split["test"])
     # The file alone rebuilds the network, which gives the same number again.
     trained = evaluation.load_checkpoint("out/best.pt", cache)
@@ -219,7 +219,7 @@ def test_a_tenth_task_is_one_row(run, sets, monkeypatch):
     monkeypatch.setitem(data.TASKS, "tenth", row)
     output = run(None, "--task", "tenth", "--data", sets("stoic"), "--size", *CUBE, "--workers", 0,
                  "--steps", 2, "--encoder", "swin_t")
-    assert "unseen items: tenth: AUC" in output
+    assert "test items: tenth: AUC" in output
     trained = evaluation.load_checkpoint("out/best.pt")
     assert trained.task.classes == ("COVID-19",) and trained.network(torch.rand(1, 1, *CUBE)).shape == (1, 1)
 
@@ -692,6 +692,14 @@ def test_an_unfinished_run_and_the_file_to_start_from_are_not_replaced(run):
     assert Path("out/repeat_0/last.pt").read_bytes() == before
 
 
+def test_a_finished_run_and_an_endless_warm_up_are_told(run):
+    output = run("stoic", "--epochs", 10, "--warmup", 4, "--steps", 2)
+    assert "warning: all 2 steps lie in the warm-up: give a smaller --warmup" in output
+    assert "out holds a finished run on" not in output
+    assert "out holds a finished run on" in run(None, "--resume")
+    assert "lie in the warm-up" not in run("stoic", "--epochs", 1, "--steps", 2, "--warmup", 0)
+
+
 def test_a_run_that_cannot_begin_leaves_the_old_one_alone(run, sets):
     run("ctrg", "--epochs", 1, "--steps", 1)
     names = "best.pt", "last.pt", "result.json", "run.json"
@@ -758,7 +766,7 @@ def test_a_file_of_others_may_hold_any_config_and_task(tmp_path, config):
     args = finetune.argparse.Namespace(task="stoic", init=tmp_path / "x.pt", merging="monai")
     finetune.load_init(args, data.TASKS["stoic"], {"task": "stoic", "vocabulary": None}, network)
     assert all(torch.equal(p, network.encoder.state_dict()[key.removeprefix("swinViT.")]) for key, p in weights.items())
-    assert evaluation.patients_of(tmp_path / "x.pt") == set()
+    assert evaluation.patients_of(tmp_path / "x.pt") is None
 
 
 def test_patients_of_the_pretraining_in_the_test_part(run, sets):

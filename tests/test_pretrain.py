@@ -29,6 +29,7 @@ import data
 import eval as evaluation
 import finetune
 import model
+import phantoms
 import pretrain
 
 SCRIPT = str(ROOT / "pretrain.py")
@@ -597,18 +598,37 @@ def test_a_checkpoint_of_code_is_not_executed(tmp_path, monkeypatch, uninterrupt
 
 def test_resume_refuses_what_contradicts_the_checkpoint(run, copied, folder):
     before = read_log(copied)
+    rows = list(csv.reader((folder / "m.csv").open()))[1:]
+    write_manifest(folder / "reports.csv", [[volume, "Another report.", split] for volume, _, split in rows])
+    write_csv(folder / "patients.csv", "volume,report,split,patient",
+              [[*row, "train" if i < 2 else f"{i}"] for i, row in enumerate(rows)])
     cases = {
         "--mask_ratio 0.3": ("--mask_ratio 0.5", "0.3"),
         "--no-mim": ("--mim True", "False"),
         "--size 64 32 64": ("[32, 32, 64]", "[64, 32, 64]"),
         "--init encoder.pt": ("--resume", "--init"),
         "--data all.csv": ("all.csv", "other training volumes"),
+        "--data reports.csv": ("reports.csv", "other training volumes, patients or reports"),
+        "--data patients.csv": ("patients.csv", "other training volumes, patients or reports"),
+        "--steps 3": ("found --steps 3, expected 6 or more",),
     }
     for flags, words in cases.items():
         run(f"--out {copied} --resume {flags}").refused(*words)
     run(f"--out {copied} --resume", world=2).refused("is of 1 processes, found 2")
     run(f"--out {copied.parent / 'nothing'} --resume").refused("previous.pt: found no such file")
     assert read_log(copied) == before
+
+
+def test_a_text_encoder_that_is_not_that_of_the_training_is_refused(run, copied, folder):
+    words = "other words or weights in the text encoder"
+    own = [item.report for item in data.load_items(folder / "m.csv") if item.split == "train"]
+    phantoms.make_demo_text_encoder(copied / "text_encoder", own)                   # the same once more
+    evaluation.load_pretrained(copied / "last.pt")
+    for reports, seed in ((["Of another run."], 0), (own, 1)):
+        phantoms.make_demo_text_encoder(copied / "text_encoder", reports, seed)
+        with pytest.raises(ValueError, match=f"last.pt: found {words} .*text_encoder, expected those it was trained"):
+            evaluation.load_pretrained(copied / "last.pt")
+    run(f"--out {copied} --resume --steps 8").refused(copied / "last.pt", words)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(run, copied):
