@@ -1316,7 +1316,7 @@ def patients_of(path):
     """Hashes of the patients that a file of ours was trained on, as far as it tells; None of others' files"""
     state = model.read_checkpoint(path)
     config, notes = model.flags_of(state), model.notes_of(state)
-    if not config:
+    if not config and (notes is state or "patients" not in notes):
         return None
     return {*notes.get("patients", ()), *(config.get("pretrained_on") or ()), *config.get("patients", ())}
 
