@@ -1565,7 +1565,8 @@ def _demo(epochs, batch_size, size=(32, 32, 32), lr=1e-3, **more):
 # NOTE(paper): most settings are those of the released scripts. Ours: the recipe of ct-rate-retrieval (as
 # pre-training), epochs and decay of luna16, batch of segmentation, probabilities of rot90 and affine
 # (luna16), affine and zoom (msd-lung), angles of all affine ones, contrast about the mean (cc-ccii),
-# clip_grad but for msd-lung and covid-19-20, LayerNorm of luna16. msd-lung is not cropped to the
+# clip_grad but for msd-lung and covid-19-20, LayerNorm and cubes of 64 of luna16, cross entropy beside
+# Dice (msd-lung), and between a finding's two texts (ct-rate-vocab). msd-lung is not cropped to the
 # foreground: patches beside a tumour lie in the body.
 LISTED = f", a JSON {CASES} anywhere in it, or nnU-Net's imagesTr/*_0000, labelsTr/*"
 CT_RATE = "a CT-RATE folder (volumes, CSVs of reports, labels), a cache folder or a manifest .csv"

@@ -56,7 +56,7 @@ def flags():
     sets.add_argument("--data", required=True, help="demo, or a set as pretrain.py takes it")
     part.add_argument("--split", choices=["train", "valid", "test"], help="else test, or valid, or all")
     add = encoders.add_argument
-    add("--encoder", help="swin_b, swin_l, swin_t or unet, if the file does not say")
+    add("--encoder", help="swin_b, swin_l, swin_t or unet, else what the file says")
     add("--merging", default="auto", choices=["auto", "monai", "v0.9", "mergingv2"], help="of patches")
     add("--size", type=int, nargs=3, metavar=("D", "H", "W"), help="of the input, likewise")
     add("--hu", choices=["auto", "header", "csv"], help="source of Hounsfield units, likewise")

@@ -7,7 +7,8 @@
 
 The settings of a task are its row of TASKS in data.py; flags overrule them. Writes OUT/best.pt (the
 epoch with the best score on a validation part of the training split), last.pt, log.jsonl,
-curves.png, split.json, result.json (on the test part, which chooses nothing) and predictions/.
+curves.png, split.json, result.json (on the test part, which chooses nothing) and predictions/; with
+--repeats those of each in OUT/repeat_K.
 """
 import argparse
 
@@ -45,7 +46,7 @@ def flags():
 
     add = parser.add_argument_group("optimisation; by default the recipe of the task").add_argument
     add("--epochs", type=int, help="passes over the training part")
-    add("--steps", type=int, help="stop after so many steps, whatever --epochs says")
+    add("--steps", type=int, help="stop after so many steps, if --epochs has more")
     add("--batch_size", type=int, help="scans for each process and step")
     add("--lr", type=float, help="learning rate of the head")
     add("--lr_encoder", type=float, help="learning rate of the encoder")
@@ -218,7 +219,7 @@ def loss_of(task, network, batch, prompts, temperature):
         logits = network(batch["volume"], batch["tokens"][:, :-1])      # (B, L - 1, V)
         next_words = batch["tokens"][:, 1:]
         return losses.mlm_loss(logits, next_words.masked_fill(next_words == model.PAD, -100))
-    # NOTE(paper): vocabulary and retrieval train all weights; for retrieval no loss is named.
+    # NOTE(paper): vocabulary and retrieval train all but the text encoder; for retrieval no loss is named.
     if task.kind == "prompt":
         o = network(batch | prompts)                                    # f_i (B, E), f_t (2K, E)
         return losses.prompt_loss(o["f_i"], o["f_t"], batch["label"], temperature)

@@ -3,7 +3,7 @@
 B patients, S sentences, L report tokens, E embedding, V vocabulary, D H W voxels. Masks: 1 = real,
 in mim_loss 1 = masked.
 
-Under torch.distributed every loss is that of the *global* batch, the same on every process:
+Under torch.distributed every loss of pre-training is that of the *global* batch, on every process:
 features are gathered with gradients, sums and counts are added up. DistributedDataParallel takes
 the mean of gradients over processes: exactly the gradient of one process with the whole batch.
 """

@@ -336,7 +336,9 @@ class SwinTransformer3D(nn.Module):
 
 
 class UNetEncoder(nn.Module):
-    """The contracting path of a plain 3D U-Net (Çiçek et al. 2016), the paper's second backbone."""
+    """The contracting path of a plain 3D U-Net (Çiçek et al. 2016), the paper's second backbone.
+
+    NOTE(paper): it names no sizes of its U-Net."""
     stride, merging, use_v2 = 16, None, False
 
     def __init__(self, in_channels=1, feature_size=32, use_checkpoint=False):
@@ -858,7 +860,7 @@ class DecoderLayer(nn.Module):
 class ReportGenerator(nn.Module):
     """A transformer decoder that attends to visual tokens and, beside them, to a learned memory.
 
-    NOTE(paper): it only says that the head follows M2KT. Layers, width, heads and slots are the
+    NOTE(paper): it says M2KT's head with one transformer layer. Width, heads and slots are the
     release's. Its memory never learns; here it is a parameter.
     """
     own_heads = ("words.", "norm.", "head.")
@@ -977,7 +979,7 @@ def monai_settings(encoder):
     """Arguments of `monai.networks.nets.SwinUNETR` for an encoder, and what MONAI makes of it"""
     settings = encoder.settings | {"use_v2": encoder.use_v2}
     if len(settings.get("depths", ())) != 4:
-        return settings | {"note": "MONAI has no such network: its Swin has four stages"}
+        return settings | {"note": "MONAI has no such network"}
     if encoder.merging == "v0.9":
         note = "MONAI before 1.5 has the same numbers; another network in MONAI from 1.5 on"
         return settings | {"merging": MERGING_ORDERS["v0.9"], "note": note}

@@ -5,8 +5,8 @@
     torchrun --nproc_per_node=4 pretrain.py --data …     the same on 4 GPUs
     python pretrain.py --out out --resume                go on after an interruption
 
-Writes OUT/last.pt (everything), encoder.pt and encoder.safetensors (the encoder, with MONAI's
-names), the model card README.md, log.jsonl and pictures.
+Writes OUT/last.pt (everything), encoder.pt and encoder.safetensors (the encoder, a Swin with
+MONAI's names), the model card README.md, log.jsonl and pictures.
 """
 import argparse
 
@@ -51,11 +51,12 @@ def flags():
     add("--ssm", action=on_off, default=True, help="semantics similarity matching")
     add("--dfa", action=on_off, default=True, help="disentangled feature aggregation")
     add("--clip", action=on_off, default=False, help="CT-CLIP's contrast of volumes and reports, "
-        "weight 1: no part of MG-3D, but the one that needs the right report")
+        "weight 1: no part of MG-3D, but the one that most needs the right report")
     add("--lambda_a", type=float, default=1.0, help="weight of mim and mlm")
     add("--lambda_b", type=float, default=0.1, help="weight of sfr and cml")
     add("--lambda_g", type=float, default=0.1, help="weight of ssm and dfa")
     add("--temperature", type=float, default=0.1, help="of the contrastive losses")
+    # NOTE(paper): sizes and shares of masks, warm-up and clipping are not given.
     add("--mask_size", type=int, default=16, help="side of a masked sub-volume in voxels")
     add("--mask_ratio", type=float, default=0.5, help="part of the sub-volumes that is masked")
     add("--mlm_prob", type=float, default=0.15, help="part of the words that is masked")
@@ -146,8 +147,8 @@ run        {step} of {steps} steps, seed {seed}
 {numbers}
 ```
 
-`encoder, config = eval.load_encoder("hf:OWNER/NAME")` of the code loads it. The weights have the
-names of MONAI's `SwinUNETR`: {architecture}.
+`encoder, config = eval.load_encoder("hf:OWNER/NAME")` of the code loads it. As an encoder of
+MONAI's `SwinUNETR`: {architecture}.
 The files hold hashes of the names of the patients, so that a test can warn of them.
 """
 MAY_CHANGE = {"resume", "out", "steps", "cache", "workers", "save_every", "log_every", "data"}

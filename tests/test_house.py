@@ -9,8 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {
     "lines": {"losses": 225, "model": 1172, "phantoms": 571, "data": 2250, "pretrain": 712, "finetune": 486,
               "eval": 1655},
-    "lines in all": 7065,
-    "bytes in all": 370_500,
+    "lines in all": 7070,
+    "bytes in all": 371_000,
     "columns": 110,
     "wide": 100,                            # columns beyond which a line counts as wide
     "share of wide lines": 0.04,             # of all lines of the seven files
