@@ -104,7 +104,11 @@ def check_size(size, multiple=32):
 
 # --------------------------------------------------------------------------------------- volumes
 def _visible_files(folder):
-    return sorted(Path(one) for one in os.scandir(folder) if one.is_file() and not is_hidden(one.name))
+    files = [Path(one) for one in os.scandir(folder) if not one.is_dir() and not is_hidden(one.name)]
+    lost = sorted(file.name for file in files if not file.exists())
+    if lost:
+        raise wrong(folder, f"links to nothing: {shorten(lost)}", "files")
+    return sorted(files)
 
 
 def is_dicom(file):
@@ -177,7 +181,7 @@ def _read_nifti(path):
 
 def _header_text(path):
     with open(path, "rb") as file:
-        return file.read(1 << 20).decode("latin-1")
+        return file.read(1 << 20).decode("utf-8", "surrogateescape")
 
 
 def _read_itk(path):
@@ -582,10 +586,14 @@ class CachedItem(Item):
 
 
 def walk(folder):
-    """As os.walk, but links are followed, each real folder once, and what is hidden is left out"""
+    """As os.walk, but links are followed, each real folder once, what is hidden is left out, and a folder
+    that cannot be listed is an OSError; nothing of a file or of what is not there"""
+    def stop(error):
+        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            raise error
     seen, starts = set(), [folder]
     for start in starts:  # the links come last: a folder's own name counts, not that of a link to it
-        for root, folders, files in os.walk(start):
+        for root, folders, files in os.walk(start, onerror=stop):
             real = os.path.realpath(root)
             if real in seen:
                 folders.clear()

@@ -64,14 +64,14 @@ def flags():
 
     def command(name, out, *parents):
         parser = commands.add_parser(name, parents=parents, formatter_class=Help)
-        what = "file or folder to write" if out else "folder to write, else that of the checkpoint"
+        what = "file or folder to write" if out else "folder to write; else it lies beside the checkpoint"
         parser.add_argument("--out", type=Path, default=out, help=what)
         return parser.add_argument
-    add = command("zeroshot", "out/zeroshot", weights, sets, part)
+    add = command("zeroshot", None, weights, sets, part)
     add("--prompts", type=Path, help="CSV name,positive,negative: two texts a label column; else 'NAME.' "
         "and 'not NAME.' of the 18, for the demo in words of its reports")
-    command("retrieval", "out/retrieval", weights, sets, part)
-    add = command("probe", "out/probe", weights, sets, encoders)
+    command("retrieval", None, weights, sets, part)
+    add = command("probe", None, weights, sets, encoders)
     add("--batch_size", type=int, default=8, help="volumes at a time")
     add("--few", type=int, default=100, help="labels of a second probe of last.pt, the mean of 10 draws")
     add = command("pairing", None, weights, sets)
@@ -1353,7 +1353,8 @@ def probe_command(args):
           f"n = {len(truth)}, chance 0.500")
     seen = count_seen(tested, patients_of(args.checkpoint), args.checkpoint)
     result = {"macro_auc": value, "interval": interval, "n": len(truth), "patients": len(set(patients)),
-              "chance": 0.5, "auc": per_class, "patients_seen_in_pretraining": seen}
+              "chance": 0.5, "auc": per_class, "patients_seen_in_pretraining": seen,
+              "checkpoint": str(args.checkpoint)}
     if math.isnan(value):
         result["reason"] = KINDS["prompt"][2]
     untrained = untrained_encoder(run.config) if "mlm_prob" in run.config else None
@@ -1361,7 +1362,7 @@ def probe_command(args):
         before = probe_features(untrained.to(DEVICE), *inputs)
         result["gain"] = compare_probes(before, features, items, args.few)
         print(say_probe(result["gain"]))
-    write_result(result, args.out / "probe.json")
+    write_result(result, (args.out or args.checkpoint.parent / "probe") / "probe.json")
 
 
 def tested_part(items, split, source):
@@ -1432,8 +1433,9 @@ def towers_command(args):
     data.check_reports(run.network.text_encoder, checked, source)
     run = run._replace(task=task, config=run.config | {"task": args.command, "prompts": texts})
     seen = count_seen(items, patients_of(args.checkpoint), args.checkpoint)
-    save_evaluation(run, items, args.out, score=f"cosine of pooled features, taught by {teacher}",
-                    patients_seen_in_training=seen)
+    save_evaluation(run, items, args.out or args.checkpoint.parent / args.command,
+                    score=f"cosine of pooled features, taught by {teacher}",
+                    checkpoint=str(args.checkpoint), patients_seen_in_training=seen)
 
 
 def save_evaluation(run, items, out, train_items=(), **more):

@@ -85,6 +85,7 @@ import math
 import shutil
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -240,6 +241,8 @@ def train(args, task, out, seed, rank, world, device):
     checkpoint = None
     if args.resume and any((out / name).exists() for name in ("last.pt", "previous.pt")):
         checkpoint = pretrain.load_last(out)
+        if checkpoint["config"]["begun"] != args.begun:
+            raise ValueError(f"--resume: {out}/last.pt is of another run than run.json")
 
     # ---------------------------------------- data
     if rank > 0:
@@ -298,6 +301,7 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}"""
     ids = hashlib.sha1(told.encode()).hexdigest()
     if checkpoint and checkpoint["ids"] != ids:
         raise ValueError(f"--resume: items, labels, words or settings in data.py are not those of {out}")
+    pretrain.check_agreement(ids, args.data)
     tokenizer, prompts = None, {}
     if with_texts:
         tokenizer = network.text_encoder.tokenizer
@@ -348,7 +352,8 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}"""
     if rank == 0:
         if not checkpoint and seed == args.seed:        # all is checked
             forget_older_run(Path(args.out))
-        evaluation.write_result(vars(args) | {"resume": False}, Path(args.out, "run.json"))
+        for folder in {Path(args.out), out}:
+            evaluation.write_result(vars(args) | {"resume": False}, folder / "run.json")
         evaluation.write_result(patients, out / "split.json")
         rows = [row for row in pretrain.read_log(log_path) if row["step"] < step]
         pretrain.write_log(log_path, rows, "w")
@@ -410,6 +415,8 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}"""
 def test_best(args, out, best, seed, seen, train_items, test_items, device):
     """OUT/result.json: the best epoch on the test part. seen: its patients seen in pre-training"""
     run = evaluation.load_checkpoint(out / "best.pt", args.cache, device)
+    if run.config["begun"] != args.begun:
+        raise SystemExit(f"error: {out}/best.pt is of another run since {run.config['begun']}")
     result = evaluation.evaluate(run, test_items, out=out / "predictions", train_items=train_items)
     result |= {"valid": best["value"], "epoch": best["epoch"], "seed": seed, "init": args.init}
     result["more"]["patients_seen_in_pretraining"] = seen
@@ -457,11 +464,16 @@ def main(args, given):
         saved = json.loads((out / "run.json").read_text(encoding="utf-8"))
         args = pretrain.resume_flags(args, given, saved, MAY_CHANGE)
         pretrain.check_flags(args)
+        if args.world != world:
+            raise ValueError(f"--resume: {out} is of {args.world} processes, found {world}")
+        if args.data != saved["data"] and (out / "result.json").exists():
+            raise ValueError(f"--resume: {out} holds a finished run on {saved['data']}, not on {args.data}")
     else:
         args = complete(args, given)
         pretrain.check_init(args.init, out)
         if not (out / "result.json").exists() and [*out.glob("last.pt"), *out.glob("repeat_*/last.pt")]:
             raise ValueError(f"{out} holds a run without result.json: give --resume, or another --out")
+        args.begun, args.world = str(datetime.now()), world
     args.out = str(out)
     spacing = args.spacing and tuple(args.spacing)
     task = data.TASKS[args.task]._replace(size=tuple(args.size), spacing=spacing)

@@ -205,9 +205,30 @@ def check_flags(args):
 
 
 def check_init(init, out):
-    """ValueError if --init lies in the folder that the run writes to."""
-    if init not in (None, "scratch") and model.local_file(init).parent.resolve() == out.resolve():
-        raise ValueError(f"--init {init} lies in --out {out}, whose files the run replaces")
+    """ValueError if --init lies, or is a link to what lies, in the folder that the run writes to."""
+    if init not in (None, "scratch"):
+        file = model.local_file(init)
+        if out.resolve() in [*file.absolute().parents, *file.resolve().parents]:
+            raise ValueError(f"--init {init} lies in --out {out}, whose files the run replaces")
+
+
+def check_unfinished(out):
+    """ValueError if OUT holds an unfinished run of this script, as one that was requeued"""
+    last = [file for file in (out / "last.pt", out / "previous.pt") if file.exists()]
+    if last:
+        old = model.read_checkpoint(last[0])
+        steps = model.flags_of(old).get("steps")
+        if steps and old["step"] < steps:
+            raise ValueError(f"{out} holds a run, {old['step']} of {steps} steps: give --resume, or another --out")
+
+
+def check_agreement(ids, source):
+    """ValueError unless all processes have the same items"""
+    told = [None] * dist.get_world_size()
+    dist.all_gather_object(told, ids)
+    if len(set(told)) > 1:
+        raise ValueError(f"{source}: the processes list different items: is it being filled, or not the same "
+                         "on all machines?")
 
 
 def resume_flags(args, given, saved, may_change):
@@ -320,7 +341,8 @@ def network_state(network, config, step):
 
 
 def save_run(out, network, optimizer, scaler, config, step, **more):
-    """OUT/last.pt, all that is needed to go on. SystemExit if the processes have drifted apart."""
+    """OUT/last.pt, all that is needed to go on. SystemExit if the processes have drifted apart, or if
+    another run has begun in OUT since."""
     checksum = sum(p.detach().double().abs().sum() for p in network.parameters() if p.requires_grad)
     checksums = losses.gather(checksum.reshape(1))
     if (checksums != checksums[0]).any():
@@ -329,6 +351,9 @@ def save_run(out, network, optimizer, scaler, config, step, **more):
     rng = [None] * dist.get_world_size()
     dist.all_gather_object(rng, (torch.get_rng_state(), cuda))
     if dist.get_rank() == 0:
+        begun = json.loads((out / "run.json").read_text(encoding="utf-8"))["begun"]
+        if begun != config["begun"]:
+            raise SystemExit(f"error: {out} is of another run since {begun}, this one ends unsaved at step {step}")
         for part in out.glob(".*.part"):        # a kill left it
             part.unlink()
         state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
@@ -488,6 +513,7 @@ def main(args, given):
                              "as many are done")
     else:
         check_init(args.init, out)
+        check_unfinished(out)
         args.begun = str(datetime.now())
     if args.batch_size is None:
         args.batch_size = max(1, 24 // world)
@@ -512,6 +538,7 @@ def main(args, given):
         phantoms.make_demo_text_encoder(out / "text_encoder", [item.report for item in train_items])
     if rank == 0:
         dist.barrier()
+    check_agreement(ids, args.data)
     if args.permute_reports:
         train_items = data.permute_reports(train_items, args.seed)
 

@@ -1660,6 +1660,36 @@ def test_what_cannot_be_cached_is_refused(tmp_path, command):
     assert code == 0 and "0 volumes to make" in text and "0 of 4 of all shards; 4 still lack" in text
 
 
+def test_slices_that_are_links_to_nothing_are_refused(tmp_path):
+    for z in range(4):
+        sitk.WriteImage(sitk.GetImageFromArray(np.eye(4, dtype=np.uint8)), str(tmp_path / f"{z}.png"))
+    assert data.read_volume(tmp_path)[0].shape == (4, 4, 4)
+    (tmp_path / "4.png").symlink_to("absent.png")
+    with pytest.raises(ValueError, match=f"{tmp_path}: .*links to nothing: 4.png"):
+        data.read_volume(tmp_path)
+
+
+def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    scan = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("/b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+    assert data.find(tmp_path, "x") == data.find(tmp_path / "none", "x") == []
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="/b"):
+        data.find(tmp_path, "x")
+
+
+def test_data_of_a_header_may_have_any_name(tmp_path):
+    (tmp_path / "a.mhd").write_text("ElementDataFile = M\u00fcller.raw\n", encoding="utf-8")
+    (tmp_path / "M\u00fcller.raw").touch()
+    assert data.files_of(tmp_path / "a.mhd") == [tmp_path / "a.mhd", tmp_path / "M\u00fcller.raw"]
+
+
 def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     [item] = data.load_items(manifest(tmp_path, n=1))
 

@@ -698,6 +698,24 @@ def test_a_finished_run_and_an_endless_warm_up_are_told(run):
     assert "warning: all 2 steps lie in the warm-up: give a smaller --warmup" in output
     assert "out holds a finished run on" not in output
     assert "out holds a finished run on" in run(None, "--resume")
+    with pytest.raises(ValueError, match="out holds a finished run on .*stoic, not on elsewhere"):
+        run(None, "--resume", "--data", "elsewhere")
+    begun = read_json("out/run.json")
+    Path("out/run.json").write_text(json.dumps(begun | {"world": 4}))
+    with pytest.raises(ValueError, match="--resume: out is of 4 processes, found 1"):
+        run(None, "--resume")
+
+
+def test_runs_at_once_in_one_folder_are_told_apart(run):
+    run("stoic", "--epochs", 1, "--steps", 2)
+    Path("out/result.json").unlink()
+    best = load("out/best.pt")
+    torch.save(best | {"config": best["config"] | {"begun": "since"}}, "out/best.pt")
+    with pytest.raises(SystemExit, match="out/best.pt is of another run since since"):
+        run(None, "--resume")
+    Path("out/run.json").write_text(json.dumps(read_json("out/run.json") | {"begun": "since"}))
+    with pytest.raises(ValueError, match="out/last.pt is of another run than run.json"):
+        run(None, "--resume")
 
 
 def test_a_run_that_cannot_begin_leaves_the_old_one_alone(run, sets):

@@ -537,6 +537,37 @@ def test_an_older_run_in_the_folder_is_not_taken_for_the_new_one(run, copied):
     run(f"--out {copied} --resume").refused(newest["begun"], "last.pt is of an older one")
 
 
+def test_an_unfinished_run_is_not_replaced(run, copied):
+    """A job that is requeued starts the same command again."""
+    state = load(copied / "last.pt")
+    torch.save(state | {"config": state["config"] | {"steps": 9}}, copied / "last.pt")
+    (copied / "last.pt").rename(copied / "previous.pt")                 # killed while saving
+    run(f"{SMALL} --out {copied} --steps 9").refused(copied, "holds a run, 6 of 9 steps", "give --resume, or another --out")
+    assert load(copied / "previous.pt")["step"] == 6
+
+
+def test_a_run_ends_when_another_begins_in_its_folder(tmp_path):
+    (tmp_path / "run.json").write_text('{"begun": "later"}')
+    pretrain.start()
+    try:
+        with pytest.raises(SystemExit, match="is of another run since later, this one ends unsaved at step 3"):
+            pretrain.save_run(tmp_path, torch.nn.Linear(1, 1), None, None, {"begun": "before"}, 3)
+        assert not (tmp_path / "last.pt").exists()
+    finally:
+        pretrain.leave_group()
+
+
+def test_processes_that_list_other_items_are_refused(monkeypatch):
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    for others in ("a", "b"):
+        monkeypatch.setattr(dist, "all_gather_object", lambda told, ids, others=others: told.__setitem__(slice(None), [ids, others]))
+        if others == "a":
+            pretrain.check_agreement("a", "cached")
+        else:
+            with pytest.raises(ValueError, match="cached: the processes list different items"):
+                pretrain.check_agreement("a", "cached")
+
+
 def test_weights_of_the_losses():
     def weights(*flags):
         return pretrain.loss_weights(pretrain.read_flags(["--data", "m.csv", *flags])[0])
@@ -656,6 +687,13 @@ def test_the_file_to_start_from_is_not_replaced(run, copied):
     before = (copied / "encoder.pt").read_bytes()
     for name in ("encoder.pt", "last.pt"):
         run(f"{SMALL} --steps 1 --init {copied / name} --out {copied}").refused(f"--init {copied / name} lies in --out")
+    link, inner = copied.parent / "latest.pt", copied / "repeat_0" / "encoder.pt"
+    link.symlink_to(copied / "encoder.pt")
+    inner.parent.mkdir()
+    shutil.copy(link, inner)
+    for name in (link, inner):
+        with pytest.raises(ValueError, match=f"--init {name} lies in --out {copied}"):
+            pretrain.check_init(str(name), copied)
     assert (copied / "encoder.pt").read_bytes() == before
 
 
