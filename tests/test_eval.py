@@ -405,6 +405,16 @@ def test_lesions_lie_where_the_mask_has_them(with_masks):
         assert not data.lesions(other, (4, 3, 4)).any()
 
 
+def test_reports_look_for_their_volumes(monkeypatch):
+    items = [data.Item(str(i), Path(str(i)), f"Report {i}.", "test", f"p{i}") for i in range(20)]
+    volumes, reports = torch.randn(2, 20, 3, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(evaluation, "predict_features", lambda run, items, progress: volumes)
+    monkeypatch.setattr(evaluation, "text_features", lambda network, texts: reports)
+    ranks = [sum(report @ other >= report @ own for other in volumes) for report, own in zip(reports, volumes)]
+    found = evaluation.retrieve_reports(torch.nn.Linear(1, 1), items, None, SIZE)
+    assert found["k"] == 2 and found["value"] == pytest.approx(np.mean([rank <= 2 for rank in ranks]))
+
+
 def test_attention_on_lesions_is_measured_against_two_controls(with_masks, tmp_path, monkeypatch, network_and_batch):
     network = network_and_batch[0]
 

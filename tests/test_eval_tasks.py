@@ -415,6 +415,7 @@ def test_accuracy_of_exclusive_classes(constant_inputs, tmp_path):
     pred = [0, 0, 1, 1, 1, 1, 0]
     items = items_of(np.eye(3)[label])
     network = Table(np.eye(3)[pred] * 5)
+    no_interval_of_one_patient(run_of(network, "cc-ccii"), items)
     result = evaluation.evaluate(run_of(network, "cc-ccii"), items, tmp_path)
     assert result["task"] == "cc-ccii" and result["metric"] == "ACC" and result["n"] == 7 and result["split"] == "test"
     assert result["value"] == pytest.approx(5 / 7) and result["chance"] == pytest.approx(4 / 7)
@@ -437,9 +438,17 @@ def test_severity_is_told_among_those_with_covid(constant_inputs):
     assert result["per_class"]["COVID-19"] == 0.5 and result["chance"] == 0.5
 
 
+def no_interval_of_one_patient(run, items):
+    """All scans are of one patient: there is nobody to resample."""
+    result = evaluation.evaluate(run, [item._replace(patient="p") for item in items])
+    assert result["patients"] == 1 and np.isnan(result["interval"]).all()
+
+
 def test_auc_over_all_candidates(constant_inputs):
     network, items = Table([[0], [1], [2], [3]]), items_of([[0], [1], [0], [1]])
+    network.train()
     result = evaluation.evaluate(run_of(network, "luna16"), items)
+    assert not network.training
     assert result["value"] == pytest.approx(3 / 4) and result["n"] == 4 and result["per_class"] == {"nodule": result["value"]}
     assert result["protocol"] == "nodule among all items"
 
@@ -559,6 +568,7 @@ class ByGrey(nn.Module):
 def test_dice_in_the_own_grid(scans):
     items, task, folder = scans
     result = evaluation.evaluate(run_of(ByGrey(), "acdc", folder / "cache", task), items, folder / "out")
+    no_interval_of_one_patient(run_of(ByGrey(), "acdc", folder / "cache", task), items)
     assert result["value"] == 1 and result["per_class"] == {"a": 1, "b": 1} and result["interval"] == (1, 1)
     assert result["n"] == 2 and result["more"]["without_truth"] == 3 and result["more"]["marked_without_truth"] == 1     # the bright corner of scan2
     full_a, full_b = 2 * 64 / (64 + 960), 2 * 8 / (8 + 960)
@@ -662,8 +672,9 @@ def test_reports_under_both_protocols(constant_inputs, tmp_path):
     reports = ["The lung is clear. No effusion.", "Nodule in the left lobe of the lung.", " ".join(["heart"] * 160) + ".", "No strange effusion in the lung."]
     said = ["the lung is clear no effusion", "nodule in the lung", " ".join(["heart"] * 150), "no <unk> effusion in the lung"]
     train = items_of(reports=["The lung is clear. No effusion.", "The lung is clear.", "The lung is clear. No nodule."])
-    result = evaluation.evaluate(run_of(Writer(said, vocabulary), "ctrg", vocabulary=vocabulary),
-                                 items_of(reports=reports), tmp_path, train_items=train)
+    run = run_of(Writer(said, vocabulary), "ctrg", vocabulary=vocabulary)
+    no_interval_of_one_patient(run, items_of(reports=reports))
+    result = evaluation.evaluate(run, items_of(reports=reports), tmp_path, train_items=train)
     more = result["more"]
     whole = ["the lung is clear no effusion", "nodule in the left lobe of the lung", " ".join(["heart"] * 160), "no strange effusion in the lung"]
     cut = [*whole[:2], " ".join(["heart"] * 150), "no <unk> effusion in the lung"]
@@ -872,6 +883,7 @@ def test_recall_among_few_is_of_a_k_that_can_differ(constant_inputs, text_encode
     items = items_of(reports=[f"{word} lung." for word in WORDS[:n]])
     result = evaluation.evaluate(run_of(TwoTowers(text_encoder, images, texts), "ct-rate-retrieval"), items)
     volumes = result["more"]["protocols"]["volumes"]
+    no_interval_of_one_patient(run_of(TwoTowers(text_encoder, images, texts), "ct-rate-retrieval"), items)
     if k is None:
         assert math.isnan(result["value"]) and "always finds itself" in result["reason"]
     else:
@@ -1237,6 +1249,17 @@ def test_the_command_line_of_a_task(stoic):
     last = done.stdout.strip().splitlines()[-2]
     assert f"stoic: AUC {result['value']:.3f} [" in last and "n = 8 (test), chance 0.500" in last
     drawn(stoic / "eval" / "roc.png")
+
+
+@pytest.mark.parametrize("more", [{"seed": 3}, {"fold": 2}])
+def test_the_split_of_the_training_is_that_of_the_test(stoic, more):
+    save_checkpoint(stoic / "other" / "best.pt", "stoic", **more)
+    done = here("--task", "stoic", "--data", "set", "--checkpoint", "other/best.pt", "--out", "other", cwd=stoic)
+    assert done.returncode == 0, done.stderr
+    expected, usual = ([item for item in data.load_task("stoic", stoic / "set", **some) if item.split == "test"]
+                       for some in (more, {}))
+    found = json.loads((stoic / "other" / "result.json").read_text())["ids_sha1"]
+    assert found == evaluation._hash(expected) != evaluation._hash(usual)
 
 
 def test_patients_of_the_training_in_the_test_part_are_told(stoic, caplog):

@@ -749,6 +749,68 @@ def test_the_validation_part_picks_the_epoch(run, monkeypatch):
     assert read_json("out/result.json")["epoch"] == 2
 
 
+def test_the_test_part_chooses_nothing_and_the_best_epoch_is_tested(run, monkeypatch):
+    seen, values, original = [], iter([0.7, 0.2]), evaluation.evaluate
+
+    def evaluate(run, items, out=None, **more):
+        seen.append(({item.split for item in items}, run.network.head.weight.detach().clone()))
+        return original(run, items, out=out, **more) if out else {"value": next(values), "metric": "AUC"}
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    run("stoic", "--epochs", 2, "--eval_every", 1, "--batch_size", 8, "--lr", 0.01)
+    (first, best), (second, last), (third, tested) = seen
+    assert first == second == {"valid"} and third == {"test"}
+    assert torch.equal(tested, best) and not torch.equal(tested, last)
+
+
+def test_the_fold_and_the_seed_are_those_asked_for(run, sets):
+    run("stoic", "--steps", 1, "--fold", 2, "--seed", 3)
+    items = data.load_task("stoic", sets("stoic"), fold=2, seed=3)
+    for split, patients in read_json("out/split.json").items():
+        assert set(patients) == {item.patient for item in items if item.split == split}
+
+
+def test_a_vocabulary_is_of_the_training_part(run, sets):
+    run("ctrg", "--steps", 1, "--min_count", 1)
+    items = data.load_task("ctrg", sets("ctrg"))
+    trained, every = (data.build_vocabulary([item.report for item in some], 1)
+                      for some in ([item for item in items if item.split == "train"], items))
+    assert load("out/best.pt")["config"]["vocabulary"] == trained != every
+
+
+def test_as_many_candidates_of_either_kind_are_trained_on(run, sets, monkeypatch):
+    seen, original = [], losses.bce_loss
+    monkeypatch.setattr(losses, "bce_loss",
+                        lambda logits, labels: seen.extend(labels[:, 0].tolist()) or original(logits, labels))
+    run("luna16", "--epochs", 1, "--batch_size", 2)
+    items = [item for item in data.load_task("luna16", sets("luna16")) if item.split == "train"]
+    assert sum(seen) == sum(item.labels[0] for item in items) == len(seen) / 2
+
+
+def test_masks_of_an_example_move_with_its_volumes(sets, cache):
+    item = data.load_task("msd-lung", sets("msd-lung"))[0]
+    task = data.TASKS["msd-lung"]._replace(size=CUBE, spacing=(6., 6., 6.), patches=2, augment={"flip": 1})
+    plain, turned = (data.task_example(item, np.random.default_rng(0), row, cache)
+                     for row in (task._replace(augment=None), task))
+    for key in ("volume", "mask"):
+        assert torch.allclose(turned[key], plain[key].flip(-3, -2, -1)), key
+    assert not torch.equal(turned["mask"], plain["mask"])
+
+
+def test_the_next_word_and_the_exclusive_class_are_learned():
+    torch.manual_seed(0)
+    tokens, logits = torch.tensor([[1, 4, 3, 2], [1, 3, 2, 0]]), torch.randn(2, 3, 5)   # 1 begins, 2 ends, 0 pads
+
+    def words(volume, shown):
+        assert torch.equal(shown, tokens[:, :-1])
+        return logits
+    loss = finetune.loss_of(data.TASKS["ctrg"], words, {"volume": None, "tokens": tokens}, {}, 0.1)
+    p = logits.log_softmax(-1)
+    torch.testing.assert_close(loss, -(p[0, 0, 4] + p[0, 1, 3] + p[0, 2, 2] + p[1, 0, 3] + p[1, 1, 2]) / 5)
+    scores, label = logits[0, :, :3], torch.eye(3)[[2, 0, 1]]
+    loss = finetune.loss_of(data.TASKS["cc-ccii"], lambda volume: scores, {"volume": None, "label": label}, {}, 0.1)
+    torch.testing.assert_close(loss, -scores.log_softmax(1)[label.bool()].mean())
+
+
 def test_a_validation_part_without_a_number_picks_no_epoch(run, monkeypatch):
     """The last one is taken, and the run says so; an epoch with a number is better than any without."""
     original = evaluation.evaluate

@@ -460,6 +460,19 @@ def terms(network, batch):
     return {name: compute[name]() for name in model.LOSSES if name in network.losses}
 
 
+def test_compute_gives_every_loss_its_own_tensors(text_folder, batch):
+    network = small_mg3d(text_folder)
+    o = {key: value.detach().requires_grad_(value.is_floating_point()) for key, value in network(batch).items()}
+    network.forward = lambda _: o
+    leaves = [value for value in o.values() if value.requires_grad]
+    found, expected = losses.compute(o, batch, model.LOSSES), terms(network, batch)
+    for name in model.LOSSES:
+        torch.testing.assert_close(*(torch.autograd.grad(loss[name], leaves, allow_unused=True)
+                                     for loss in (found, expected)))
+    hot = losses.compute(o, batch, model.LOSSES, temperature=0.5)
+    assert {name for name in hot if hot[name] != found[name]} == {"cml", "dfa", "clip"}
+
+
 def test_shapes(text_folder, batch):
     network = small_mg3d(text_folder)
     o = network(batch)

@@ -546,15 +546,11 @@ def test_an_unfinished_run_is_not_replaced(run, copied):
     assert load(copied / "previous.pt")["step"] == 6
 
 
-def test_a_run_ends_when_another_begins_in_its_folder(tmp_path):
+def test_a_run_ends_when_another_begins_in_its_folder(tmp_path, group):
     (tmp_path / "run.json").write_text('{"begun": "later"}')
-    pretrain.start()
-    try:
-        with pytest.raises(SystemExit, match="is of another run since later, this one ends unsaved at step 3"):
-            pretrain.save_run(tmp_path, torch.nn.Linear(1, 1), None, None, {"begun": "before"}, 3)
-        assert not (tmp_path / "last.pt").exists()
-    finally:
-        pretrain.leave_group()
+    with pytest.raises(SystemExit, match="is of another run since later, this one ends unsaved at step 3"):
+        pretrain.save_run(tmp_path, torch.nn.Linear(1, 1), None, None, {"begun": "before"}, 3)
+    assert not (tmp_path / "last.pt").exists()
 
 
 def test_processes_that_list_other_items_are_refused(monkeypatch):
@@ -566,6 +562,46 @@ def test_processes_that_list_other_items_are_refused(monkeypatch):
         else:
             with pytest.raises(ValueError, match="cached: the processes list different items"):
                 pretrain.check_agreement("a", "cached")
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_gradients_are_clipped_in_their_own_scale(group, scaled):
+    layer, scaler = torch.nn.Linear(1, 1, bias=False), torch.amp.GradScaler("cpu", enabled=scaled)
+    optimizer, before = torch.optim.SGD(layer.parameters(), 1.0), layer.weight.item()
+    scaler.scale(layer(torch.full((1, 1), 5.)).sum()).backward()
+    norm, _ = pretrain.update(layer, optimizer, scaler, 0.5, 1.0, 0, "step 7")
+    assert norm == pytest.approx(5) and before - layer.weight.item() == pytest.approx(0.5)
+
+
+def only_the_training_is_permuted():
+    no_pictures()
+    original = data.permute_reports
+
+    def permute_reports(items, seed):
+        assert {item.split for item in items} == {"train"}
+        return original(items, seed)
+    data.permute_reports = permute_reports
+
+
+def test_reports_of_those_held_out_are_not_permuted(run):
+    flags = f"{SMALL} {ONLY_MIM} --steps 1 --out control2 --permute_reports"
+    run(flags, prepare=only_the_training_is_permuted).succeeded()
+
+
+def unusual_flags_arrive():
+    import losses
+    no_pictures()
+
+    def compute(o, batch, enabled, temperature=0.1):
+        assert batch["volume_mask"].float().mean() == 0.25 and temperature == 0.7
+        return {name: o["f_i"].mean() for name in enabled}
+    losses.compute = compute
+
+
+def test_flags_reach_what_they_are_for(run):
+    flags = "--mask_ratio 0.25 --temperature 0.7 --fraction 0.5"
+    done = run(f"{SMALL} --steps 1 --out unusual {flags}", prepare=unusual_flags_arrive).succeeded()
+    assert "5 volumes to train on, 2 held out" in done.text
 
 
 def test_weights_of_the_losses():
@@ -1005,6 +1041,10 @@ def test_the_demo_writes_what_it_found(run, tmp_path, world, values):
     low, value, high = result["probe"]["difference"]
     assert low <= value <= high and value == pytest.approx(
         result["probe"]["pretrained"] - result["probe"]["untrained"])
+    items = data.load_items(tmp_path / "cache" / "demo" / "manifest.csv")
+    untrained = evaluation.untrained_encoder(load(tmp_path / "out" / "last.pt")["config"])
+    features = evaluation.probe_features(untrained, items, tmp_path / "cache", (32, 32, 32), batch_size=24)
+    assert result["probe"]["untrained"] == pytest.approx(evaluation.macro_auroc(*evaluation.probe(features, items)))
     assert result["retrieval"]["k"] == 1 and result["retrieval"]["chance"] == pytest.approx(1 / 18)
     assert 0 < result["moved"] < 0.1
     assert (tmp_path / "out" / "pairing.png").stat().st_size > 5000
