@@ -235,6 +235,13 @@ def loss_of(task, network, batch, prompts, temperature):
     return losses.bce_loss(logits, batch["label"])
 
 
+def run_hash(task, config, items):
+    """Of what must be the same when a run goes on: settings of the task, words, items with their labels"""
+    labels = [(item.id, item.labels is not None and item.labels.tobytes()) for item in items]
+    told = repr((task.settings(), config["crop"], config["vocabulary"], labels))
+    return hashlib.sha1(told.encode()).hexdigest()
+
+
 def train(args, task, out, seed, rank, world, device):
     """One run: train, validate, test the best epoch."""
     precision, autocast, scaler = pretrain.mixed_precision(args.precision, device)
@@ -295,10 +302,7 @@ model      {args.encoder} from {args.init}{", frozen" if args.freeze else ""}"""
                                             for part in parts)
     if not (train_items and valid_items and test_items):
         raise data.wrong(args.data, "a part of which no scan can be read", "some of each")
-    labels = [(item.id, item.labels is not None and item.labels.tobytes())
-              for item in train_items + valid_items]
-    told = repr((task.settings(), config["crop"], config["vocabulary"], labels))
-    ids = hashlib.sha1(told.encode()).hexdigest()
+    ids = run_hash(task, config, train_items + valid_items)
     if checkpoint and checkpoint["ids"] != ids:
         raise ValueError(f"--resume: items, labels, words or settings in data.py are not those of {out}")
     pretrain.check_agreement(ids, args.data)

@@ -205,11 +205,13 @@ def check_flags(args):
 
 
 def check_init(init, out):
-    """ValueError if --init lies, or is a link to what lies, in the folder that the run writes to."""
+    """ValueError if --init lies, or is a link to what lies, in a folder that the run writes to."""
     if init not in (None, "scratch"):
         file = model.local_file(init)
-        if out.resolve() in [*file.absolute().parents, *file.resolve().parents]:
-            raise ValueError(f"--init {init} lies in --out {out}, whose files the run replaces")
+        for folder in (file.parent, file.resolve().parent):
+            folder = folder.parent if folder.name.startswith("repeat_") else folder     # of finetune.py
+            if folder.resolve() == out.resolve():
+                raise ValueError(f"--init {init} lies in --out {out}, whose files the run replaces")
 
 
 def check_unfinished(out):
@@ -219,7 +221,8 @@ def check_unfinished(out):
         old = model.read_checkpoint(last[0])
         steps = model.flags_of(old).get("steps")
         if steps and old["step"] < steps:
-            raise ValueError(f"{out} holds a run, {old['step']} of {steps} steps: give --resume, or another --out")
+            raise ValueError(f"{out} holds a run, {old['step']} of {steps} steps: give --resume, "
+                             "or another --out")
 
 
 def check_agreement(ids, source):
@@ -353,7 +356,8 @@ def save_run(out, network, optimizer, scaler, config, step, **more):
     if dist.get_rank() == 0:
         begun = json.loads((out / "run.json").read_text(encoding="utf-8"))["begun"]
         if begun != config["begun"]:
-            raise SystemExit(f"error: {out} is of another run since {begun}, this one ends unsaved at step {step}")
+            raise SystemExit(f"error: {out} is of another run since {begun}, "
+                             f"this one ends unsaved at step {step}")
         for part in out.glob(".*.part"):        # a kill left it
             part.unlink()
         state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
@@ -496,25 +500,31 @@ def save_encoder(args, encoder, patients, about, step, out, numbers="None yet: t
         file.write(text.encode())
 
 
-def main(args, given):
-    rank, world, device = start()
-    out, checkpoint = Path(args.out), None
-    if args.resume:
-        if args.init:
-            raise ValueError("--resume goes on, --init starts from other weights: give one")
-        checkpoint = load_last(out)
-        newest = json.loads((out / "run.json").read_text(encoding="utf-8"))["begun"]
-        if newest != checkpoint["config"]["begun"]:
-            raise ValueError(f"--resume: the run that began in {out} at {newest} saved nothing; "
-                             "last.pt is of an older one")
-        args = resume_flags(args, given, checkpoint["config"], MAY_CHANGE)
-        if args.steps < checkpoint["step"]:
-            raise ValueError(f"--resume: found --steps {args.steps}, expected {checkpoint['step']} or more, "
-                             "as many are done")
-    else:
+def begin(args, given, out):
+    """Flags of a new run, None; with --resume those of the run in OUT, its checkpoint. ValueError: neither"""
+    if not args.resume:
         check_init(args.init, out)
         check_unfinished(out)
         args.begun = str(datetime.now())
+        return args, None
+    if args.init:
+        raise ValueError("--resume goes on, --init starts from other weights: give one")
+    checkpoint = load_last(out)
+    newest = json.loads((out / "run.json").read_text(encoding="utf-8"))["begun"]
+    if newest != checkpoint["config"]["begun"]:
+        raise ValueError(f"--resume: the run that began in {out} at {newest} saved nothing; "
+                         "last.pt is of an older one")
+    args = resume_flags(args, given, checkpoint["config"], MAY_CHANGE)
+    if args.steps < checkpoint["step"]:
+        raise ValueError(f"--resume: found --steps {args.steps}, expected {checkpoint['step']} or more, "
+                         "as many are done")
+    return args, checkpoint
+
+
+def main(args, given):
+    rank, world, device = start()
+    out = Path(args.out)
+    args, checkpoint = begin(args, given, out)
     if args.batch_size is None:
         args.batch_size = max(1, 24 // world)
     check_flags(args)
