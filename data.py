@@ -104,11 +104,11 @@ def check_size(size, multiple=32):
 
 # --------------------------------------------------------------------------------------- volumes
 def _visible_files(folder):
-    files = [Path(one) for one in os.scandir(folder) if not one.is_dir() and not is_hidden(one.name)]
-    lost = sorted(file.name for file in files if not file.exists())
+    files = [one for one in os.scandir(folder) if not one.is_dir() and not is_hidden(one.name)]
+    lost = sorted(one.name for one in files if one.is_symlink() and not os.path.exists(one))
     if lost:
         raise wrong(folder, f"links to nothing: {shorten(lost)}", "files")
-    return sorted(files)
+    return sorted(map(Path, files))
 
 
 def is_dicom(file):

@@ -1316,7 +1316,7 @@ def patients_of(path):
     """Hashes of the patients that a file of ours was trained on, as far as it tells; None of others' files"""
     state = model.read_checkpoint(path)
     config, notes = model.flags_of(state), model.notes_of(state)
-    if not config and (notes is state or "patients" not in notes):
+    if not config:
         return None
     return {*notes.get("patients", ()), *(config.get("pretrained_on") or ()), *config.get("patients", ())}
 
@@ -1648,7 +1648,7 @@ if __name__ == "__main__":
     try:
         data.check_numbers(args)
         if str(vars(args).get("checkpoint")).startswith("hf:"):
-            args.out = args.out or Path("eval")         # not into the hub's cache
+            args.out = args.out or Path("eval", args.command or "")     # not into the hub's cache
             args.checkpoint = model.local_file(args.checkpoint)
         COMMANDS[args.command](args)
     except (ValueError, OSError) as error:

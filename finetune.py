@@ -248,8 +248,6 @@ def train(args, task, out, seed, rank, world, device):
     checkpoint = None
     if args.resume and any((out / name).exists() for name in ("last.pt", "previous.pt")):
         checkpoint = pretrain.load_last(out)
-        if checkpoint["config"]["begun"] != args.begun:
-            raise ValueError(f"--resume: {out}/last.pt is of another run than run.json")
 
     # ---------------------------------------- data
     if rank > 0:

@@ -200,7 +200,7 @@ def check_flags(args):
     data.check_size(args.size, 16 if task and task.kind == "classify" else 32)
     if args.merging != "auto" and args.init in (None, "scratch"):
         raise ValueError(f"--merging {args.merging}: found no --init, expected a file trained so")
-    if args.warmup >= (args.epochs if task else args.steps):
+    if not task and args.warmup >= args.steps:          # finetune.py knows its steps later
         log.warning("warning: the run does not outlast --warmup %g", args.warmup)
 
 
@@ -225,11 +225,16 @@ def check_unfinished(out):
                              "or another --out")
 
 
+def of_all(value):
+    """The values of all processes, in rank order"""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def check_agreement(ids, source):
     """ValueError unless all processes have the same items"""
-    told = [None] * dist.get_world_size()
-    dist.all_gather_object(told, ids)
-    if len(set(told)) > 1:
+    if len(set(of_all(ids))) > 1:
         raise ValueError(f"{source}: the processes list different items: is it being filled, or not the same "
                          "on all machines?")
 
@@ -343,6 +348,11 @@ def network_state(network, config, step):
     return {"model": weights, "config": config, "merging": merging, "step": step, "text_encoder": text}
 
 
+def begun_in(out):
+    """When the newest run in OUT began: what tells runs apart"""
+    return json.loads((out / "run.json").read_text(encoding="utf-8"))["begun"]
+
+
 def save_run(out, network, optimizer, scaler, config, step, **more):
     """OUT/last.pt, all that is needed to go on. SystemExit if the processes have drifted apart, or if
     another run has begun in OUT since."""
@@ -351,10 +361,9 @@ def save_run(out, network, optimizer, scaler, config, step, **more):
     if (checksums != checksums[0]).any():
         raise SystemExit(f"error: the processes hold different parameters after step {step}")
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    rng = [None] * dist.get_world_size()
-    dist.all_gather_object(rng, (torch.get_rng_state(), cuda))
+    rng = of_all((torch.get_rng_state(), cuda))
     if dist.get_rank() == 0:
-        begun = json.loads((out / "run.json").read_text(encoding="utf-8"))["begun"]
+        begun = begun_in(out)
         if begun != config["begun"]:
             raise SystemExit(f"error: {out} is of another run since {begun}, "
                              f"this one ends unsaved at step {step}")
@@ -366,10 +375,10 @@ def save_run(out, network, optimizer, scaler, config, step, **more):
 
 
 def load_last(out):
-    """OUT/last.pt, or previous.pt if that is broken. ValueError: neither, another world, or not the same
-    for all processes."""
+    """OUT/last.pt, or previous.pt if that is broken. ValueError: neither, another world, not the same for
+    all processes, or of another run than run.json."""
     last, previous, world = out / "last.pt", out / "previous.pt", dist.get_world_size()
-    is_broken, steps = False, [None] * world
+    is_broken = False
     try:
         state = model.read_checkpoint(last)
         if "optimizer" not in state:
@@ -379,7 +388,11 @@ def load_last(out):
         state, is_broken = model.read_checkpoint(previous), last.exists()
     if state["world"] != world:
         raise ValueError(f"--resume: {out} is of {state['world']} processes, found {world}")
-    dist.all_gather_object(steps, state["step"])
+    newest = begun_in(out)
+    if newest != state["config"]["begun"]:
+        raise ValueError(f"--resume: {last} is of another run than run.json: the one that began at {newest} "
+                         "saved nothing, last.pt is of an older one")
+    steps = of_all(state["step"])
     if len(set(steps)) > 1:
         raise ValueError(f"--resume: the processes read the steps {steps} in {out}, expected one")
     if is_broken and dist.get_rank() == 0:              # it must not become previous.pt
@@ -510,10 +523,6 @@ def begin(args, given, out):
     if args.init:
         raise ValueError("--resume goes on, --init starts from other weights: give one")
     checkpoint = load_last(out)
-    newest = json.loads((out / "run.json").read_text(encoding="utf-8"))["begun"]
-    if newest != checkpoint["config"]["begun"]:
-        raise ValueError(f"--resume: the run that began in {out} at {newest} saved nothing; "
-                         "last.pt is of an older one")
     args = resume_flags(args, given, checkpoint["config"], MAY_CHANGE)
     if args.steps < checkpoint["step"]:
         raise ValueError(f"--resume: found --steps {args.steps}, expected {checkpoint['step']} or more, "

@@ -280,7 +280,7 @@ def test_frames_of_several_rescales_are_refused(tmp_path):
     image.SetMetaData("0008|0060", "CT")
     sitk.WriteImage(image, str(path))
     file = pydicom.dcmread(path)
-    for number, frame in enumerate(file.PerFrameFunctionalGroupsSequence):
+    for frame in file.PerFrameFunctionalGroupsSequence:
         values = pydicom.Dataset()
         values.RescaleSlope, values.RescaleIntercept = 1, 0
         frame.PixelValueTransformationSequence = [values]

@@ -851,8 +851,8 @@ def test_a_file_of_others_may_hold_any_config_and_task(tmp_path, config):
 
 def test_patients_of_the_pretraining_in_the_test_part(run, sets):
     tested = [item.patient for item in data.load_task("stoic", sets("stoic")) if item.split == "test"]
-    weights_alone = model.export_encoder(model.build_encoder("swin_t"))
-    weights_alone._metadata[""]["patients"] = sorted(data.patient_hashes(tested[:2]))
+    weights_alone = model.export_encoder(model.build_encoder("swin_t"), config={"encoder": "swin_t"},
+                                         patients=sorted(data.patient_hashes(tested[:2])))
     torch.save(weights_alone, "encoder.pt")
     output = run("stoic", "--steps", 1, "--init", "encoder.pt")
     assert f"2 of {len(tested)} patients of the test part bear names of patients that encoder.pt" in output

@@ -7,16 +7,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {
-    "lines": {"losses": 225, "model": 1172, "phantoms": 571, "data": 2260, "pretrain": 752, "finetune": 502,
+    "lines": {"losses": 225, "model": 1172, "phantoms": 571, "data": 2256, "pretrain": 758, "finetune": 500,
               "eval": 1655},
-    "lines in all": 7130,
+    "lines in all": 7136,
     "bytes in all": 374_500,
     "columns": 110,
     "wide": 100,                            # columns beyond which a line counts as wide
     "share of wide lines": 0.04,             # of all lines of the seven files
     "width": 52.5,                          # bytes a line, the mean of all
     "function": 60,                         # lines
-    "long functions": {"flags": None, "pretrain.main": 160, "finetune.train": 172},     # None: any length
+    "long functions": {"flags": None, "pretrain.main": 157, "finetune.train": 170},     # None: any length
     "imports": {"losses": (), "model": (), "phantoms": (), "data": ("phantoms",),
                 "eval": ("losses", "model", "data"),
                 "pretrain": ("losses", "model", "data", "eval", "phantoms"),
